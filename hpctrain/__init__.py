@@ -1,0 +1,23 @@
+"""hpctrain: train PyTorch models on HDF5 data with MPI, the same answer on any number of ranks.
+
+Importing it starts neither MPI nor torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__version__ = "0.1.0"
+
+
+def load(run: str | Path, step: int | None = None) -> "torch.nn.Module":
+    """Give the model of a run folder with its weights, in eval mode, on the CPU.
+
+    The newest good checkpoint counts, or that of `step`. Local; needs neither MPI nor the data.
+    Raises HpctrainError where the folder holds no run or no good checkpoint.
+    """
+    from hpctrain.use import load_module
+
+    return load_module(Path(run), step)

@@ -1,0 +1,69 @@
+"""An uncaught exception on one rank ends all ranks, its own message first.
+
+Plain MPI leaves the other ranks waiting for ever in their next collective call. The hook is
+installed when a topology is built, however the program was started, and stands for as long
+as a topology is open.
+"""
+
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+
+from mpi4py import MPI
+
+# Ranks that fail at the same moment with the same error would print it once each: the higher
+# ones wait a little, and the abort of the lowest ends them before they print.
+STAGGER_SECONDS = 0.25
+LONGEST_WAIT_SECONDS = 2.0
+
+_open: list[MPI.Intracomm] = []
+_before = (sys.excepthook, threading.excepthook)
+
+
+def install(world: MPI.Intracomm) -> None:
+    """Make an uncaught exception of any thread abort all ranks of `world`. Local, cheap."""
+    global _before
+    if not _open:
+        _before = (sys.excepthook, threading.excepthook)
+        sys.excepthook = end_all_ranks
+        threading.excepthook = _thread_hook
+    _open.append(world)
+
+
+def remove(world: MPI.Intracomm) -> None:
+    """Take the hook away when the last topology closes; an exception on its way keeps it."""
+    if sys.exc_info()[0] is not None:
+        return
+    _open[:] = [comm for comm in _open if comm is not world]
+    if not _open:
+        sys.excepthook, threading.excepthook = _before
+
+
+def end_all_ranks(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print the traceback with the rank's name and abort the job with status 1."""
+    world = _open[0]
+    rank, size = world.rank, world.size
+    time.sleep(min(STAGGER_SECONDS * rank, LONGEST_WAIT_SECONDS))
+    text = "".join(traceback.format_exception(kind, error, trace))
+    ending = f": all {size} ranks are ended" if size > 1 else ""
+    sys.stderr.write(f"r{rank}/{size} | uncaught {kind.__name__}{ending}\n{text}")
+    sys.stderr.flush()
+    if size > 1:
+        world.Abort(1)
+
+
+def _thread_hook(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_value is not None and arguments.exc_type is not SystemExit:
+        end_all_ranks(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+
+
+def end_with_message(world: MPI.Intracomm, text: str, status: int) -> None:
+    """Print an error of this rank alone and abort the job with a status; does not return."""
+    time.sleep(min(STAGGER_SECONDS * world.rank, LONGEST_WAIT_SECONDS))
+    sys.stderr.write(f"r{world.rank}/{world.size} | error: {text}\n")
+    sys.stderr.flush()
+    world.Abort(status)

@@ -1,0 +1,58 @@
+"""Parameter groups and the optimizer: no decay on biases and norms."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain import construct
+from hpctrain.config import ClassPath, Optimizer
+from hpctrain.errors import ConfigError
+
+
+def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]:
+    """Cut the trained parameters into (decayed, not decayed); an empty group is left out.
+
+    Not decayed are tensors of fewer than two dimensions: biases, scales of norms.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if decay_all:
+        return [{"params": trained}]
+    decayed = [p for p in trained if p.ndim >= 2]
+    rest = [p for p in trained if p.ndim < 2]
+    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def check(config: Optimizer) -> dict[str, Any]:
+    """Check the optimizer's class path and arguments before anything starts; give them."""
+    spec = ClassPath(config.class_path, config.init_args)
+    arguments = construct.check(spec, "optimizer", given=("params",))
+    factory = construct.find_class(config.class_path, "optimizer.class_path")
+    step = inspect.signature(getattr(factory, "step", lambda closure=None: None))
+    closure = step.parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer.class_path = {config.class_path}: it needs a closure that computes the "
+            f"loss again and again, which a step over many ranks can't give: take another"
+        )
+    return arguments
+
+
+def build(config: Optimizer, module: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer over the module's trained parameters."""
+    arguments = check(config)
+    factory = construct.find_class(config.class_path, "optimizer.class_path")
+    names = inspect.signature(factory).parameters
+    plain = all(p.is_floating_point() for p in module.parameters())
+    if "fused" in names and "foreach" not in arguments and plain:
+        # one kernel over all parameters, the fastest on CPU and GPU alike
+        arguments.setdefault("fused", True)
+    decays = "weight_decay" in names
+    groups = parameter_groups(module, config.decay_all or not decays)
+    spec = ClassPath(config.class_path, config.init_args)
+    found = construct.build(spec, "optimizer", groups, **arguments)
+    if not isinstance(found, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer.class_path = {config.class_path!r} is no torch optimizer")
+    return found

@@ -1,0 +1,123 @@
+"""Write a checkpoint: every rank its share of the pieces, the manifest last, then one rename.
+
+      checkpoints/step-00000120.tmp/ rank-0.safetensors rank-1.safetensors … manifest.json
+      checkpoints/step-00000120/     ◄── rename: from here on it exists
+
+A kill at any moment leaves the folder's earlier checkpoints as they were, and at most a folder
+whose name ends in .tmp, which the next save removes.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+from safetensors.torch import save_file
+
+from hpctrain.checkpoint import plan
+from hpctrain.checkpoint.files import digest, sync_file, sync_folder, write_whole
+from hpctrain.errors import CheckpointError
+from hpctrain.piece import Piece
+from hpctrain.wire import together
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint of a step.
+
+    >>> folder_name(120)
+    'step-00000120'
+    """
+    return f"step-{step:08d}"
+
+
+def save(
+    folder: Path, step: int, pieces: list[Piece], state: dict[str, Any], comm: MPI.Intracomm
+) -> Path:
+    """Write the checkpoint of a step into `checkpoints/`. Collective; `state` is JSON, rank 0's.
+
+    Every rank offers its pieces; one that several have is written once. Returns its folder.
+    """
+    final = folder / folder_name(step)
+    temporary = final.with_name(final.name + ".tmp")
+    with together(comm):
+        if comm.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob("*.tmp"):
+                shutil.rmtree(stale)
+            temporary.mkdir()
+    entries: list[dict[str, Any]] = []
+    offers = [plan.Offer(p.name, p.start, p.stop, p.tensor.nbytes) for p in pieces]
+    mine = [pieces[at] for at in plan.assign(comm.allgather(offers))[comm.rank]]
+    with together(comm):
+        entries = write_share(temporary / f"rank-{comm.rank}.safetensors", mine)
+    gathered = comm.gather(entries, root=0)
+    with together(comm):
+        if comm.rank == 0 and gathered is not None:
+            files = {entry["file"]: entry.pop("sha256") for share in gathered for entry in share}
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "world_size": comm.size,
+                "files": files,
+                "pieces": [entry for share in gathered for entry in share],
+                "state": state,
+            }
+            write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync_folder(folder)
+    return final
+
+
+def write_share(path: Path, pieces: list[Piece]) -> list[dict[str, Any]]:
+    """Write this rank's pieces to one file; give the manifest's entries. Local."""
+    if not pieces:
+        return []
+    tensors, entries = {}, []
+    for piece in pieces:
+        key = f"{piece.name}[{piece.start}:{piece.stop}]"
+        tensors[key] = piece.tensor.detach().reshape(-1).contiguous().cpu()
+        entries.append(
+            {
+                "name": piece.name,
+                "shape": list(piece.shape),
+                "start": piece.start,
+                "stop": piece.stop,
+                "dtype": str(piece.tensor.dtype).removeprefix("torch."),
+                "file": path.name,
+                "key": key,
+            }
+        )
+    try:
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
+        sync_file(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}: free space or set train.run_folder") from None
+    checksum = digest(path)
+    return [{**entry, "sha256": checksum} for entry in entries]
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all complete checkpoints but the newest `keep` and the best. Local: one rank."""
+    steps = complete_steps(folder)
+    for step in set(steps) - set(plan.newest_and_best(steps, keep, best)):
+        target = folder / folder_name(step)
+        doomed = target.with_name(target.name + ".tmp")
+        target.rename(doomed)  # never half a checkpoint under a good name
+        shutil.rmtree(doomed)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are complete, oldest first. Local."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(path.parent.name.removeprefix("step-"))
+        for path in folder.glob(f"step-*/{MANIFEST}")
+        if not path.parent.name.endswith(".tmp")
+    )

@@ -1,0 +1,295 @@
+"""The command line: verbs, help, and the one place where MPI is started."""
+
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpctrain import __version__, launch
+from hpctrain.config import Config
+from hpctrain.errors import FAILED, ConfigError, HpctrainError, RankError, nearest
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+RECIPES = Path(__file__).with_name("recipes")
+DEFAULT_RECIPE = "climate"
+MADE = {"digits.h5": "hpctrain data make digits"}
+"""Files of recipes that a command makes."""
+
+HELP = """\
+Train PyTorch models on HDF5 data with MPI: the same answer on any number of ranks.
+
+  mpirun -n 4 hpctrain                     train the default recipe, climate
+  mpirun -n 4 hpctrain train my.toml       train your own; my.toml names data and model
+  mpirun -n 4 hpctrain train digits --train.epochs 3
+
+verbs:
+  train [CONFIG] [--section.key value ...]    train; resumes what the run folder holds
+  verify [CONFIG] [--section.key value ...]   a few steps in this layout against one process
+  predict RUN --output FILE [--split test]    predictions of a trained model into HDF5
+  checkpoint list RUN | export RUN FILE       look at checkpoints; export a state_dict
+  data make digits [--output digits.h5]       make the data of a recipe
+
+CONFIG is a TOML file or a recipe: {recipes}. Without a verb: train.
+`hpctrain train --help` explains every key. Exit status: 0 done; 2 the configuration, the
+arguments or the data are wrong; 75 stopped early with a good checkpoint; 1 anything else."""
+
+TRAIN_HELP = """\
+Train a model. CONFIG is a TOML file with the sections below, or a recipe's name ({recipes}).
+Every key can be set as --section.key value. A run is kept in runs/NAME and resumed from there;
+--train.run_folder names another place.
+
+  --dry-run      check everything, print the resolved configuration and the layout, stop
+  --steps N      (verify) steps to compare; default 3
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; give the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] in (["--help"], ["-h"], ["help"]):
+            print(HELP.format(recipes=", ".join(recipes())))
+            return 0
+        if words[:1] == ["--version"]:
+            print(f"hpctrain {__version__}")
+            return 0
+        verb, rest = split_verb(words)
+        return VERBS[verb](rest)
+    except HpctrainError as error:
+        if launch.speaks(os.environ):
+            print_error(error)
+        return error.status
+
+
+def split_verb(words: list[str]) -> tuple[str, list[str]]:
+    """Take the verb off the words; a bare call, or one that starts with an option, is `train`.
+
+    >>> split_verb(["--train.steps", "3"]), split_verb(["predict", "runs/a"])
+    (('train', ['--train.steps', '3']), ('predict', ['runs/a']))
+    """
+    if not words or words[0].startswith("-"):
+        return "train", words
+    if words[0] in VERBS:
+        return words[0], words[1:]
+    if words[0] in recipes() or words[0].endswith(".toml"):
+        raise ConfigError(f"{words[0]} is no verb: did you mean `hpctrain train {words[0]}`?")
+    raise ConfigError(f"{words[0]} is no verb: {nearest(words[0], VERBS)}")
+
+
+def print_error(error: HpctrainError) -> None:
+    """Print an error once, to standard error."""
+    sys.stdout.flush()
+    label = "failed" if isinstance(error, RankError) else "error"
+    sys.stderr.write(f"hpctrain: {label}: {error}\n")
+    sys.stderr.flush()
+
+
+def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> int:
+    """Start MPI, set threads, run on all ranks; errors end all ranks with one message.
+
+    Threads are set before torch starts: torch must not be imported before this.
+    """
+    if pictures and launch.speaks(os.environ):
+        from hpctrain.report.pictures import prepare
+
+        prepare()
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    launch.check_world(world.size, os.environ)
+    set_threads(world)
+    try:
+        return work(world)
+    except HpctrainError as error:
+        if world.size > 1 and not error.agreed:
+            from hpctrain import abort
+
+            abort.end_with_message(world, str(error), error.status)
+        if world.rank == 0:
+            print_error(error)
+        return error.status
+
+
+def set_threads(world: "MPI.Intracomm") -> None:
+    """Give each rank its fair share of the cores, before torch starts. Collective."""
+    from mpi4py import MPI
+
+    from hpctrain.topology import fair_threads, usable_cores
+
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    launch.set_threads(fair_threads(usable_cores(), node.allgather(usable_cores())))
+    node.Free()
+
+
+def read_config(words: list[str]) -> Config:
+    """Read CONFIG and the overrides: a TOML file, a recipe's name, or neither. Local."""
+    from hpctrain import parse
+
+    name, overrides = DEFAULT_RECIPE, words
+    if words and not words[0].startswith("-"):
+        name, overrides = words[0], words[1:]
+    path = Path(name)
+    if name in recipes() and not path.is_file():
+        path = RECIPES / f"{name}.toml"
+        config = parse.from_toml(path, overrides)
+        config.data.files = recipe_files(config.data.files)
+    else:
+        if not path.is_file():
+            near = [*recipes(), *(p.name for p in Path.cwd().glob("*.toml"))]
+            raise ConfigError(f"CONFIG {name}: no such file or recipe: {nearest(name, near)}")
+        config = parse.from_toml(path, overrides)
+    name = path.stem if path.stem != "config" else path.resolve().parent.name
+    folder = config.train.run_folder or str(Path.cwd() / "runs" / name)
+    if "#" in folder:
+        from hpctrain.report.run_folder import free_number
+
+        folder = free_number(folder)
+    config.train.run_folder = folder
+    return config
+
+
+def recipe_files(files: str | list[str]) -> str | list[str]:
+    """Find a recipe's file beside the recipe, else in the current folder or its data/."""
+    if isinstance(files, list) or Path(files).is_file():
+        return files
+    name = Path(files).name
+    for folder in (Path.cwd(), Path.cwd() / "data"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    if name in MADE and Path(files).parent == RECIPES:
+        raise ConfigError(f"no file {name} here or in data/: make it with `{MADE[name]}`")
+    return files
+
+
+def recipes() -> list[str]:
+    """Names of the recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def configured(words: list[str], world: "MPI.Intracomm") -> Config:
+    """Read the configuration on world rank 0 and give it to all. Collective."""
+    from hpctrain.wire import from_root
+
+    return from_root(world, lambda: read_config(words))
+
+
+def train_help(verb: str) -> int:
+    """Print every key with its default, grouped by section."""
+    from hpctrain.parse import parser
+
+    text = TRAIN_HELP.format(recipes=", ".join(recipes()))
+    usage = f"hpctrain {verb} [CONFIG] [--section.key value ...]"
+    made = parser(prog="hpctrain", usage=usage, description=text)
+    made.formatter_class = type("Help", (RawDescriptionHelpFormatter, made.formatter_class), {})
+    print(made.format_help())
+    return 0
+
+
+def train(words: list[str]) -> int:
+    """`hpctrain train`."""
+    if "--help" in words or "-h" in words:
+        return train_help("train")
+    dry = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+
+    def work(world: "MPI.Intracomm") -> int:
+        config = configured(words, world)
+        if dry:
+            from hpctrain.dry_run import dry_run
+
+            return dry_run(config, world)
+        from hpctrain.train import train as run
+
+        return run(config, world)
+
+    return on_ranks(work, pictures=not dry)
+
+
+def verify(words: list[str]) -> int:
+    """`hpctrain verify`."""
+    if "--help" in words or "-h" in words:
+        return train_help("verify")
+    steps = 3
+    if "--steps" in words:
+        at = words.index("--steps")
+        value = words[at + 1] if at + 1 < len(words) else ""
+        if not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"--steps {value}: a number of steps, at least 1, was expected")
+        steps = int(value)
+        words = words[:at] + words[at + 2 :]
+
+    def work(world: "MPI.Intracomm") -> int:
+        config = configured(words, world)
+        from hpctrain.verify import verify as run
+
+        return run(config, world, steps)
+
+    return on_ranks(work)
+
+
+def predict(words: list[str]) -> int:
+    """`hpctrain predict`."""
+    parser = ArgumentParser(prog="hpctrain predict", description="Write predictions into HDF5, by all ranks.")
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--output", type=Path, required=True, help="the HDF5 file to write")
+    parser.add_argument("--split", default="test", help="train, validation or test; default test")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step; default the newest")
+    found = parser.parse_args(words)
+
+    def work(world: "MPI.Intracomm") -> int:
+        from hpctrain.predict import predict as run
+
+        run(found.run, found.output, found.split, found.step, world)
+        return 0
+
+    return on_ranks(work)
+
+
+def checkpoint(words: list[str]) -> int:
+    """`hpctrain checkpoint`: one process, no MPI."""
+    parser = ArgumentParser(prog="hpctrain checkpoint", description="Look at a run's checkpoints.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    listing = actions.add_parser("list", help="one line a complete checkpoint")
+    listing.add_argument("run", type=Path)
+    exporting = actions.add_parser("export", help="write a plain state_dict")
+    exporting.add_argument("run", type=Path)
+    exporting.add_argument("output", type=Path, help="a name ending in .safetensors, .pt or .pth")
+    exporting.add_argument("--step", type=int, help="the checkpoint of this step; default the newest")
+    found = parser.parse_args(words)
+    from hpctrain import use
+
+    if found.action == "export":
+        print(f"wrote {use.export(found.run, found.output, found.step)}")
+        return 0
+    for line in use.describe(found.run):
+        print(line)
+    return 0
+
+
+def data(words: list[str]) -> int:
+    """`hpctrain data`: one process, no MPI."""
+    parser = ArgumentParser(prog="hpctrain data", description="Make the data of a recipe.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    making = actions.add_parser("make", help="make a recipe's HDF5 file")
+    making.add_argument("name", choices=["digits"])
+    making.add_argument("--output", type=Path, default=Path("digits.h5"))
+    found = parser.parse_args(words)
+    from hpctrain.data.make import digits
+
+    print(digits(found.output))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "verify": verify,
+    "predict": predict,
+    "checkpoint": checkpoint,
+    "data": data,
+}
+
+__all__ = ["FAILED", "main"]

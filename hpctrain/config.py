@@ -1,0 +1,239 @@
+"""The configuration: dataclasses with a docstring under each field, and nothing that parses.
+
+`cli.py` fills them from TOML and the command line. A field's docstring is its help text.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+
+@dataclass
+class ClassPath:
+    """A class by its path, and the arguments of its constructor."""
+
+    class_path: str = ""
+    """Where the class lies, such as torch.nn.MSELoss or my_module.MyModel."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the constructor, checked against its signature before anything starts."""
+
+
+@dataclass
+class Data:
+    """Where the samples are, and which of them are for training, validation and test."""
+
+    files: str | list[str] = ""
+    """A path or glob, or a list of them; the files, sorted by name, are one long dataset."""
+    inputs: str | list[str] | dict[str, str] = field(default_factory=list)
+    """HDF5 datasets the model gets, by their path in the file; {name = "group/path"} renames."""
+    targets: str | list[str] | dict[str, str] = field(default_factory=list)
+    """HDF5 datasets the model is to predict."""
+    weights: str = ""
+    """HDF5 dataset with one weight a sample; without it every sample weighs 1."""
+    coordinate: str = ""
+    """HDF5 dataset with one number a sample that ranges of train, validation, test speak of."""
+    train: list[str | float] = field(default_factory=list)
+    """[first, last] of the coordinate, both included; empty: all that the others leave."""
+    validation: float | list[str | float] = 0.0
+    """A fraction of the samples, or [first, last]; early stopping and `best` look at it."""
+    test: float | list[str | float] = 0.0
+    """A fraction of the samples, or [first, last]; dates such as "2000-01" on a time axis."""
+    split_order: Literal["file", "random"] = "file"
+    """Fractions are cut from the end in file order (safe for time series), or at random."""
+    normalize: bool = False
+    """Give floating inputs and targets mean 0 and deviation 1 over the training samples."""
+    missing: Literal["error", "mask"] = "error"
+    """What a missing value in a target is: an error, or an element of weight 0."""
+    task: ClassPath = field(default_factory=lambda: ClassPath("hpctrain.recipes.samples.Samples"))
+    """What is made of the samples: inputs, targets, weights, metrics, baselines."""
+
+
+@dataclass
+class Parallel:
+    """The layout: world size = replicas x stages."""
+
+    stages: int = 1
+    """Pipeline stages of one replica."""
+    micro_batches: int | Literal["auto"] = "auto"
+    """Micro-batches of one step over all replicas; auto: one a replica."""
+
+
+@dataclass
+class Averaging:
+    """How gradients are summed over the replicas."""
+
+    bucket_mebibytes: float = 25.0
+    """Gradients are summed in buckets of about this size, one MPI Allreduce each."""
+
+
+@dataclass
+class Optimizer:
+    """The optimizer and its learning-rate schedule."""
+
+    class_path: str = "torch.optim.AdamW"
+    """Any torch optimizer that needs no closure."""
+    init_args: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3})
+    """Arguments of its constructor, parameters left out."""
+    decay_all: bool = False
+    """Apply weight decay to biases and norms (tensors of fewer than 2 dimensions) too."""
+    schedule: ClassPath = field(
+        default_factory=lambda: ClassPath("hpctrain.learning_rate.WarmupCosine")
+    )
+    """A torch LR scheduler, stepped once a step; total_steps and T_max are filled in."""
+
+
+@dataclass
+class Train:
+    """The loop."""
+
+    steps: int | None = None
+    """Optimizer steps in all; wins over epochs."""
+    epochs: int = 10
+    """Passes over the training samples."""
+    batch: int = 32
+    """Samples of one optimizer step, over all ranks."""
+    seed: int = 0
+    """Seed of weights, sample order and random layers."""
+    run_folder: str = ""
+    """Where the run is kept; default runs/NAME; a # in it becomes the lowest free number."""
+    loss: ClassPath = field(default_factory=lambda: ClassPath("torch.nn.MSELoss"))
+    """Loss of (output, target): unreduced if it takes `reduction`, else a mean over samples."""
+    clip: float = 0.0
+    """Largest global norm of the mean gradient; 0: no clipping."""
+    autocast: Literal["none", "bf16"] = "none"
+    """Run the model in bfloat16 where torch finds it safe."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of this local rank where there is one, else the CPU."""
+    threads: int | None = None
+    """Threads a rank; default: cores it may use, shared fairly with the other local ranks."""
+    validate_steps: int = 0
+    """Validate every so many steps; 0: after each epoch."""
+    monitor: str = "loss"
+    """The validation metric that early stopping and `best` look at."""
+    patience: int = 0
+    """Stop after so many validations without a better monitored metric; 0: never."""
+
+
+@dataclass
+class Checkpoint:
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = 0
+    """Write one every so many steps; 0: by the clock alone."""
+    every_minutes: float = 10.0
+    """Write one every so many minutes; 0: by steps alone. One is always written at the end."""
+    keep: int = 3
+    """The newest so many are kept, and the best one."""
+
+
+@dataclass
+class Report:
+    """What the user sees."""
+
+    log_seconds: float = 10.0
+    """In a batch log, a line each so many seconds."""
+    pictures: bool = True
+    """Draw pictures/*.png at the end."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    data: Data = field(default_factory=Data)
+    """The samples."""
+    model: ClassPath = field(default_factory=ClassPath)
+    """The model: any torch.nn.Module by its class path."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """The layout."""
+    averaging: Averaging = field(default_factory=Averaging)
+    """The sum over replicas."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """The optimizer."""
+    train: Train = field(default_factory=Train)
+    """The loop."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """The checkpoints."""
+    report: Report = field(default_factory=Report)
+    """The output."""
+
+
+# Two runs that differ in nothing but these give the same weights at the same step.
+# `train.steps` and `train.epochs` may grow; `train.threads` may change kernels, never the maths.
+FREE_ON_RESUME = ("train.run_folder", "train.threads", "train.device", "checkpoint.", "report.")
+MAY_GROW = ("train.steps", "train.epochs")
+
+
+def names_to_paths(names: str | list[str] | dict[str, str]) -> dict[str, str]:
+    """Turn `data.inputs` or `data.targets` into {name: path in the file}.
+
+    A list names a dataset by the last part of its path, or by the whole path where two agree.
+
+    >>> names_to_paths(["fields/t2m", "mask"])
+    {'t2m': 'fields/t2m', 'mask': 'mask'}
+    >>> names_to_paths(["a/x", "b/x"])
+    {'a/x': 'a/x', 'b/x': 'b/x'}
+    """
+    if isinstance(names, dict):
+        return dict(names)
+    paths = [names] if isinstance(names, str) else list(names)
+    short = [path.strip("/").rsplit("/", 1)[-1] for path in paths]
+    unique = [name if short.count(name) == 1 else path for name, path in zip(short, paths)]
+    return dict(zip(unique, paths))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Give {"section.key": value} of a configuration, nested dataclasses included.
+
+    >>> flatten(Parallel(stages=2))
+    {'stages': 2, 'micro_batches': 'auto'}
+    """
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        key = f"{prefix}{entry.name}"
+        if is_dataclass(value):
+            flat.update(flatten(value, key + "."))
+        else:
+            flat[key] = value
+    return flat
+
+
+def differences(stored: Config, asked: Config) -> list[str]:
+    """Say in what a resume would differ from the run that it resumes, a line a key.
+
+    Paths, logging and a larger total are no difference.
+
+    >>> differences(Config(), Config(train=Train(batch=64)))
+    ['train.batch: the run has 32, asked is 64']
+    """
+    old, new = flatten(stored), flatten(asked)
+    lines = []
+    for key, value in new.items():
+        before = old[key]
+        if value == before or key == "data.files" or key.startswith(FREE_ON_RESUME):
+            continue
+        if key in MAY_GROW and grows(before, value):
+            continue
+        lines.append(f"{key}: the run has {before!r}, asked is {value!r}")
+    return lines
+
+
+def grows(before: int | None, after: int | None) -> bool:
+    """Tell whether a total may take the place of another: equal, larger, or newly given.
+
+    >>> grows(10, 20), grows(20, 10), grows(None, 5), grows(5, None)
+    (True, False, True, False)
+    """
+    return before is None or (after is not None and after >= before)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dictionaries, without what is None (TOML has no null)."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return value
+
+    result: dict[str, Any] = clean(asdict(config))
+    return result

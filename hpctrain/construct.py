@@ -1,0 +1,115 @@
+"""From a class path and arguments to an object, checked against the signature first."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from hpctrain.config import ClassPath
+from hpctrain.errors import ConfigError, nearest
+
+
+def find_class(path: str, key: str) -> Callable[..., Any]:
+    """Import what a class path names; the current folder is searched too.
+
+    `python -m hpctrain` has the current folder on the path, the console script has not.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{key} = {path!r}: a module and a class were expected, such as my_module.MyModel")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise ConfigError(f"{key} = {path!r}: importing it needs the module {error.name}") from None
+        raise ConfigError(
+            f"{key} = {path!r}: there is no module {error.name}; a file of your own must lie in "
+            f"the current folder ({folder}) or on PYTHONPATH"
+        ) from None
+    if not hasattr(module, name):
+        raise ConfigError(f"{key} = {path!r}: {module_name} has no {name}: {nearest(name, vars(module))}")
+    found: Callable[..., Any] = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"{key} = {path!r} is a {type(found).__name__}, a class was expected")
+    return found
+
+
+def check(spec: ClassPath, key: str, given: tuple[str, ...] = (), **filled: Any) -> dict[str, Any]:
+    """Check a class's arguments against its signature; give them with what could be filled in.
+
+    `given` are parameters that the program passes itself; of `filled` those that the signature
+    has and the user did not set are taken. Raises ConfigError naming the argument and the
+    nearest legal ones, a missing one, or a value of the wrong type.
+    """
+    factory = find_class(spec.class_path, f"{key}.class_path")
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return dict(spec.init_args)
+    arguments = {name: value for name, value in filled.items() if name in parameters}
+    arguments.update(spec.init_args)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    legal = [
+        name
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
+    ]
+    for name in arguments:
+        if name in given or (name not in legal and not open_ended):
+            raise ConfigError(
+                f"{key}.init_args.{name}: {spec.class_path} has no such argument: {nearest(name, legal)}"
+            )
+    missing = [n for n in legal if parameters[n].default is inspect.Parameter.empty and n not in arguments]
+    if missing:
+        raise ConfigError(
+            f"{key}.init_args: {spec.class_path} needs {', '.join(missing)}: "
+            f"set {', '.join(f'{key}.init_args.{name}' for name in missing)}"
+        )
+    check_types(factory, arguments, key, set(given))
+    return arguments
+
+
+def check_types(
+    factory: Callable[..., Any], arguments: dict[str, Any], key: str, skip: set[str]
+) -> None:
+    """Check values against the type hints, by jsonargparse; classes without hints pass."""
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        if inspect.isclass(factory):
+            parser.add_class_arguments(factory, "it", skip=skip, fail_untyped=False)
+        else:
+            parser.add_function_arguments(factory, "it", skip=skip, fail_untyped=False)
+    except Exception:
+        return  # a signature that jsonargparse can't read is no fault of the user's values
+    for name, value in arguments.items():
+        if not any(action.dest == f"it.{name}" for action in parser._actions):
+            continue
+        try:
+            parser.parse_object({"it": {name: value}}, defaults=False, _skip_required=True)
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if "Expected" in line]
+            raise ConfigError(
+                f"{key}.init_args.{name} = {value!r} does not fit the type of {factory.__name__}'s "
+                f"argument: {'; '.join(lines) or error}"
+            ) from None
+
+
+def build(spec: ClassPath, key: str, *positional: Any, **arguments: Any) -> Any:
+    """Call the class; an error of its constructor names the class and the arguments."""
+    factory = find_class(spec.class_path, f"{key}.class_path")
+    try:
+        return factory(*positional, **arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {spec.class_path}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) "
+            f"failed: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""From HDF5 files to micro-batches: index, read, load; the order of samples is arithmetic."""

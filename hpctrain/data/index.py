@@ -1,0 +1,359 @@
+"""Where every sample's bytes lie: many files as one long dataset, and its splits.
+
+      files      a.h5 (3 samples)   b.h5 (4)   c.h5 (2)
+      starts     0                  3          7          9
+      sample 5 = row 2 of b.h5
+
+World rank 0 reads the metadata once and broadcasts an `Index`; no sample is read here but the
+coordinate that the splits speak of.
+"""
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from hpctrain.config import Data, names_to_paths
+from hpctrain.data import coordinate as axis
+from hpctrain.data import order
+from hpctrain.errors import ConfigError, DataError, nearest
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One dataset over all files: `shape` of one sample, stored `dtype`, CF packing."""
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float | None = None
+    offset: float | None = None
+    fill: float | None = None
+    units: str = ""
+
+    @property
+    def packed(self) -> bool:
+        """Whether values are `stored * scale_factor + add_offset`."""
+        return self.scale is not None or self.offset is not None
+
+    @property
+    def floating(self) -> bool:
+        """Whether values are real numbers once read."""
+        return self.packed or np.dtype(self.dtype).kind == "f"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split: blocks of the long dataset, or a random choice by a key."""
+
+    blocks: tuple[tuple[int, int], ...]
+    permuted: int = 0
+    """Length of the keyed permutation that the blocks are places of; 0: they are samples."""
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return sum(stop - start for start, stop in self.blocks)
+
+    def samples(self, places: order.Ids) -> order.Ids:
+        """Give the sample of each place 0 … len-1; int64 to int64 of the same shape.
+
+        >>> Split(((2, 4), (7, 9))).samples(np.arange(4)).tolist()
+        [2, 3, 7, 8]
+        """
+        starts = np.array([start for start, _ in self.blocks], dtype=np.int64)
+        lengths = np.array([stop - start for start, stop in self.blocks], dtype=np.int64)
+        before = np.concatenate([[0], np.cumsum(lengths)])
+        which = np.searchsorted(before, places, side="right") - 1
+        found: order.Ids = starts[which] + places - before[which]
+        return order.permute(found, self.permuted, SPLIT_KEY) if self.permuted else found
+
+
+# A random split must not change with train.seed: a test sample would become a training one.
+SPLIT_KEY = 20260101
+
+
+@dataclass(frozen=True)
+class Index:
+    """The long dataset: files, where each starts, variables, splits and its coordinate."""
+
+    files: tuple[str, ...]
+    starts: tuple[int, ...]
+    """First sample of each file, and the length as last entry."""
+    variables: dict[str, Variable]
+    splits: dict[str, Split]
+    coordinate: NDArray[np.float64] | None = None
+    coordinate_attributes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Samples in all files."""
+        return self.starts[-1]
+
+    def locate(self, sample: int) -> tuple[str, int]:
+        """File and row of a sample."""
+        which = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self.files[which], sample - self.starts[which]
+
+    def check_finite(self, name: str, samples: order.Ids, values: NDArray[Any]) -> None:
+        """Raise DataError naming file, dataset and row of the first sample with a NaN."""
+        if values.dtype.kind != "f" or not np.isnan(values).any():
+            return
+        bad = np.isnan(values.reshape(len(values), -1)).any(axis=1)
+        sample = int(samples[np.flatnonzero(bad)[0]])
+        path, row = self.locate(sample)
+        raise DataError(
+            f"{path}: {self.variables[name].path}[{row}] (sample {sample}) holds NaN or "
+            f"_FillValue, and so do {int(bad.sum()) - 1} more samples of its micro-batch: mend "
+            f'the file, or for a target set data.missing = "mask"'
+        )
+
+
+def build(config: Data) -> Index:
+    """Read the metadata of all files and cut the splits. Local: call it on one rank.
+
+    Raises ConfigError for names and splits that can't be, DataError for files that can't be
+    read or disagree.
+    """
+    files = find_files(config.files)
+    wanted = wanted_variables(config)
+    variables: dict[str, Variable] = {}
+    starts, coordinates = [0], []
+    attributes: dict[str, str] = {}
+    for path in files:
+        with open_file(path) as file:
+            length = read_metadata(file, path, wanted, variables)
+            if config.coordinate:
+                values = find_dataset(file, path, config.coordinate)
+                if values.shape != (length,):
+                    raise DataError(
+                        f"{path}: data.coordinate {config.coordinate} has shape {values.shape}, "
+                        f"the datasets have {length} samples: it must have one number a sample"
+                    )
+                coordinates.append(values[:].astype(np.float64))
+                attributes = axis.text_attributes(values)
+        starts.append(starts[-1] + length)
+    if starts[-1] == 0:
+        raise DataError(f"data.files: {len(files)} files hold no sample")
+    joined = np.concatenate(coordinates) if coordinates else None
+    splits = cut_splits(config, starts[-1], joined, attributes)
+    return Index(
+        tuple(files), tuple(starts), variables, splits, joined, tuple(sorted(attributes.items()))
+    )
+
+
+def find_files(patterns: str | list[str]) -> list[str]:
+    """Expand paths and globs to files in a fixed order."""
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+        if Path(pattern).is_file():
+            matches = [pattern]
+        if not matches:
+            folder = Path(pattern).parent
+            near = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+            hint = nearest(Path(pattern).name, near) if near else f"there is no folder {folder}"
+            raise DataError(f"data.files: no file {pattern}: {hint}")
+        found += matches
+    if not found:
+        raise ConfigError('data.files is empty: name the HDF5 files, such as --data.files "*.h5"')
+    return found
+
+
+def wanted_variables(config: Data) -> dict[str, str]:
+    """{name: path} of all datasets to be read, inputs first."""
+    inputs, targets = names_to_paths(config.inputs), names_to_paths(config.targets)
+    for key, names in (("inputs", inputs), ("targets", targets)):
+        if not names:
+            raise ConfigError(f'data.{key} is empty: name a dataset, such as --data.{key} "x"')
+    wanted = dict(inputs)
+    for name, path in targets.items():
+        if wanted.setdefault(name, path) != path:
+            raise ConfigError(
+                f"data.inputs and data.targets both name {name}, for {wanted[name]} and {path}: "
+                f'give one another name, such as targets = {{{name}_target = "{path}"}}'
+            )
+    if config.weights:
+        wanted[WEIGHTS] = config.weights
+    return wanted
+
+
+WEIGHTS = "sample weights"
+
+
+def open_file(path: str) -> h5py.File:
+    """Open an HDF5 file for reading; what is wrong with it is said in the user's words."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        text = str(error)
+        if "truncated" in text:
+            why = f"it is truncated ({text.split('(')[-1].rstrip(')')}): copy it again"
+        elif "signature" in text:
+            why = "it is not an HDF5 file (netCDF-3 is none either: convert it with nccopy -k nc4)"
+        else:
+            why = text
+        raise DataError(f"{path}: cannot be read: {why}") from None
+
+
+def find_dataset(file: h5py.File, path: str, name: str) -> h5py.Dataset:
+    """Give a dataset by its path in the file, or the nearest names in an error."""
+    found = file.get(name)
+    if isinstance(found, h5py.Dataset):
+        return found
+    names: list[str] = []
+    file.visititems(lambda key, entry: names.append(key) if isinstance(entry, h5py.Dataset) else None)
+    what = "is a group" if isinstance(found, h5py.Group) else "is not in the file"
+    raise DataError(f"{path}: dataset {name} {what}: {nearest(name, names)}")
+
+
+def read_metadata(
+    file: h5py.File, path: str, wanted: dict[str, str], variables: dict[str, Variable]
+) -> int:
+    """Fill `variables` from the first file, compare with it in the others; give the samples."""
+    length = -1
+    for name, dataset_path in wanted.items():
+        dataset = find_dataset(file, path, dataset_path)
+        variable = describe(name, dataset_path, dataset, path)
+        known = variables.setdefault(name, variable)
+        for what in ("shape", "dtype", "scale", "offset", "fill"):
+            here, first = getattr(variable, what), getattr(known, what)
+            if here != first:
+                raise DataError(
+                    f"{path}: {dataset_path} has {what} {here} a sample, "
+                    f"the first file has {first}: all files must agree"
+                )
+        if length not in (-1, dataset.shape[0]):
+            raise DataError(
+                f"{path}: {dataset_path} has {dataset.shape[0]} samples, other datasets of the "
+                f"file have {length}: all must have one row a sample"
+            )
+        length = dataset.shape[0]
+    return length
+
+
+def describe(name: str, dataset_path: str, dataset: h5py.Dataset, path: str) -> Variable:
+    """Metadata of one dataset, the CF attributes scale_factor, add_offset, _FillValue included."""
+    if dataset.ndim == 0:
+        raise DataError(f"{path}: {dataset_path} is a scalar: it must have one row a sample")
+    if dataset.dtype.kind not in "fiub":
+        raise DataError(
+            f"{path}: {dataset_path} has dtype {dataset.dtype}: float, integer or bool is needed"
+        )
+
+    def number(key: str) -> float | None:
+        value = dataset.attrs.get(key)
+        return None if value is None else float(np.asarray(value).reshape(-1)[0])
+
+    attributes = axis.text_attributes(dataset)
+    fill = number("_FillValue")
+    return Variable(
+        name=name,
+        path=dataset_path,
+        shape=tuple(dataset.shape[1:]),
+        dtype=dataset.dtype.str,
+        scale=number("scale_factor"),
+        offset=number("add_offset"),
+        fill=None if fill is not None and np.isnan(fill) else fill,
+        units=attributes.get("units", ""),
+    )
+
+
+def cut_splits(
+    config: Data, length: int, values: NDArray[np.float64] | None, attributes: dict[str, str]
+) -> dict[str, Split]:
+    """Cut the long dataset into train, validation and test, which never share a sample."""
+    taken = np.zeros(length, dtype=bool)
+    splits: dict[str, Split] = {}
+    randomly = config.split_order == "random"
+    end = length
+    for name in ("test", "validation"):
+        asked = getattr(config, name)
+        if isinstance(asked, list):
+            splits[name] = by_range(name, asked, config, values, attributes, taken)
+        elif asked:
+            if not 0 < asked < 1:
+                raise ConfigError(
+                    f"data.{name} = {asked}: a fraction between 0 and 1, or [first, last] of "
+                    f"data.coordinate, was expected"
+                )
+            count = round(asked * length)
+            splits[name] = Split(((end - count, end),), length if randomly else 0)
+            mark(name, splits[name], taken)
+            end -= count
+    if config.train:
+        splits["train"] = by_range("train", config.train, config, values, attributes, taken)
+    elif randomly and not any(isinstance(s, list) for s in (config.test, config.validation)):
+        splits["train"] = Split(((0, end),), length)
+    else:
+        splits["train"] = Split(to_blocks(~taken))
+    for name, split in splits.items():
+        if not len(split):
+            raise ConfigError(
+                f"data.{name} holds no sample of the {length}: "
+                f"change {'data.validation or data.test' if name == 'train' else f'data.{name}'}"
+            )
+    return splits
+
+
+def by_range(
+    name: str,
+    asked: list[str | float],
+    config: Data,
+    values: NDArray[np.float64] | None,
+    attributes: dict[str, str],
+    taken: NDArray[np.bool_],
+) -> Split:
+    """Samples whose coordinate lies in [first, last], both included."""
+    if not asked:
+        return Split(())
+    if values is None:
+        raise ConfigError(
+            f"data.{name} = {asked} is a range, but data.coordinate is not set: "
+            f'name the dataset it speaks of, such as --data.coordinate "time"'
+        )
+    if len(asked) != 2:
+        raise ConfigError(f"data.{name} = {asked}: [first, last] was expected, both included")
+    inside = axis.within(values, attributes, asked[0], asked[1], f"data.{name}", config.coordinate)
+    split = Split(to_blocks(inside))
+    mark(name, split, taken)
+    return split
+
+
+def mark(name: str, split: Split, taken: NDArray[np.bool_]) -> None:
+    """Note the samples of a split as taken; refuse one that another split has already."""
+    mine = split.samples(np.arange(len(split), dtype=np.int64))
+    if taken[mine].any():
+        raise ConfigError(
+            f"data.{name} shares {int(taken[mine].sum())} samples with another split: "
+            f"a sample may be in one of data.train, data.validation, data.test"
+        )
+    taken[mine] = True
+
+
+def to_blocks(chosen: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    """Runs of True as (start, stop).
+
+    >>> to_blocks(np.array([True, True, False, True]))
+    ((0, 2), (3, 4))
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+    return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))
+
+
+def summary(index: Index) -> dict[str, Any]:
+    """Count files and samples, for the log."""
+    return {"files": len(index.files), **{name: len(s) for name, s in index.splits.items()}}
+
+
+def read_axis(path: str, name: str) -> NDArray[np.float64]:
+    """Read a whole one-dimensional dataset of one file. Local."""
+    with open_file(path) as file:
+        values = find_dataset(file, path, name)
+        if values.ndim != 1:
+            raise DataError(f"{path}: {name} has shape {values.shape}, an axis has one dimension")
+        return np.asarray(values[:], dtype=np.float64)

@@ -1,0 +1,122 @@
+"""Read samples by number into preallocated arrays, unpacked by the CF convention.
+
+h5py files are opened in each rank, after MPI_Init, when first needed. A sample is one row of
+each dataset, so a sample never mixes two files. Runs of neighbouring samples are read at once.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from hpctrain.data.index import Index, Variable, open_file
+from hpctrain.data.order import Ids
+from hpctrain.errors import DataError
+
+OPEN_FILES = 64
+"""Files that one rank keeps open; more are closed, the one unused for longest first."""
+
+
+class Reader:
+    """Reads rows of an index's variables. Local; threads take turns."""
+
+    def __init__(self, index: Index) -> None:
+        """Take an index; no file is opened yet."""
+        self.index = index
+        self._open: OrderedDict[str, h5py.File] = OrderedDict()
+        self._turn = threading.Lock()
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def read(self, names: Iterable[str], samples: Ids) -> dict[str, NDArray[Any]]:
+        """Read samples of several variables: {name: (n, *shape)}, see `result_dtype`."""
+        return {name: self.read_one(name, samples) for name in names}
+
+    def read_one(self, name: str, samples: Ids) -> NDArray[Any]:
+        """Read samples of one variable, in the order asked, each sample as often as asked."""
+        variable = self.index.variables[name]
+        stored = np.empty((len(samples), *variable.shape), dtype=variable.dtype)
+        in_order = np.argsort(samples, kind="stable")
+        ascending = samples[in_order]
+        with self._turn:
+            for first, last in runs(ascending, self.index.starts):
+                self._read_run(variable, ascending, in_order, first, last, stored)
+        return unpack(variable, stored)
+
+    def _read_run(
+        self, variable: Variable, ascending: Ids, places: Ids, first: int, last: int, out: Any
+    ) -> None:
+        path, row = self.index.locate(int(ascending[first]))
+        dataset = self._file(path)[variable.path]
+        count = last - first
+        target = places[first]
+        try:
+            if np.array_equal(places[first:last], np.arange(target, target + count)):
+                dataset.read_direct(out, np.s_[row : row + count], np.s_[target : target + count])
+            else:
+                out[places[first:last]] = dataset[row : row + count]
+        except OSError as error:
+            raise DataError(
+                f"{path}: {variable.path} rows {row} to {row + count - 1} cannot be read: {error}"
+            ) from None
+
+    def _file(self, path: str) -> h5py.File:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if len(self._open) >= OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        self._open[path] = open_file(path)
+        return self._open[path]
+
+
+def runs(ascending: Ids, starts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Cut ascending samples into runs of neighbours that lie in one file.
+
+    >>> runs(np.array([3, 4, 5, 9, 10]), (0, 5, 20))
+    [(0, 2), (2, 3), (3, 5)]
+    """
+    if not len(ascending):
+        return []
+    jump = np.diff(ascending) != 1
+    file = np.searchsorted(starts, ascending, side="right")
+    edges = np.flatnonzero(jump | (np.diff(file) != 0)) + 1
+    bounds = [0, *edges.tolist(), len(ascending)]
+    return list(zip(bounds[:-1], bounds[1:]))
+
+
+def result_dtype(variable: Variable) -> np.dtype[Any]:
+    """Dtype after reading: float32 for packed and floating data, int64 for integers, uint8, bool.
+
+    float64 stays float64 only in the file: models compute in float32.
+    """
+    kind = np.dtype(variable.dtype)
+    if variable.floating:
+        return np.dtype(np.float32)
+    return kind if kind in (np.dtype(np.uint8), np.dtype(bool)) else np.dtype(np.int64)
+
+
+def unpack(variable: Variable, stored: NDArray[Any]) -> NDArray[Any]:
+    """Stored values to values, by CF: fill becomes NaN, then `stored * scale + offset`.
+
+    Computed in float64 and rounded once (CF conventions, section 8.1).
+    """
+    missing = None
+    if variable.fill is not None and variable.floating:
+        missing = stored == np.dtype(variable.dtype).type(variable.fill)
+    if variable.packed:
+        scale = 1.0 if variable.scale is None else variable.scale
+        values = stored * np.float64(scale) + np.float64(variable.offset or 0.0)
+    else:
+        values = stored
+    result = values.astype(result_dtype(variable), copy=False)
+    if missing is not None and missing.any():
+        result[missing] = np.nan
+    return result

@@ -1,0 +1,34 @@
+"""Check everything that can be checked without training, and show what would run."""
+
+import sys
+
+import tomlkit
+from mpi4py import MPI
+
+from hpctrain import assemble, log
+from hpctrain.config import Config, to_dict
+from hpctrain.errors import DONE
+from hpctrain.log import LOGGER
+from hpctrain.topology import Topology
+
+
+def dry_run(config: Config, comm: MPI.Intracomm) -> int:
+    """Build all parts, print the layout and the resolved configuration. Collective; writes nothing."""
+    with Topology.build(
+        comm, config.parallel.stages, config.train.device, config.train.threads
+    ) as topology:
+        log.start(topology)
+        job = assemble.build(config, topology, learn=False)
+        lines = comm.gather(
+            f"rank {topology.world_rank}: replica {topology.replica} stage {topology.stage} "
+            f"node {topology.node} {topology.device} threads {topology.threads} "
+            f"micro-batches {list(job.loader.micro_batches)}"
+        )
+        job.close()
+        for line in lines or []:
+            LOGGER.info(line)
+        if topology.world_rank == 0:
+            sys.stdout.write("\n" + tomlkit.dumps(to_dict(job.config)))
+            sys.stdout.flush()
+        LOGGER.info("%d steps would be taken; nothing was trained or written", job.total_steps)
+    return DONE

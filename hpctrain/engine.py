@@ -1,0 +1,241 @@
+"""One optimizer step: run the schedule's instructions, then one sum over the replicas.
+
+      for instruction in schedule(micro-batches of this replica):
+          Forward v    seed (seed, step, v) · model · loss summed over the samples
+          Backward v   gradients join the buckets
+      averager.step    one sum, the mean, the new weights
+
+A micro-batch gives the same bits wherever it is computed: its samples, its random stream and
+its kernels do not depend on the layout.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from hpctrain.averaging.averager import Averager, Result
+from hpctrain.batch import Batch
+from hpctrain.data.loader import Step
+from hpctrain.data.order import key
+from hpctrain.errors import DivergedError, HpctrainError
+from hpctrain.loss import SummedLoss
+from hpctrain.models import build as models
+from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
+from hpctrain.topology import Topology
+from hpctrain.wire import raise_together
+
+# The random stream of evaluation, for models that draw in eval mode too.
+EVALUATION = -1
+
+
+@dataclass
+class Clock:
+    """Seconds of this rank in the parts of a step, since they were last read."""
+
+    reading: float = 0.0
+    computing: float = 0.0
+    averaging: float = 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Give each part's share of the sum."""
+        total = self.reading + self.computing + self.averaging
+        return {name: value / total if total else 0.0 for name, value in vars(self).items()}
+
+
+@dataclass
+class Engine:
+    """Takes steps and evaluates. All ranks call the same methods in the same order."""
+
+    topology: Topology
+    module: nn.Module
+    loss: SummedLoss
+    averager: Averager
+    names: list[str]
+    """The model's inputs, in order."""
+    seed: int
+    autocast: str = "none"
+    clock: Clock = field(default_factory=Clock)
+    on_gradient: Callable[[int], None] | None = None
+    """Called after each micro-batch's backward; `verify` looks at gradients with it."""
+
+    def __post_init__(self) -> None:
+        """Learn how forward gets its inputs."""
+        self.named = models.by_name(self.module, self.names)
+        self._losses: dict[int, torch.Tensor] = {}
+
+    def step(
+        self,
+        number: int,
+        step: Step[Batch],
+        clip: float = 0.0,
+        lr: Iterable[float] | None = None,
+        stop: bool = False,
+        save: bool = False,
+    ) -> Result:
+        """Take optimizer step `number` (from 0). Collective.
+
+        `stop` and `save` are this rank's wishes; the result counts the ranks that have them.
+
+        A failure on any rank (reading, the model, a loss that is not finite) is raised on all
+        of them, with the failing rank's name; the weights are then as before the step.
+        """
+        began = time.perf_counter()
+        failure = step.failure
+        self.averager.begin(len(step.micro_batches))
+        self.module.train()
+        if failure is None:
+            failure = self.run_micro_batches(number, step)
+        self.averager.tally.errors = int(failure is not None)
+        self.averager.tally.stops, self.averager.tally.saves = int(stop), int(save)
+        computed = time.perf_counter()
+        result = self.averager.step(clip, lr)
+        self.clock.computing += computed - began
+        self.clock.averaging += time.perf_counter() - computed
+        if result.errors:
+            raise_together(self.topology.comms.world, failure)
+        if not (math.isfinite(result.loss) and math.isfinite(result.norm)):
+            diverged = DivergedError(self._explain(number, result))
+            diverged.agreed = True  # every rank has the same sums
+            raise diverged
+        return result
+
+    def run_micro_batches(self, number: int, step: Step[Batch]) -> Exception | None:
+        """Run the instructions; give the failure of this rank, if any. Local: nothing is summed."""
+        instruction: Instruction | None = None
+        try:
+            for instruction in one_stage(step.micro_batches):
+                batch = step.micro_batches[instruction.micro_batch]
+                if len(batch):
+                    self._execute(instruction, number, batch)
+        except HpctrainError as error:
+            return error
+        except Exception as error:
+            where = instruction.micro_batch if instruction else "none"
+            error.add_note(f"at step {number}, micro-batch {where}, on the rank named above")
+            return error
+        return None
+
+    def _execute(self, instruction: Instruction, number: int, batch: Batch) -> None:
+        if isinstance(instruction, Forward):
+            self._losses[instruction.micro_batch] = self._forward(
+                number, instruction.micro_batch, batch
+            )
+        elif isinstance(instruction, Backward):
+            self._losses.pop(instruction.micro_batch).backward()
+            self.averager.tally.ran += 1
+            if self.on_gradient:
+                self.on_gradient(instruction.micro_batch)
+
+    def _forward(self, number: int, micro_batch: int, batch: Batch) -> torch.Tensor:
+        torch.manual_seed(key(self.seed, number, micro_batch) >> 1)
+        total, weight = self._loss(batch)
+        value = float(total)
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss is {value} at step {number}, micro-batch {micro_batch}, samples "
+                f"{listed(batch.samples)}: lower optimizer.init_args.lr, set train.clip, or look "
+                f"at these samples"
+            )
+        self.averager.tally.loss += value
+        self.averager.tally.weight += float(weight)
+        return total
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        on_device = batch.to(self.topology.device)
+        with self._precision():
+            outputs = models.call(self.module, on_device.inputs, self.named)
+        return self.loss(to_float(outputs), on_device)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.autocast == "none":
+            return nullcontext()
+        kind = self.topology.device.split(":")[0]
+        return torch.autocast(kind, dtype=torch.bfloat16)
+
+    def _explain(self, number: int, result: Result) -> str:
+        """Name what is not finite though every rank's loss was: weight 0, or a gradient."""
+        if not result.weight:
+            return (
+                f"step {number}: all weights of the batch are 0, so it has no mean: "
+                f"look at data.weights and data.missing"
+            )
+        bad = [
+            name
+            for name in self.averager.named
+            if not bool(torch.isfinite(self.averager.gradient(name)).all())
+        ]
+        return (
+            f"the gradient of {', '.join(bad[:3]) or 'a parameter'} is not finite at step {number} "
+            f"(loss {result.loss:.6g}): lower optimizer.init_args.lr or set train.clip"
+        )
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch) -> Any:
+        """Run the model in eval mode on one micro-batch. Local."""
+        self.module.eval()
+        torch.manual_seed(key(self.seed, EVALUATION) >> 1)
+        with self._precision():
+            found = models.call(self.module, batch.to(self.topology.device).inputs, self.named)
+        return to_float(found)
+
+    def evaluate(
+        self,
+        batches: Iterator[Batch],
+        measure: Callable[[Any, Batch], dict[str, tuple[float, float]]],
+    ) -> dict[str, tuple[float, float]]:
+        """Sums of the loss and the metrics over all ranks' batches, exact to the sample.
+
+        Gives {name: (numerator, denominator)}, `loss` among them. Collective; ranks may have
+        different numbers of batches.
+        """
+        sums: dict[str, np.ndarray[Any, Any]] = {}
+        failure: Exception | None = None
+        try:
+            for batch in batches:
+                outputs = self.outputs(batch)
+                total, weight = self.loss(outputs, batch.to(self.topology.device))
+                found = {"loss": (float(total), float(weight)), **measure(outputs, batch)}
+                for name, pair in found.items():
+                    sums[name] = sums.get(name, np.zeros(2)) + pair
+        except Exception as error:
+            failure = error
+        raise_together(self.topology.comms.world, failure)
+        return sum_over(self.topology.comms.data, sums)
+
+
+def sum_over(comm: MPI.Intracomm, sums: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Sum pairs by name over the ranks; a rank may lack a name. Collective."""
+    names = sorted(set().union(*comm.allgather(list(sums))))
+    table = np.array([sums.get(name, np.zeros(2)) for name in names], dtype=np.float64)
+    comm.Allreduce(MPI.IN_PLACE, table, op=MPI.SUM)
+    return {name: (float(a), float(b)) for name, (a, b) in zip(names, table)}
+
+
+def to_float(outputs: Any) -> Any:
+    """Give 16-bit outputs as float32: losses are sums, and sums need digits."""
+    if isinstance(outputs, torch.Tensor):
+        half = outputs.dtype in (torch.bfloat16, torch.float16)
+        return outputs.float() if half else outputs
+    if isinstance(outputs, dict):
+        return {name: to_float(value) for name, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return [to_float(value) for value in outputs]
+    return outputs
+
+
+def listed(samples: Any, most: int = 8) -> str:
+    """Write sample numbers, the first few.
+
+    >>> listed(np.arange(10), most=3)
+    '0, 1, 2 and 7 more'
+    """
+    text = ", ".join(str(int(s)) for s in samples[:most])
+    return text + (f" and {len(samples) - most} more" if len(samples) > most else "")

@@ -1,0 +1,56 @@
+"""Errors that say what was asked, what was found and what to do, and the exit statuses."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+DONE = 0
+FAILED = 1
+WRONG_INPUT = 2
+STOPPED_EARLY = 75
+
+
+class HpctrainError(Exception):
+    """An error whose text is written for the user; no traceback is shown for it."""
+
+    status = FAILED
+    agreed = False
+    """Whether all ranks raise it: then each can leave in peace, else the job must be aborted."""
+
+
+class ConfigError(HpctrainError):
+    """The configuration or the arguments are wrong (exit status 2)."""
+
+    status = WRONG_INPUT
+
+
+class DataError(HpctrainError):
+    """The data are wrong (exit status 2)."""
+
+    status = WRONG_INPUT
+
+
+class CheckpointError(HpctrainError):
+    """A checkpoint can't be written or read."""
+
+
+class DivergedError(HpctrainError):
+    """The loss or the gradient is no longer a number."""
+
+
+class RankError(HpctrainError):
+    """A rank failed with an error of the user's code or of a library; the text is its traceback."""
+
+
+def nearest(name: str, legal: Iterable[str], most: int = 3) -> str:
+    """Name the legal names nearest to a wrong one, for the end of an error message.
+
+    >>> nearest("stpes", ["steps", "seed", "batch"])
+    'did you mean steps?'
+    >>> nearest("zzz", ["steps", "seed"])
+    'legal are seed, steps'
+    """
+    legal = sorted(legal)
+    found = get_close_matches(name, legal, n=most, cutoff=0.5)
+    if found:
+        return f"did you mean {', '.join(found)}?"
+    return f"legal are {', '.join(legal)}" if legal else "none are legal here"

@@ -1,0 +1,39 @@
+"""Log lines begin `r0/4 s1 |`: which rank of how many, and its stage where there are several."""
+
+import logging
+import sys
+from pathlib import Path
+
+from hpctrain.topology import Topology
+
+LOGGER = logging.getLogger("hpctrain")
+
+
+def prefix(world_rank: int, world_size: int, stage: int = 0, stages: int = 1) -> str:
+    """Give the beginning of each log line.
+
+    >>> prefix(0, 4), prefix(5, 8, stage=1, stages=2)
+    ('r0/4 | ', 'r5/8 s1 | ')
+    """
+    return f"r{world_rank}/{world_size} " + (f"s{stage} | " if stages > 1 else "| ")
+
+
+def start(topology: Topology) -> None:
+    """Log to standard output: world rank 0 everything, the other ranks warnings. Local."""
+    LOGGER.handlers.clear()
+    LOGGER.propagate = False
+    LOGGER.setLevel(logging.INFO if topology.world_rank == 0 else logging.WARNING)
+    LOGGER.addHandler(_formatted(logging.StreamHandler(sys.stdout), topology))
+
+
+def to_file(path: Path, topology: Topology) -> None:
+    """Append this rank's lines to the run's log.txt as well. Local."""
+    LOGGER.addHandler(_formatted(logging.FileHandler(path, encoding="utf-8"), topology))
+
+
+def _formatted(handler: logging.Handler, topology: Topology) -> logging.Handler:
+    start_of_line = prefix(
+        topology.world_rank, topology.world_size, topology.stage, topology.stages
+    )
+    handler.setFormatter(logging.Formatter(start_of_line.replace("%", "%%") + "%(message)s"))
+    return handler

@@ -1,0 +1,97 @@
+"""The loss is a sum over samples; only the sum over all ranks is divided, by the global weight.
+
+      L = Σ_i Σ_e w_ie l_ie / n        W = Σ_i Σ_e w_ie / n        loss = Σ_ranks L / Σ_ranks W
+
+l_ie: loss of element e of sample i; w_ie: its weight (1 where none is given); n: elements of a
+sample. A sample of full weight adds 1 to W, so uneven batches and masks need no special case.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hpctrain.batch import Batch
+from hpctrain.errors import ConfigError
+
+
+class SummedLoss:
+    """Turns a loss of (output, target) into (L, W) of a micro-batch. Local."""
+
+    def __init__(self, loss: Callable[..., torch.Tensor]) -> None:
+        """Take a loss that gives one value an element or a sample, or a mean over samples."""
+        self.loss = loss
+
+    def __call__(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give (L, W), scalars; L carries the graph. With several targets L is their sum."""
+        sums, weights = [], []
+        for name, output, target in pairs(outputs, batch.targets):
+            values = self.loss(output, target)
+            total, weight = weigh(values, batch.weights.get(name), len(batch), name)
+            sums.append(total)
+            weights.append(weight)
+        return torch.stack(sums).sum(), torch.stack(weights).mean()
+
+
+def weigh(
+    values: torch.Tensor, weights: torch.Tensor | None, count: int, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of loss values, shaped () or (count, …), and the weight it stands for."""
+    if values.ndim == 0:
+        if weights is not None:
+            raise ConfigError(
+                f"the loss gives one number for the micro-batch, but {name} has weights or a "
+                f"mask: use a loss with reduction = 'none', or one value a sample"
+            )
+        return values * count, torch.tensor(float(count), device=values.device)
+    if values.shape[0] != count:
+        raise ConfigError(
+            f"the loss gives shape {tuple(values.shape)} for {count} samples of {name}: "
+            f"a mean over samples, or values with the samples first, were expected"
+        )
+    each = values.numel() // count
+    if weights is None:
+        return values.sum() / each, torch.tensor(float(count), device=values.device)
+    if weights.ndim > values.ndim:
+        weights = weights.reshape(count, -1).mean(dim=1)
+    weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+    return (values * weights).sum() / each, weights.expand_as(values).sum() / each
+
+
+def pairs(
+    outputs: Any, targets: dict[str, torch.Tensor]
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Match what the model gives with the targets: one to one, by name or in order."""
+    names = list(targets)
+    if isinstance(outputs, dict):
+        if set(names) - set(outputs):
+            raise ConfigError(f"the model gives {sorted(outputs)}, data.targets are {names}")
+        found = [outputs[name] for name in names]
+    elif isinstance(outputs, (list, tuple)):
+        found = list(outputs)
+    else:
+        found = [outputs]
+    if len(found) != len(names):
+        raise ConfigError(
+            f"the model gives {len(found)} outputs for {len(names)} targets {names}: "
+            f"return as many tensors, or a dictionary by name"
+        )
+    return [(name, fit(output, targets[name], name), targets[name]) for name, output in zip(names, found)]
+
+
+def fit(output: torch.Tensor, target: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuse the one shape error that torch broadcasts silently: (n, 1) against (n,)."""
+    if target.is_floating_point() and output.shape != target.shape:
+        if output.numel() == target.numel():
+            return output.reshape(target.shape)
+        raise ConfigError(
+            f"the model gives shape {tuple(output.shape)} for target {name} of shape "
+            f"{tuple(target.shape)}, samples first: they must agree"
+        )
+    return output
+
+
+def takes_reduction(factory: Callable[..., Any]) -> bool:
+    """Tell whether a loss class has a `reduction` argument, as torch's have."""
+    return "reduction" in inspect.signature(factory).parameters

@@ -1,0 +1,1 @@
+"""Models, one file each; a user's own module needs no place here."""

@@ -1,0 +1,114 @@
+"""Build a model from its class path: which shapes reach the constructor, what forward gets.
+
+Constructor: an argument that the configuration leaves out is filled from the data by its name,
+
+      input_shape, output_shape      shape of one sample of the first input, target
+      input_shapes, output_shapes    {name: shape} of all inputs, targets
+      in_channels, out_channels      first dimension of input_shape, output_shape (1 if none)
+      in_features, out_features      last dimension of them (1 if none)
+
+forward: if every parameter without a default bears the name of an input, inputs go by name,
+else by position in the order of `data.inputs`.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain import construct
+from hpctrain.config import ClassPath
+from hpctrain.errors import ConfigError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shape_arguments(inputs: Shapes, outputs: Shapes) -> dict[str, Any]:
+    """Give what a constructor may take from the data, by argument name.
+
+    >>> shape_arguments({"x": (3, 8, 8)}, {"y": ()})["in_channels"]
+    3
+    """
+    arguments: dict[str, Any] = {}
+    for side, short, shapes in (("input", "in", inputs), ("output", "out", outputs)):
+        first = next(iter(shapes.values()))
+        arguments[f"{side}_shape"] = first
+        arguments[f"{side}_shapes"] = dict(shapes)
+        arguments[f"{short}_channels"] = first[0] if first else 1
+        arguments[f"{short}_features"] = first[-1] if first else 1
+    return arguments
+
+
+FILLED = tuple(shape_arguments({"": ()}, {"": ()}))
+"""Names of the arguments that the data fill in."""
+
+
+def complete(spec: ClassPath, inputs: Shapes, outputs: Shapes) -> ClassPath:
+    """Check the arguments and fill in shapes; what comes back builds the model without data."""
+    if not spec.class_path:
+        raise ConfigError("model.class_path is not set: name a torch.nn.Module, such as my_module.MyModel")
+    arguments = construct.check(spec, "model", **shape_arguments(inputs, outputs))
+    return ClassPath(spec.class_path, {name: listed(value) for name, value in arguments.items()})
+
+
+def listed(value: Any) -> Any:
+    """Give tuples as lists, as they come back from TOML.
+
+    >>> listed({"x": (1, 2)})
+    {'x': [1, 2]}
+    """
+    if isinstance(value, dict):
+        return {name: listed(item) for name, item in value.items()}
+    return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def tupled(value: Any) -> Any:
+    """Give shapes as tuples, as torch has them."""
+    if isinstance(value, dict):
+        return {name: tuple(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def build(spec: ClassPath, seed: int) -> nn.Module:
+    """Build the module on the CPU; its weights depend on the seed alone. Local."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    arguments = {n: tupled(v) if n in FILLED else v for n, v in spec.init_args.items()}
+    module = construct.build(spec, "model", **arguments)
+    torch.random.set_rng_state(state)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"model.class_path = {spec.class_path!r} is no torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(f"model.class_path = {spec.class_path!r}: it has no parameter to train")
+    return module
+
+
+def by_name(module: nn.Module, names: list[str]) -> bool:
+    """Tell whether forward gets its inputs by name; raises where it can't get them at all."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty
+    ]
+    keyword = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if set(needed) <= set(names) and (anything or set(names) <= set(keyword)):
+        return True
+    most = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    unbounded = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(needed) > len(names) or (len(names) > most and not unbounded):
+        raise ConfigError(
+            f"{type(module).__name__}.forward takes {', '.join(p.name for p in parameters)}, "
+            f"data.inputs give {', '.join(names)}: their number must agree"
+        )
+    return False
+
+
+def call(module: nn.Module, inputs: dict[str, torch.Tensor], named: bool) -> Any:
+    """Run forward by the rule above."""
+    return module(**inputs) if named else module(*inputs.values())

@@ -1,0 +1,1 @@
+"""Pipeline stages: schedules are generators of instructions that the engine runs."""

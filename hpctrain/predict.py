@@ -1,0 +1,118 @@
+"""Predictions of a trained model into one HDF5 file, written by all ranks at once.
+
+      rank 0   creates the file: datasets contiguous, their place in the file known
+      rank r   writes its rows' bytes there:   │ r0 r0 │ r1 r1 │ r2 r2 │
+
+Plain HDF5 without its MPI driver can't be written by several processes; bytes at known places can.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from mpi4py import MPI
+
+from hpctrain import assemble, log
+from hpctrain.assemble import Job
+from hpctrain.errors import ConfigError, nearest
+from hpctrain.log import LOGGER
+from hpctrain.topology import Topology
+from hpctrain.use import open_run
+from hpctrain.wire import from_root, together
+
+Offsets = dict[str, int]
+
+
+def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Intracomm) -> Path:
+    """Write the predictions of a split. Collective over `comm`.
+
+    The file has one dataset a target, rows in the order of the split, with units and
+    coordinates, and `sample`, the row of the whole data that each is for.
+    """
+    with Topology.build(comm) as topology:
+        log.start(topology)
+        config, stored = from_root(topology.comms.world, lambda: open_run(run, step))
+        config = replace(config, parallel=replace(config.parallel, stages=1))
+        job = assemble.build(config, topology, learn=False)
+        job.restore(stored, weights_only=True)
+        try:
+            write(job, split, output, topology.comms.world)
+        finally:
+            job.reader.close()
+        LOGGER.info("%d predictions of %s, step %d, in %s", len(job.index.splits[split]), run, stored.step, output)
+    return output
+
+
+def write(job: Job, split: str, output: Path, world: MPI.Intracomm) -> None:
+    """Write under a temporary name, by all ranks, then rename. Collective."""
+    temporary = output.with_name(output.name + ".tmp")
+
+    def begin() -> tuple[Offsets, list[str]]:
+        if split not in job.index.splits:
+            raise ConfigError(f"--split {split}: {nearest(split, job.index.splits)}")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return create(job, split, temporary)
+
+    offsets, dtypes = from_root(world, begin)
+    kinds = dict(zip(offsets, dtypes))
+    with together(world), open(temporary, "rb+") as file:
+        blocks = job.split_blocks(split)
+        for (start, _), batch in zip(blocks, job.split_batches(split)):
+            found = job.task.predict(job.engine.outputs(batch), batch)
+            for name, values in found.items():
+                rows = np.ascontiguousarray(values, dtype=kinds[name])
+                os.pwrite(file.fileno(), rows.tobytes(), offsets[name] + start * rows[0].nbytes)
+        os.fsync(file.fileno())
+    from_root(world, lambda: temporary.replace(output))
+
+
+def create(job: Job, split: str, path: Path) -> tuple[Offsets, list[str]]:
+    """Make the file with all names, units and coordinates; give where each dataset's bytes lie."""
+    samples = job.index.splits[split].samples(np.arange(len(job.index.splits[split])))
+    dtypes: list[str] = []
+    with h5py.File(path, "w") as file:
+        file.attrs["source"] = f"hpctrain predict, split {split}"
+        file["sample"] = samples
+        first = axis_of_samples(job, file, samples)
+        for wanted in job.task.predictions():
+            made = contiguous(file, wanted.name, (len(samples), *wanted.shape), wanted.dtype)
+            dtypes.append(wanted.dtype)
+            if wanted.units:
+                made.attrs["units"] = wanted.units
+            made.dims[0].attach_scale(file[first])
+            for at, (name, (values, units)) in enumerate(wanted.coordinates.items(), start=1):
+                if name not in file:
+                    file[name] = values
+                    file[name].attrs["units"] = units
+                    file[name].make_scale(name)
+                made.dims[at].attach_scale(file[name])
+        names = [wanted.name for wanted in job.task.predictions()]
+    with h5py.File(path, "r") as file:
+        return {name: file[name].id.get_offset() for name in names}, dtypes
+
+
+def axis_of_samples(job: Job, file: h5py.File, samples: Any) -> str:
+    """Write the coordinate of the samples, if the data have one; give the name of the first axis."""
+    name = "sample"
+    if job.index.coordinate is not None:
+        name = job.config.data.coordinate.strip("/").rsplit("/", 1)[-1]
+        file[name] = job.index.coordinate[samples]
+        for key, value in job.index.coordinate_attributes:
+            if key not in ("CLASS", "NAME"):
+                file[name].attrs[key] = value
+    file[name].make_scale(name)
+    return name
+
+
+def contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
+    """Make a dataset whose bytes exist, in one run, before anything is written."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    space = h5py.h5s.create_simple(shape)
+    kind = h5py.h5t.py_create(np.dtype(dtype))
+    made = h5py.h5d.create(file.id, name.encode(), kind, space, properties)
+    return h5py.Dataset(made)

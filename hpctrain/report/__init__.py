@@ -1,0 +1,1 @@
+"""What the user sees: the run folder that others read, progress, pictures."""

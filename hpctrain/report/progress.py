@@ -1,0 +1,98 @@
+"""What a step shows: a bar on a terminal, plain lines in a batch log."""
+
+import os
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hpctrain.log import LOGGER
+
+
+def on_terminal() -> bool:
+    """Tell whether a person watches standard output.
+
+    mpirun gives its ranks a terminal of its own even where it writes to a file itself, so
+    under a launcher the launcher's standard output is looked at.
+    """
+    if not sys.stdout.isatty():
+        return False
+    if "PMIX_RANK" not in os.environ:
+        return True
+    try:
+        target = os.readlink(f"/proc/{os.getppid()}/fd/1")
+    except OSError:
+        return False
+    return target.startswith(("/dev/pts/", "/dev/tty"))
+
+
+class ProgressView:
+    """Shows the steps on world rank 0; a context manager."""
+
+    def __init__(self, total: int, done: int, shows: bool, log_seconds: float) -> None:
+        """Take all steps, the steps done before, and whether this rank shows anything."""
+        self.total, self.shows, self.log_seconds = total, shows, log_seconds
+        self.bar: Progress | None = None
+        self.last = time.perf_counter()
+        self.began, self.first = self.last, done
+        self.due = shows
+        if shows and on_terminal():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            console = Console(force_terminal=True, width=terminal_width())
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task("train", total=total, completed=done, note="")
+
+    def __enter__(self) -> "ProgressView":
+        """Start the bar."""
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the bar."""
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, done: int, loss: float, rate: float, shares: dict[str, float]) -> None:
+        """Show that `done` steps are done: loss, samples a second over all ranks, time shares."""
+        if not self.shows:
+            return
+        parts = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        note = f"loss {loss:.4g} | {rate:,.0f} samples/s | {parts}"
+        now = time.perf_counter()
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+        elif now - self.last >= self.log_seconds or done == self.total or self.due:
+            left = (self.total - done) * (now - self.began) / max(1, done - self.first)
+            LOGGER.info("step %d/%d | %s | %s left", done, self.total, note, clock(left))
+            self.last, self.due = now, False
+
+
+def clock(seconds: float) -> str:
+    """Write a duration.
+
+    >>> clock(59), clock(3725)
+    ('0:59', '1:02:05')
+    """
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    start = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{start}:{whole % 60:02d}"
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, 100 where it does not say (mpirun's own says 0)."""
+    try:
+        return os.get_terminal_size().columns or 100
+    except OSError:
+        return 100

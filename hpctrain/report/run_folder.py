@@ -1,0 +1,87 @@
+"""The run folder: config.toml, metrics.jsonl, log.txt, checkpoints/, pictures/.
+
+One object a line in metrics.jsonl, each with `event`, `step`, `time`. After a resume a later
+row replaces an earlier one of the same event and step; `rows` reads it so.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from hpctrain.checkpoint.files import write_whole
+from hpctrain.config import Config, to_dict
+
+EVENTS = ("start", "train", "validate", "checkpoint", "end")
+
+
+class RunFolder:
+    """A run's folder; only world rank 0 writes, on the others every call does nothing."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        """Take the folder and whether this rank writes."""
+        self.path, self.writes = path, writes
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the pictures."""
+        return self.path / "pictures"
+
+    @property
+    def log(self) -> Path:
+        """The log file."""
+        return self.path / "log.txt"
+
+    def create(self, config: Config) -> None:
+        """Make the folder and write the resolved configuration."""
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = "# The resolved configuration of this run; repeat it with\n"
+            text += f"# hpctrain train {self.path / 'config.toml'} --train.run_folder NEW\n\n"
+            write_whole(self.path / "config.toml", text + tomlkit.dumps(to_dict(config)))
+
+    def row(self, event: str, step: int, **values: Any) -> None:
+        """Append one row; numbers that are not finite become null, as JSON has none."""
+        if not self.writes:
+            return
+        entry = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, later rows of the same event and step in the place of earlier ones.
+
+    A line that a kill cut short is passed over.
+    """
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    if not path.is_file():
+        return []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found[(row["event"], row["step"], row.get("split", ""))] = row
+    return list(found.values())
+
+
+def free_number(pattern: str) -> str:
+    """Put the lowest number that is not taken in the place of `#` in a path.
+
+    >>> free_number("/nowhere/climate-#")
+    '/nowhere/climate-1'
+    """
+    number = 1
+    while Path(pattern.replace("#", str(number))).exists():
+        number += 1
+    return pattern.replace("#", str(number))

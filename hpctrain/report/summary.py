@@ -1,0 +1,137 @@
+"""What a run says at its start, at each step and at its end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import h5py
+import torch
+from mpi4py import MPI
+
+from hpctrain import __version__
+from hpctrain.assemble import Job
+from hpctrain.averaging.averager import Result
+from hpctrain.log import LOGGER
+from hpctrain.report import pictures
+from hpctrain.report.run_folder import RunFolder, rows
+
+Metrics = dict[str, float]
+
+
+def start(job: Job, run: RunFolder, resumed_step: int, baselines: dict[str, Metrics]) -> None:
+    """Say what will run, and write the "start" row."""
+    topology, index = job.topology, job.index
+    parameters = sum(p.numel() for p in job.engine.module.parameters())
+    count = job.config.parallel.micro_batches
+    run.row(
+        "start",
+        resumed_step,
+        world_size=topology.world_size,
+        nodes=topology.nodes,
+        replicas=topology.replicas,
+        stages=topology.stages,
+        micro_batches=count,
+        resumed_step=resumed_step,
+        total_steps=job.total_steps,
+        threads=topology.threads,
+        device=topology.device,
+        parameters=parameters,
+        samples={name: len(split) for name, split in index.splits.items()},
+        baselines=baselines,
+        versions=versions(),
+    )
+    LOGGER.info("run folder %s", run.path)
+    LOGGER.info(
+        "%d ranks on %d nodes: %d replicas x %d stages, %d micro-batches a step, %d threads a rank, %s",
+        *(topology.world_size, topology.nodes, topology.replicas, topology.stages),
+        *(count, topology.threads, topology.device),
+    )
+    splits = ", ".join(f"{len(split)} {name}" for name, split in index.splits.items())
+    LOGGER.info("%d samples in %d files: %s", index.length, len(index.files), splits)
+    name = job.config.model.class_path
+    LOGGER.info("%s: %s parameters, %d steps", name, f"{parameters:,}", job.total_steps)
+    for line in table(baselines):
+        LOGGER.info(line)
+
+
+def versions() -> dict[str, str]:
+    """Versions that the result may depend on."""
+    vendor, number = MPI.get_vendor()
+    return {
+        "hpctrain": __version__,
+        "torch": torch.__version__,
+        "h5py": h5py.__version__,
+        "mpi": f"{vendor} {'.'.join(map(str, number))}",
+    }
+
+
+def step(
+    run: RunFolder, at: int, epoch: float, result: Result, rate: float, lr: float, shares: Metrics
+) -> None:
+    """Write the "train" row of a step."""
+    run.row(
+        "train",
+        at,
+        epoch=round(epoch, 4),
+        loss=result.loss,
+        gradient_norm=result.norm,
+        lr=lr,
+        samples_per_second=round(rate, 2),
+        **{f"{name}_share": round(share, 4) for name, share in shares.items()},
+    )
+
+
+def table(metrics: dict[str, Metrics]) -> list[str]:
+    """Lines of a table, a row a method and a column a metric.
+
+    >>> table({"ridge": {"rmse": 0.725}})
+    ['                     rmse', 'ridge               0.725']
+    """
+    if not metrics:
+        return []
+    columns = sorted({name for found in metrics.values() for name in found})
+    lines = [" " * 12 + "".join(f"{name:>13}" for name in columns)]
+    for method, found in metrics.items():
+        cells = (f"{found[c]:13.4g}" if c in found else " " * 13 for c in columns)
+        lines.append(f"{method:12}" + "".join(cells))
+    return lines
+
+
+def draw(job: Job, run: RunFolder) -> None:
+    """Draw the pictures; world rank 0 alone."""
+    if not run.writes:
+        return
+    metric = job.task.metrics[0] if job.task.metrics else "loss"
+    pictures.curves(rows(run.path / "metrics.jsonl"), metric, run.pictures / "curves.png")
+    found = job.task.maps(job.engine.outputs)
+    if found is not None:
+        pictures.maps(found, run.pictures / "maps.png")
+
+
+def end(
+    job: Job, run: RunFolder, reason: str, found: Metrics, baselines: dict[str, Metrics]
+) -> None:
+    """Say how it ended: the metrics beside the baselines, where the run and its pictures are."""
+    LOGGER.info("done: %s", reason)
+    mine = {name: value for name, value in found.items() if name != "loss" or not baselines}
+    ranked = rank_methods({**baselines, "hpctrain": mine}, job.task.metrics)
+    for line in table(ranked if found else {}):
+        LOGGER.info(line)
+    LOGGER.info("run folder %s", run.path)
+    if run.pictures.is_dir():
+        names = sorted(path.name for path in run.pictures.glob("*.png"))
+        LOGGER.info("pictures in %s: %s", run.pictures, ", ".join(names))
+
+
+def rank_methods(metrics: dict[str, Metrics], names: Sequence[str]) -> dict[str, Metrics]:
+    """Order methods by the first metric, the largest first.
+
+    >>> list(rank_methods({"a": {"rmse": 1.0}, "b": {"rmse": 2.0}}, ["rmse"]))
+    ['b', 'a']
+    """
+    if not names:
+        return metrics
+
+    def value(item: tuple[str, dict[str, Any]]) -> float:
+        return -float(item[1].get(names[0], 0.0))
+
+    return dict(sorted(metrics.items(), key=value))

@@ -1,0 +1,89 @@
+"""Go on where a run stopped: its configuration must be the same, its newest good checkpoint counts."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hpctrain.checkpoint import load as loading
+from hpctrain.config import Config, differences
+from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
+from hpctrain.models.build import FILLED
+from hpctrain.parse import from_toml
+from hpctrain.report.run_folder import RunFolder
+from hpctrain.topology import Topology
+from hpctrain.wire import from_root
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint keeps it as JSON."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    position: int = 0
+    """Samples consumed since the start."""
+    best: float | None = None
+    """Best monitored metric so far."""
+    best_step: int | None = None
+    waited: int = 0
+    """Validations since the best."""
+    ended: str = ""
+    """Why the run ended before its last step, if it did."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return dict(vars(self))
+
+    @staticmethod
+    def of(stored: loading.Stored | None) -> "Progress":
+        """Read it back; a run without a checkpoint stands at its start."""
+        if stored is None:
+            return Progress()
+        return Progress(**{name: stored.state[name] for name in vars(Progress())})
+
+
+def resume(config: Config, run: RunFolder, topology: Topology) -> tuple[Config, loading.Stored | None]:
+    """Compare with the run in the folder, if there is one. Collective.
+
+    Gives the configuration to run with and the checkpoint to go on from (None: a new run).
+    Raises ConfigError naming each difference.
+    """
+    return from_root(topology.comms.world, lambda: look(config, run))
+
+
+def look(config: Config, run: RunFolder) -> tuple[Config, loading.Stored | None]:
+    """Look into the run folder. Local: one rank."""
+    path = run.path / "config.toml"
+    if not path.is_file():
+        if run.path.is_dir() and any(run.path.iterdir()):
+            raise ConfigError(
+                f"train.run_folder = {run.path} is not empty and holds no run: name another folder"
+            )
+        return config, None
+    before = from_toml(path)
+    asked = adopt(config, before)
+    lines = differences(before, asked)
+    if lines:
+        raise ConfigError(
+            f"{run.path} holds a run with another configuration:\n  "
+            + "\n  ".join(lines)
+            + "\ntake these values to go on with it, or --train.run_folder NEW to start afresh"
+        )
+    stored, passed_over = loading.newest(run.checkpoints)
+    for line in passed_over:
+        LOGGER.warning("passed over: %s", line)
+    if stored is not None:
+        LOGGER.info("resuming %s from step %d", run.path, stored.step)
+    return asked, stored
+
+
+def adopt(config: Config, before: Config) -> Config:
+    """Take over what the first start filled in: shapes of the model, the count of micro-batches."""
+    model = config.model
+    if model.class_path == before.model.class_path:
+        filled = {n: v for n, v in before.model.init_args.items() if n in FILLED}
+        model = replace(model, init_args={**filled, **model.init_args})
+    parallel = config.parallel
+    if parallel.micro_batches == "auto":
+        parallel = replace(parallel, micro_batches=before.parallel.micro_batches)
+    return replace(config, model=model, parallel=parallel)

@@ -1,0 +1,154 @@
+"""The training loop, on one page. It knows all rooms; they do not know one another."""
+
+import time
+from pathlib import Path
+
+from mpi4py import MPI
+
+from hpctrain import assemble, log
+from hpctrain.assemble import Job
+from hpctrain.checkpoint import load as loading
+from hpctrain.checkpoint import save as saving
+from hpctrain.config import Config
+from hpctrain.data import order
+from hpctrain.errors import DONE, STOPPED_EARLY
+from hpctrain.log import LOGGER
+from hpctrain.report import summary
+from hpctrain.report.progress import ProgressView
+from hpctrain.report.run_folder import RunFolder
+from hpctrain.resilience.signals import StopSignals
+from hpctrain.resume import Progress, resume
+from hpctrain.topology import Topology
+from hpctrain.validate import Validator
+from hpctrain.wire import from_root, together
+
+
+def train(config: Config, comm: MPI.Intracomm) -> int:
+    """Train to the end, or to a signal; give the exit status. Collective over `comm`."""
+    with Topology.build(
+        comm, config.parallel.stages, config.train.device, config.train.threads
+    ) as topology, StopSignals() as signals:
+        log.start(topology)
+        run = RunFolder(Path(config.train.run_folder), writes=topology.world_rank == 0)
+        config, stored = resume(config, run, topology)
+        job = assemble.build(config, topology, learn=stored is None)
+        try:
+            if finished(job, stored, run):
+                return DONE
+            return Loop(job, run, stored, signals).run()
+        finally:
+            job.loader.close()
+
+
+def finished(job: Job, stored: loading.Stored | None, run: RunFolder) -> bool:
+    """Say so where nothing is left to do."""
+    if stored is None or (stored.step < job.total_steps and not stored.state["ended"]):
+        return False
+    why = stored.state["ended"] or f"step {stored.step} of {job.total_steps}"
+    LOGGER.info("%s is finished (%s); nothing was changed", run.path, why)
+    LOGGER.info("to go on: a larger --train.epochs or --train.steps")
+    LOGGER.info("to start afresh: --train.run_folder NEW (runs/name-# takes the next free number)")
+    return True
+
+
+class Loop:
+    """The state of the loop: the step, the position, the best so far."""
+
+    def __init__(
+        self, job: Job, run: RunFolder, stored: loading.Stored | None, signals: StopSignals
+    ) -> None:
+        """Take the parts, and the checkpoint to go on from."""
+        self.job, self.run_folder, self.signals = job, run, signals
+        self.at = Progress.of(stored)
+        self.resumed_step = self.at.step
+        if stored is not None:
+            job.restore(stored)
+        self.validator = Validator(job, run, self.at)
+        self.last_saved = time.monotonic()
+
+    def run(self) -> int:
+        """Take steps until the total, a signal, or patience runs out; save, report."""
+        job, train = self.job, self.job.config.train
+        self.run_folder.create(job.config)
+        with together(job.topology.comms.world):
+            log.to_file(self.run_folder.log, job.topology) if self.run_folder.writes else None
+        baselines = self.validator.baselines()
+        summary.start(job, self.run_folder, self.resumed_step, baselines)
+        stopped = False
+        shows = job.topology.world_rank == 0
+        steps = job.loader.steps(self.at.position)
+        view = ProgressView(job.total_steps, self.at.step, shows, job.config.report.log_seconds)
+        with view:
+            while self.at.step < job.total_steps and not (stopped or self.at.ended):
+                began = time.perf_counter()
+                step = next(steps)
+                job.engine.clock.reading += time.perf_counter() - began
+                rates = [group["lr"] for group in job.averager.optimizer.param_groups]
+                result = job.engine.step(
+                    self.at.step, step, train.clip, rates, bool(self.signals.name), self.late()
+                )
+                job.scheduler_step()
+                self.at.step += 1
+                self.at.position = step.next_position
+                rate = (step.next_position - step.position) / (time.perf_counter() - began)
+                shares = job.engine.clock.shares()
+                summary.step(self.run_folder, self.at.step, self.epoch(), result, rate, rates[0], shares)
+                view.step(self.at.step, result.loss, rate, shares)
+                stopped = result.stops > 0
+                self.validator.after_step(self.validation_due())
+                every = job.config.checkpoint.every_steps
+                if result.saves or (every and self.at.step % every == 0):
+                    self.save()
+        return self.end(stopped, baselines)
+
+    def epoch(self) -> float:
+        """Passes over the training samples so far."""
+        return self.at.position / len(self.job.loader.split)
+
+    def validation_due(self) -> bool:
+        """Whether this step ends an epoch, or `validate_steps` steps."""
+        every = self.job.config.train.validate_steps
+        if every:
+            return self.at.step % every == 0
+        length, batch = len(self.job.loader.split), self.job.config.train.batch
+        return self.at.step % order.steps_per_epoch(batch, length) == 0
+
+    def late(self) -> bool:
+        """Whether rank 0's clock asks for a checkpoint; the wish rides in the step's sum."""
+        minutes = self.job.config.checkpoint.every_minutes
+        waited = time.monotonic() - self.last_saved
+        return bool(self.run_folder.writes and minutes and waited > 60.0 * minutes)
+
+    def save(self) -> None:
+        """Write a checkpoint and remove old ones. Collective."""
+        began = time.perf_counter()
+        job, world = self.job, self.job.topology.comms.world
+        state = {
+            **self.at.state(),
+            "averager": job.averager.scalars(),
+            "scheduler": job.scheduler.state_dict(),
+        }
+        folder = self.run_folder.checkpoints
+        path = saving.save(folder, self.at.step, job.pieces(), state, world)
+        from_root(world, lambda: saving.prune(folder, job.config.checkpoint.keep, self.at.best_step))
+        seconds = time.perf_counter() - began
+        self.run_folder.row("checkpoint", self.at.step, path=str(path), seconds=round(seconds, 4))
+        self.last_saved = time.monotonic()
+
+    def end(self, stopped: bool, baselines: dict[str, dict[str, float]]) -> int:
+        """Validate for the last time, save, draw, write the end row."""
+        job = self.job
+        if stopped and self.at.step < job.total_steps:
+            self.save()
+            reason = f"{self.signals.name or 'a signal on another rank'} at step {self.at.step}"
+            self.run_folder.row("end", self.at.step, status="stopped", reason=reason)
+            LOGGER.info("stopped early: %s; run the same command again to go on", reason)
+            return STOPPED_EARLY
+        found = self.validator.at_end()
+        self.save()
+        reason = self.at.ended or f"all {job.total_steps} steps done"
+        if job.config.report.pictures:
+            summary.draw(job, self.run_folder)
+        self.run_folder.row("end", self.at.step, status="done", reason=reason)
+        summary.end(job, self.run_folder, reason, found, baselines)
+        return DONE

@@ -1,0 +1,98 @@
+"""Validation over all ranks, exact to the sample; early stopping and the best checkpoint."""
+
+from hpctrain.assemble import Job
+from hpctrain.engine import sum_over
+from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
+from hpctrain.report.run_folder import RunFolder
+from hpctrain.resume import Progress
+from hpctrain.wire import raise_together, together
+
+HIGHER_IS_BETTER = ("accuracy",)
+
+
+class Validator:
+    """Measures splits and writes the "validate" rows."""
+
+    def __init__(self, job: Job, run: RunFolder, at: Progress) -> None:
+        """Take the job, where its rows go, and where the run stands."""
+        self.job, self.run, self.at = job, run, at
+        splits = job.index.splits
+        self.split = next((name for name in ("validation", "test") if name in splits), "")
+        """What is measured on the way; only a validation split may choose anything."""
+        self.done = (-1, "")
+        with together(job.topology.comms.world):
+            self._check()
+
+    def _check(self) -> None:
+        train, legal = self.job.config.train, ("loss", *self.job.task.metrics)
+        if train.monitor not in legal:
+            raise ConfigError(f"train.monitor = {train.monitor!r}: legal are {', '.join(legal)}")
+        if train.patience and "validation" not in self.job.index.splits:
+            raise ConfigError(
+                "train.patience needs data.validation: "
+                "to stop by the test samples would choose on them"
+            )
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Metrics of the task's baselines on the test split (else the validation). Collective."""
+        split = "test" if "test" in self.job.index.splits else self.split
+        found: dict[str, dict[str, tuple[float, float]]] = {}
+        failure: Exception | None = None
+        try:
+            if split:
+                found = self.job.task.baselines(lambda: self.job.split_batches(split))
+        except Exception as error:
+            failure = error
+        raise_together(self.job.topology.comms.world, failure)
+        names = sorted(set().union(*self.job.topology.comms.data.allgather(list(found))))
+        return {name: self._finish(sum_over(self.job.topology.comms.data, found.get(name, {}))) for name in names}
+
+    def after_step(self, due: bool) -> None:
+        """Measure where it is due; note the best, and whether patience has run out."""
+        if not due or not self.split:
+            return
+        found = self.measure(self.split)
+        if self.split != "validation":
+            return
+        train = self.job.config.train
+        value = found[train.monitor]
+        self.job.scheduler_step(value)
+        sign = -1.0 if train.monitor in HIGHER_IS_BETTER else 1.0
+        if self.at.best is None or sign * value < sign * self.at.best:
+            self.at.best, self.at.best_step, self.at.waited = value, self.at.step, 0
+        else:
+            self.at.waited += 1
+        if train.patience and self.at.waited >= train.patience:
+            self.at.ended = (
+                f"no better {train.monitor} than {self.at.best:.6g} (step {self.at.best_step}) "
+                f"in {train.patience} validations"
+            )
+
+    def at_end(self) -> dict[str, float]:
+        """Measure the test split (else the validation) with the last weights."""
+        split = "test" if "test" in self.job.index.splits else self.split
+        if not split:
+            return {}
+        return self.last if self.done == (self.at.step, split) else self.measure(split)
+
+    def measure(self, split: str) -> dict[str, float]:
+        """Loss and metrics of a split, by all ranks; one "validate" row. Collective."""
+        job = self.job
+        sums = job.engine.evaluate(job.split_batches(split), job.task.measure)
+        found = self._finish(sums)
+        epoch = self.at.position / len(job.loader.split)
+        self.run.row("validate", self.at.step, split=split, epoch=round(epoch, 4), **found)
+        text = ", ".join(f"{name} {value:.5g}" for name, value in found.items())
+        LOGGER.info("epoch %.3g, %s: %s", epoch, split, text)
+        self.done, self.last = (self.at.step, split), found
+        return found
+
+    def _finish(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        found = {}
+        for name, (numerator, denominator) in sums.items():
+            if name == "loss":
+                found[name] = numerator / denominator if denominator else float("nan")
+            else:
+                found[name] = self.job.task.finish(name, numerator, denominator)
+        return found

@@ -1,0 +1,218 @@
+"""A few steps in the asked layout against the 1 x 1 layout, each from equal weights.
+
+      every rank   step in the asked layout                  ──► mean gradient, loss
+      rank 0       the same step alone, V micro-batches      ──► mean gradient, loss, Σ_v |g_v|
+      every rank   |asked - alone| ≤ FACTOR · ε · Σ_v |g_v| / W       element by element
+
+Gradients are compared, not weights after many steps: a weight whose true gradient is zero
+follows the noise of Adam. The bound is that of summing V terms in another order (Higham 2002,
+section 4.2: (V - 1)·ε·Σ|g_v|), with room for the division and the clip.
+"""
+
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from hpctrain import assemble, log
+from hpctrain.assemble import Job
+from hpctrain.config import Config
+from hpctrain.data.loader import Step
+from hpctrain.log import LOGGER
+from hpctrain.topology import Topology
+from hpctrain.wire import from_root, raise_together
+
+EPSILON = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What rank 0 found alone: mean gradient and bound of each parameter; loss and its bound."""
+
+    gradients: dict[str, torch.Tensor]
+    bounds: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    loss: float
+    loss_bound: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first tensor that differs on a rank, by how many times its bound."""
+
+    name: str
+    rank: int
+    times: float
+
+
+def verify(config: Config, comm: MPI.Intracomm, steps: int = 3) -> int:
+    """Compare layouts; print the finding; give 0 if equal, 1 if not. Collective over `comm`."""
+    parallel, device, threads = config.parallel, config.train.device, config.train.threads
+    with Topology.build(comm, parallel.stages, device, threads) as topology:
+        log.start(topology)
+        job = assemble.build(config, topology)
+        try:
+            found = compare(job, steps)
+        finally:
+            job.close()
+        layout = f"{topology.replicas} replicas x {topology.stages} stages"
+        if found is None:
+            LOGGER.info("equal: %d steps of %s against 1 x 1, loss and every gradient", steps, layout)
+            return 0
+        LOGGER.info("differs: %s", found)
+        return 1
+
+
+def compare(job: Job, steps: int) -> str | None:
+    """Compare `steps` steps; give None if equal, else what differs and where. Collective."""
+    world = job.topology.comms.world
+    alone: Job | None = None
+    failure: Exception | None = None
+    try:
+        if world.rank == 0:
+            alone = assemble.build(job.config, Topology.build(MPI.COMM_SELF, device=job.topology.device))
+    except Exception as error:
+        failure = error
+    raise_together(world, failure)
+    position = 0
+    try:
+        for number in range(steps):
+            step = job.loader.read(position)
+            found = one_step(job, alone, number, step)
+            if found:
+                return found
+            position = step.next_position
+    finally:
+        if alone is not None:
+            alone.close()
+            alone.topology.__exit__(None, None, None)
+    return None
+
+
+def one_step(job: Job, alone: Job | None, number: int, step: Step[Any]) -> str | None:
+    """One step in both layouts from equal weights; the asked layout keeps its new weights."""
+    world = job.topology.comms.world
+    before = snapshot(job)
+    reference = from_root(world, lambda: step_alone(alone, before, number, step.position))
+    loss = job.engine.step(number, step).loss
+    mine = first_difference(job, reference, loss)
+    differences = [d for d in world.allgather(mine) if d is not None]
+    if not differences:
+        return None
+    worst = differences[0]
+    after = snapshot(job)
+    restore(job, before)
+    culprit = micro_batch_at_fault(job, alone, before, number, step, worst.name)
+    restore(job, after)
+    return (
+        f"{worst.name} at step {number} on rank {worst.rank} of {world.size}, by {worst.times:.3g} "
+        f"times the bound; {culprit}"
+    )
+
+
+def snapshot(job: Job) -> dict[str, torch.Tensor]:
+    """Copy all weights and buffers."""
+    return {name: value.detach().clone() for name, value in job.engine.module.state_dict().items()}
+
+
+def restore(job: Job, state: dict[str, torch.Tensor]) -> None:
+    """Put weights and buffers back."""
+    with torch.no_grad():
+        for name, value in job.engine.module.state_dict().items():
+            value.copy_(state[name])
+
+
+def step_alone(
+    alone: Job | None, weights: dict[str, torch.Tensor], number: int, position: int
+) -> Reference:
+    """Take the step in the 1 x 1 layout; sum up |g_v| as the micro-batches come. Local: rank 0."""
+    assert alone is not None
+    restore(alone, weights)
+    averager = alone.averager
+    sums = {name: torch.zeros_like(p) for name, p in averager.named.items()}
+    before = {name: torch.zeros_like(p) for name, p in averager.named.items()}
+
+    def note(micro_batch: int) -> None:
+        for name in sums:
+            now = averager.gradient(name).clone()
+            sums[name] += (now - before[name]).abs()
+            before[name] = now
+
+    alone.engine.on_gradient = note
+    result = alone.engine.step(number, alone.loader.read(position))
+    count = alone.loader.count
+    factor = 2.0 * (count + 4) * EPSILON / result.weight
+    return Reference(
+        {name: averager.gradient(name).clone() for name in sums},
+        {name: (total.abs() * factor).cpu() for name, total in sums.items()},
+        {name: value.clone() for name, value in alone.engine.module.named_buffers()},
+        result.loss,
+        2.0 * (count + 4) * EPSILON * abs(result.loss),
+    )
+
+
+def first_difference(job: Job, reference: Reference, loss: float) -> Difference | None:
+    """Compare this rank's result with the reference. Local."""
+    rank = job.topology.world_rank
+    if abs(loss - reference.loss) > reference.loss_bound:
+        return Difference("the loss", rank, abs(loss - reference.loss) / reference.loss_bound)
+    for name, expected in reference.gradients.items():
+        times = times_bound(job.averager.gradient(name), expected, reference.bounds[name])
+        if not times <= 1.0:
+            return Difference(f"the gradient of {name}", rank, times)
+    for name, value in job.engine.module.named_buffers():
+        expected = reference.buffers[name]
+        bound = 1e-5 * (expected.abs().float() + 1e-5).cpu()
+        times = times_bound(value.float(), expected.float(), bound)
+        if not times <= 1.0:
+            return Difference(f"the buffer {name}", rank, times)
+    return None
+
+
+def times_bound(found: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> float:
+    """Largest |found - expected| / bound; 0 where they are equal, NaN where one is NaN."""
+    if not found.numel():
+        return 0.0
+    gap = (found.cpu() - expected.cpu()).abs()
+    return float(torch.where(gap == 0, 0.0, gap / bound).max())
+
+
+def micro_batch_at_fault(
+    job: Job, alone: Job | None, weights: dict[str, torch.Tensor], number: int, step: Step[Any], name: str
+) -> str:
+    """Compare one micro-batch at a time, to say which rank computes which one wrong. Collective."""
+    world = job.topology.comms.world
+    parameter = name.removeprefix("the gradient of ")
+    if parameter not in job.averager.named:
+        parameter = next(iter(job.averager.named))
+    mine = {v: gradient_of(job, weights, number, step, v, parameter) for v in step.micro_batches}
+    shares = world.gather(mine, root=0)
+
+    def look() -> str:
+        assert alone is not None and shares is not None
+        whole = alone.loader.read(step.position)
+        for rank, share in enumerate(shares):
+            for v, found in sorted(share.items()):
+                expected = gradient_of(alone, weights, number, whole, v, parameter)
+                if not torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())):
+                    return f"rank {rank} computes micro-batch {v} differently"
+        return "each micro-batch agrees: it is their sum over the replicas that differs"
+
+    return from_root(world, look)
+
+
+def gradient_of(
+    job: Job, weights: dict[str, torch.Tensor], number: int, step: Step[Any], micro_batch: int, name: str
+) -> torch.Tensor:
+    """Summed gradient of one micro-batch. Local: nothing is averaged."""
+    restore(job, weights)
+    job.averager.begin(1)
+    one = replace(step, micro_batches={micro_batch: step.micro_batches[micro_batch]})
+    failure = job.engine.run_micro_batches(number, one)
+    if failure is not None:
+        raise failure
+    return job.averager.gradient(name).detach().cpu().clone()
+
+

@@ -1,0 +1,58 @@
+"""Ranks agree: one rank asks the filesystem for all, and a failure of one is raised on all."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from mpi4py import MPI
+
+from hpctrain import errors
+from hpctrain.errors import HpctrainError, RankError
+
+T = TypeVar("T")
+
+
+def from_root(comm: MPI.Intracomm, function: Callable[[], T]) -> T:
+    """Call a function on rank 0 and give its result, or its error, to all ranks. Collective."""
+    result: T | None = None
+    with together(comm):
+        if comm.rank == 0:
+            result = function()
+    return comm.bcast(result, root=0)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def together(comm: MPI.Intracomm) -> Iterator[None]:
+    """Run the body on all ranks; if it fails on any, raise that failure on all. Collective."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    raise_together(comm, failure)
+
+
+def raise_together(comm: MPI.Intracomm, failure: Exception | None) -> None:
+    """Raise the failure of the lowest failing rank on all ranks, with its name. Collective.
+
+    Where every rank failed (a wrong configuration, say) the name is left out. Does nothing where no rank failed. An `HpctrainError` keeps its class (and exit status);
+    any other exception becomes a `RankError` whose text is the traceback of the failing rank.
+    """
+    first = comm.allreduce(comm.rank if failure else comm.size, op=MPI.MIN)
+    if first == comm.size:
+        return
+    alone = comm.allreduce(int(failure is not None)) < comm.size
+    kind, text = comm.bcast(describe(failure) if comm.rank == first and failure else None, first)
+    if comm.size > 1:
+        text = f"rank {first} of {comm.size}: {text}" if alone else text
+    error = getattr(errors, kind, RankError)(text)
+    error.agreed = True
+    raise error from (failure if comm.rank == first else None)
+
+
+def describe(failure: Exception) -> tuple[str, str]:
+    """Class name and text by which a failure travels between ranks."""
+    if isinstance(failure, HpctrainError):
+        return type(failure).__name__, str(failure)
+    return "RankError", "".join(traceback.format_exception(failure)).rstrip()
