@@ -6,10 +6,10 @@ Importing it starts neither MPI nor torch.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpctrain.version import __version__
+
 if TYPE_CHECKING:
     import torch
-
-__version__ = "0.1.0"
 
 
 def load(run: str | Path, step: int | None = None) -> "torch.nn.Module":
@@ -21,3 +21,6 @@ def load(run: str | Path, step: int | None = None) -> "torch.nn.Module":
     from hpctrain.use import load_module
 
     return load_module(Path(run), step)
+
+
+__all__ = ["__version__", "load"]

@@ -41,9 +41,7 @@ def remove(world: MPI.Intracomm) -> None:
         sys.excepthook, threading.excepthook = _before
 
 
-def end_all_ranks(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def end_all_ranks(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print the traceback with the rank's name and abort the job with status 1."""
     world = _open[0]
     rank, size = world.rank, world.size

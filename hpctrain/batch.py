@@ -32,6 +32,4 @@ class Batch:
         def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        return Batch(
-            self.samples, move(self.inputs), move(self.targets), move(self.weights), self.extra
-        )
+        return Batch(self.samples, move(self.inputs), move(self.targets), move(self.weights), self.extra)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpctrain import __version__, launch
+from hpctrain import launch
 from hpctrain.config import Config
-from hpctrain.errors import FAILED, ConfigError, HpctrainError, RankError, nearest
+from hpctrain.errors import ConfigError, HpctrainError, RankError, nearest
+from hpctrain.version import __version__
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -291,5 +292,3 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": checkpoint,
     "data": data,
 }
-
-__all__ = ["FAILED", "main"]

@@ -75,9 +75,7 @@ class Optimizer:
     """Arguments of its constructor, parameters left out."""
     decay_all: bool = False
     """Apply weight decay to biases and norms (tensors of fewer than 2 dimensions) too."""
-    schedule: ClassPath = field(
-        default_factory=lambda: ClassPath("hpctrain.learning_rate.WarmupCosine")
-    )
+    schedule: ClassPath = field(default_factory=lambda: ClassPath("hpctrain.learning_rate.WarmupCosine"))
     """A torch LR scheduler, stepped once a step; total_steps and T_max are filled in."""
 
 

@@ -77,7 +77,7 @@ def check(spec: ClassPath, key: str, given: tuple[str, ...] = (), **filled: Any)
 
 
 def check_types(
-    factory: Callable[..., Any], arguments: dict[str, Any], key: str, skip: set[str]
+    factory: Callable[..., Any], arguments: dict[str, Any], key: str, skip: set[str | int]
 ) -> None:
     """Check values against the type hints, by jsonargparse; classes without hints pass."""
     parser = ArgumentParser(exit_on_error=False)

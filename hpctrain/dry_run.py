@@ -14,9 +14,7 @@ from hpctrain.topology import Topology
 
 def dry_run(config: Config, comm: MPI.Intracomm) -> int:
     """Build all parts, print the layout and the resolved configuration. Collective; writes nothing."""
-    with Topology.build(
-        comm, config.parallel.stages, config.train.device, config.train.threads
-    ) as topology:
+    with Topology.build(comm, config.parallel.stages, config.train.device, config.train.threads) as topology:
         log.start(topology)
         job = assemble.build(config, topology, learn=False)
         lines = comm.gather(

@@ -125,11 +125,9 @@ class Engine:
 
     def _execute(self, instruction: Instruction, number: int, batch: Batch) -> None:
         if isinstance(instruction, Forward):
-            self._losses[instruction.micro_batch] = self._forward(
-                number, instruction.micro_batch, batch
-            )
+            self._losses[instruction.micro_batch] = self._forward(number, instruction.micro_batch, batch)
         elif isinstance(instruction, Backward):
-            self._losses.pop(instruction.micro_batch).backward()
+            torch.autograd.backward(self._losses.pop(instruction.micro_batch))
             self.averager.tally.ran += 1
             if self.on_gradient:
                 self.on_gradient(instruction.micro_batch)
@@ -137,7 +135,7 @@ class Engine:
     def _forward(self, number: int, micro_batch: int, batch: Batch) -> torch.Tensor:
         torch.manual_seed(key(self.seed, number, micro_batch) >> 1)
         total, weight = self._loss(batch)
-        value = float(total)
+        value = float(total.detach())
         if not math.isfinite(value):
             raise DivergedError(
                 f"the loss is {value} at step {number}, micro-batch {micro_batch}, samples "

@@ -32,8 +32,6 @@ def to_file(path: Path, topology: Topology) -> None:
 
 
 def _formatted(handler: logging.Handler, topology: Topology) -> logging.Handler:
-    start_of_line = prefix(
-        topology.world_rank, topology.world_size, topology.stage, topology.stages
-    )
+    start_of_line = prefix(topology.world_rank, topology.world_size, topology.stage, topology.stages)
     handler.setFormatter(logging.Formatter(start_of_line.replace("%", "%%") + "%(message)s"))
     return handler

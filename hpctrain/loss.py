@@ -59,9 +59,7 @@ def weigh(
     return (values * weights).sum() / each, weights.expand_as(values).sum() / each
 
 
-def pairs(
-    outputs: Any, targets: dict[str, torch.Tensor]
-) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+def pairs(outputs: Any, targets: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """Match what the model gives with the targets: one to one, by name or in order."""
     names = list(targets)
     if isinstance(outputs, dict):

@@ -128,7 +128,9 @@ def tidy(text: str) -> str:
     """Give jsonargparse's message on one line, without its internals."""
     text = text.replace('Parser key "', "").replace('":\n', ": ").replace("<class '", "").replace("'>", "")
     lines = [line.strip(" -") for line in text.splitlines()]
-    kept = [s for s in lines if s and not s.startswith(("Does not", "Subtypes", "Errors", "Given value type"))]
+    kept = [
+        s for s in lines if s and not s.startswith(("Does not", "Subtypes", "Errors", "Given value type"))
+    ]
     return "; ".join(kept)
 
 

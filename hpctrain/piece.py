@@ -1,7 +1,7 @@
 """A piece of state: what every room with state offers, and all that checkpoints see.
 
-      tensor `model.conv.weight`, shape (4, 3)      flat elements   0 1 2 3 4 5 6 7 8 9 10 11
-      rank 0 holds [0, 6), rank 1 holds [6, 12)                     └── r0 ───┘ └─── r1 ────┘
+tensor `model.conv.weight`, shape (4, 3)      flat elements   0 1 2 3 4 5 6 7 8 9 10 11
+rank 0 holds [0, 6), rank 1 holds [6, 12)                     └── r0 ───┘ └─── r1 ────┘
 """
 
 import math

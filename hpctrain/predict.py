@@ -42,7 +42,9 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
             write(job, split, output, topology.comms.world)
         finally:
             job.reader.close()
-        LOGGER.info("%d predictions of %s, step %d, in %s", len(job.index.splits[split]), run, stored.step, output)
+        LOGGER.info(
+            "%d predictions of %s, step %d, in %s", len(job.index.splits[split]), run, stored.step, output
+        )
     return output
 
 

@@ -193,8 +193,9 @@ class Topology:
         self.comms.world.Free()
 
 
-def named(comm: MPI.Intracomm, name: str) -> MPI.Intracomm:
+def named(comm: MPI.Comm, name: str) -> MPI.Intracomm:
     """Give a communicator the name that MPI's own error messages will show."""
+    assert isinstance(comm, MPI.Intracomm)
     comm.Set_name(f"hpctrain {name}")
     return comm
 

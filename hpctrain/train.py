@@ -25,9 +25,10 @@ from hpctrain.wire import from_root, together
 
 def train(config: Config, comm: MPI.Intracomm) -> int:
     """Train to the end, or to a signal; give the exit status. Collective over `comm`."""
-    with Topology.build(
-        comm, config.parallel.stages, config.train.device, config.train.threads
-    ) as topology, StopSignals() as signals:
+    with (
+        Topology.build(comm, config.parallel.stages, config.train.device, config.train.threads) as topology,
+        StopSignals() as signals,
+    ):
         log.start(topology)
         run = RunFolder(Path(config.train.run_folder), writes=topology.world_rank == 0)
         config, stored = resume(config, run, topology)
@@ -54,9 +55,7 @@ def finished(job: Job, stored: loading.Stored | None, run: RunFolder) -> bool:
 class Loop:
     """The state of the loop: the step, the position, the best so far."""
 
-    def __init__(
-        self, job: Job, run: RunFolder, stored: loading.Stored | None, signals: StopSignals
-    ) -> None:
+    def __init__(self, job: Job, run: RunFolder, stored: loading.Stored | None, signals: StopSignals) -> None:
         """Take the parts, and the checkpoint to go on from."""
         self.job, self.run_folder, self.signals = job, run, signals
         self.at = Progress.of(stored)

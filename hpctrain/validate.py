@@ -30,8 +30,7 @@ class Validator:
             raise ConfigError(f"train.monitor = {train.monitor!r}: legal are {', '.join(legal)}")
         if train.patience and "validation" not in self.job.index.splits:
             raise ConfigError(
-                "train.patience needs data.validation: "
-                "to stop by the test samples would choose on them"
+                "train.patience needs data.validation: to stop by the test samples would choose on them"
             )
 
     def baselines(self) -> dict[str, dict[str, float]]:
@@ -46,7 +45,9 @@ class Validator:
             failure = error
         raise_together(self.job.topology.comms.world, failure)
         names = sorted(set().union(*self.job.topology.comms.data.allgather(list(found))))
-        return {name: self._finish(sum_over(self.job.topology.comms.data, found.get(name, {}))) for name in names}
+        return {
+            name: self._finish(sum_over(self.job.topology.comms.data, found.get(name, {}))) for name in names
+        }
 
     def after_step(self, due: bool) -> None:
         """Measure where it is due; note the best, and whether patience has run out."""

@@ -9,7 +9,6 @@ follows the noise of Adam. The bound is that of summing V terms in another order
 section 4.2: (V - 1)·ε·Σ|g_v|), with room for the division and the clip.
 """
 
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,9 +123,7 @@ def restore(job: Job, state: dict[str, torch.Tensor]) -> None:
             value.copy_(state[name])
 
 
-def step_alone(
-    alone: Job | None, weights: dict[str, torch.Tensor], number: int, position: int
-) -> Reference:
+def step_alone(alone: Job | None, weights: dict[str, torch.Tensor], number: int, position: int) -> Reference:
     """Take the step in the 1 x 1 layout; sum up |g_v| as the micro-batches come. Local: rank 0."""
     assert alone is not None
     restore(alone, weights)
@@ -191,7 +188,8 @@ def micro_batch_at_fault(
     shares = world.gather(mine, root=0)
 
     def look() -> str:
-        assert alone is not None and shares is not None
+        assert alone is not None
+        assert shares is not None
         whole = alone.loader.read(step.position)
         for rank, share in enumerate(shares):
             for v, found in sorted(share.items()):
@@ -214,5 +212,3 @@ def gradient_of(
     if failure is not None:
         raise failure
     return job.averager.gradient(name).detach().cpu().clone()
-
-

@@ -16,35 +16,36 @@ T = TypeVar("T")
 def from_root(comm: MPI.Intracomm, function: Callable[[], T]) -> T:
     """Call a function on rank 0 and give its result, or its error, to all ranks. Collective."""
     result: T | None = None
-    with together(comm):
+    with together(comm, name_rank=False):
         if comm.rank == 0:
             result = function()
     return comm.bcast(result, root=0)  # type: ignore[no-any-return]
 
 
 @contextmanager
-def together(comm: MPI.Intracomm) -> Iterator[None]:
+def together(comm: MPI.Intracomm, name_rank: bool = True) -> Iterator[None]:
     """Run the body on all ranks; if it fails on any, raise that failure on all. Collective."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    raise_together(comm, failure)
+    raise_together(comm, failure, name_rank)
 
 
-def raise_together(comm: MPI.Intracomm, failure: Exception | None) -> None:
+def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bool = True) -> None:
     """Raise the failure of the lowest failing rank on all ranks, with its name. Collective.
 
-    Where every rank failed (a wrong configuration, say) the name is left out. Does nothing where no rank failed. An `HpctrainError` keeps its class (and exit status);
-    any other exception becomes a `RankError` whose text is the traceback of the failing rank.
+    Where every rank failed (a wrong configuration, say) the name is left out. Does nothing
+    where no rank failed. An `HpctrainError` keeps its class (and exit status); any other
+    exception becomes a `RankError` whose text is the traceback of the failing rank.
     """
     first = comm.allreduce(comm.rank if failure else comm.size, op=MPI.MIN)
     if first == comm.size:
         return
     alone = comm.allreduce(int(failure is not None)) < comm.size
     kind, text = comm.bcast(describe(failure) if comm.rank == first and failure else None, first)
-    if comm.size > 1:
+    if comm.size > 1 and name_rank:
         text = f"rank {first} of {comm.size}: {text}" if alone else text
     error = getattr(errors, kind, RankError)(text)
     error.agreed = True

@@ -79,7 +79,7 @@ class Averager:
         self._tail = layout.tail_of(self.buckets)
         self._views = {id(p): v for b in self.buckets for p, v in zip(b.parameters, b.views)}
         self.optimizer = optimizer()
-        self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.parameters]
+        self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.parameters]  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Take the hooks off the user's parameters and give the gradients free."""
@@ -147,7 +147,7 @@ class Averager:
         tail = self._tail.double().cpu()
         split = 3 * len(QUANTITIES)
         sums = tail[:split].view(-1, 3).sum(dim=1).tolist()
-        used, running = tail[split:].split([len(self.parameters), self.running.size])
+        used, running = tail[split : split + len(self.parameters)], tail[split + len(self.parameters) :]
         return dict(zip(QUANTITIES, sums)), used, running
 
     def _finish_buffers(self, totals: dict[str, float], running: torch.Tensor) -> None:

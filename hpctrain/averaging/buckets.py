@@ -107,8 +107,7 @@ def fill(parameters: Iterable[nn.Parameter], limit_bytes: int, tail: int) -> lis
         at for at, group in enumerate(groups_in_order) if group[0].dtype in (torch.float32, torch.float64)
     ]
     buckets = [
-        Bucket(group, tail if exact and at == exact[-1] else 0)
-        for at, group in enumerate(groups_in_order)
+        Bucket(group, tail if exact and at == exact[-1] else 0) for at, group in enumerate(groups_in_order)
     ]
     return buckets if exact else [*buckets, Bucket([], tail)]
 

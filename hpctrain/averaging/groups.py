@@ -21,7 +21,7 @@ def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]
         return [{"params": trained}]
     decayed = [p for p in trained if p.ndim >= 2]
     rest = [p for p in trained if p.ndim < 2]
-    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

@@ -22,11 +22,7 @@ class RunningStatistics:
 
     def __init__(self, module: nn.Module) -> None:
         """Find BatchNorm modules with running statistics, and all other buffers."""
-        self.norms = [
-            m
-            for m in module.modules()
-            if isinstance(m, _BatchNorm) and m.running_mean is not None
-        ]
+        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         mine = {id(b) for norm in self.norms for b in norm.buffers(recurse=False)}
         self.others = [(n, b) for n, b in module.named_buffers() if id(b) not in mine]
         self.size = sum(2 * norm.num_features for norm in self.norms)
@@ -54,8 +50,7 @@ class RunningStatistics:
             now = self._values(norm)
             if norm.momentum is None:
                 terms.append(
-                    (now * (tracked_before + runs) - before * tracked_before)
-                    / max(1, tracked_before + total)
+                    (now * (tracked_before + runs) - before * tracked_before) / max(1, tracked_before + total)
                 )
             else:
                 keep = 1.0 - norm.momentum
@@ -73,7 +68,8 @@ class RunningStatistics:
             else:
                 keep = (1.0 - norm.momentum) ** total
             mean, variance = (keep * before + term).chunk(2)
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
             if norm.num_batches_tracked is not None:
@@ -86,7 +82,8 @@ class RunningStatistics:
             buffer.copy_(torch.from_numpy(array))
 
     def _values(self, norm: _BatchNorm) -> torch.Tensor:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         return torch.cat([norm.running_mean, norm.running_var]).double().cpu()
 
 

@@ -85,9 +85,7 @@ def open_checkpoint(path: Path) -> Stored:
             f"{path} has format {manifest.get('format')}, this hpctrain reads {FORMAT}: "
             f"use the version that wrote it"
         )
-    return Stored(
-        path, manifest["step"], manifest["state"], tuple(manifest["pieces"]), manifest["files"]
-    )
+    return Stored(path, manifest["step"], manifest["state"], tuple(manifest["pieces"]), manifest["files"])
 
 
 def newest(folder: Path) -> tuple[Stored | None, list[str]]:

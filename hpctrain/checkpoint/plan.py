@@ -1,7 +1,7 @@
 """Who writes which piece: each piece once, the bytes spread over the ranks that have it. Pure.
 
-      offers   rank 0: a b c     rank 1: a b c     rank 2: a b d
-      writes   rank 0: a         rank 1: b c       rank 2: d
+offers   rank 0: a b c     rank 1: a b c     rank 2: a b d
+writes   rank 0: a         rank 1: b c       rank 2: d
 """
 
 from collections.abc import Sequence

@@ -34,9 +34,7 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(
-    folder: Path, step: int, pieces: list[Piece], state: dict[str, Any], comm: MPI.Intracomm
-) -> Path:
+def save(folder: Path, step: int, pieces: list[Piece], state: dict[str, Any], comm: MPI.Intracomm) -> Path:
     """Write the checkpoint of a step into `checkpoints/`. Collective; `state` is JSON, rank 0's.
 
     Every rank offers its pieces; one that several have is written once. Returns its folder.

@@ -141,9 +141,7 @@ def build(config: Data) -> Index:
         raise DataError(f"data.files: {len(files)} files hold no sample")
     joined = np.concatenate(coordinates) if coordinates else None
     splits = cut_splits(config, starts[-1], joined, attributes)
-    return Index(
-        tuple(files), tuple(starts), variables, splits, joined, tuple(sorted(attributes.items()))
-    )
+    return Index(tuple(files), tuple(starts), variables, splits, joined, tuple(sorted(attributes.items())))
 
 
 def find_files(patterns: str | list[str]) -> list[str]:
@@ -211,9 +209,7 @@ def find_dataset(file: h5py.File, path: str, name: str) -> h5py.Dataset:
     raise DataError(f"{path}: dataset {name} {what}: {nearest(name, names)}")
 
 
-def read_metadata(
-    file: h5py.File, path: str, wanted: dict[str, str], variables: dict[str, Variable]
-) -> int:
+def read_metadata(file: h5py.File, path: str, wanted: dict[str, str], variables: dict[str, Variable]) -> int:
     """Fill `variables` from the first file, compare with it in the others; give the samples."""
     length = -1
     for name, dataset_path in wanted.items():
@@ -241,9 +237,7 @@ def describe(name: str, dataset_path: str, dataset: h5py.Dataset, path: str) -> 
     if dataset.ndim == 0:
         raise DataError(f"{path}: {dataset_path} is a scalar: it must have one row a sample")
     if dataset.dtype.kind not in "fiub":
-        raise DataError(
-            f"{path}: {dataset_path} has dtype {dataset.dtype}: float, integer or bool is needed"
-        )
+        raise DataError(f"{path}: {dataset_path} has dtype {dataset.dtype}: float, integer or bool is needed")
 
     def number(key: str) -> float | None:
         value = dataset.attrs.get(key)

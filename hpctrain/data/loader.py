@@ -1,7 +1,7 @@
 """The next steps' samples are read by a thread while this step computes.
 
-      thread   read k+1 │ read k+2 │ ...           main   step k │ step k+1 │ ...
-                        └── a queue of two steps ──┘
+thread   read k+1 │ read k+2 │ ...           main   step k │ step k+1 │ ...
+                  └── a queue of two steps ──┘
 """
 
 import queue
@@ -56,9 +56,7 @@ class Loader(Generic[B]):
     def samples(self, position: int, micro_batch: int) -> Ids:
         """Samples of one micro-batch of the step at a position, whoever computes it. Local."""
         length = len(self.split)
-        places = order.micro_batch(
-            position, micro_batch, self.count, self.batch, length, self.seed
-        )
+        places = order.micro_batch(position, micro_batch, self.count, self.batch, length, self.seed)
         return self.split.samples(places)
 
     def read(self, position: int) -> Step[B]:

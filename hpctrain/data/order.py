@@ -117,9 +117,7 @@ def position_after(steps: int, batch: int, length: int) -> int:
     return epochs * length + min(rest * batch, length)
 
 
-def micro_batch(
-    position: int, index: int, count: int, batch: int, length: int, seed: int
-) -> Ids:
+def micro_batch(position: int, index: int, count: int, batch: int, length: int, seed: int) -> Ids:
     """Places in the training split, shuffled, of micro-batch `index` of `count`: int64, (n,).
 
     >>> [micro_batch(8, v, 4, 4, 10, seed=0).tolist() for v in range(4)]

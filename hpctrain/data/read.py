@@ -4,6 +4,7 @@ h5py files are opened in each rank, after MPI_Init, when first needed. A sample 
 each dataset, so a sample never mixes two files. Runs of neighbouring samples are read at once.
 """
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -89,7 +90,7 @@ def runs(ascending: Ids, starts: tuple[int, ...]) -> list[tuple[int, int]]:
     file = np.searchsorted(starts, ascending, side="right")
     edges = np.flatnonzero(jump | (np.diff(file) != 0)) + 1
     bounds = [0, *edges.tolist(), len(ascending)]
-    return list(zip(bounds[:-1], bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 def result_dtype(variable: Variable) -> np.dtype[Any]:

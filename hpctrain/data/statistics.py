@@ -23,7 +23,10 @@ AT_ONCE = 64
 
 
 def blockwise(
-    comm: MPI.Intracomm, length: int, blocks: int, shape: tuple[int, ...],
+    comm: MPI.Intracomm,
+    length: int,
+    blocks: int,
+    shape: tuple[int, ...],
     total: Callable[[Ids], NDArray[np.float64]],
 ) -> NDArray[np.float64]:
     """Sums of each block of 0 … length-1: float64, (blocks, *shape), on all ranks. Collective.

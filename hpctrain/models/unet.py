@@ -7,6 +7,8 @@
 (Ronneberger, Fischer and Brox 2015, with circular padding in longitude and GroupNorm.)
 """
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -38,11 +40,13 @@ class UNet(nn.Module):
         depth: int = 3,
         maps: int = 8,
         fold: int = 1,
+        dropout: float = 0.0,
     ) -> None:
         """Take the fields' shape (channels, lat, lon), the widest level's channels and the depth.
 
         `maps` position maps are learnt, for what is fixed to a place, such as mountains and
         coasts. `fold` x `fold` boxes are folded into channels first: less work a level.
+        `dropout` drops whole channels of the coarsest level.
         """
         super().__init__()
         channels, lat, lon = input_shape
@@ -54,8 +58,9 @@ class UNet(nn.Module):
             nn.Sequential(Cylinder(a, b), Cylinder(b, b)) for a, b in zip(before, widths)
         )
         self.up = nn.ModuleList(
-            nn.Sequential(Cylinder(a + b, a), Cylinder(a, a)) for a, b in zip(widths, widths[1:])
+            nn.Sequential(Cylinder(a + b, a), Cylinder(a, a)) for a, b in itertools.pairwise(widths)
         )
+        self.dropout = nn.Dropout2d(dropout)
         self.last = nn.Conv2d(width, fold * fold, 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias) if self.last.bias is not None else None
@@ -68,6 +73,7 @@ class UNet(nn.Module):
         for level, block in enumerate(self.down):
             field = block(functional.avg_pool2d(field, 2) if level else field)
             levels.append(field)
+        field = self.dropout(field)
         for block, skip in zip(reversed(self.up), reversed(levels[:-1])):
             field = block(torch.cat([functional.interpolate(field, scale_factor=2.0), skip], dim=1))
         return first_guess + functional.pixel_shuffle(self.last(field), self.fold)[:, 0]

@@ -152,7 +152,7 @@ class Downscaling(Task):
 
     def finish(self, name: str, numerator: float, denominator: float) -> float:
         """Root of the mean square."""
-        return super().finish(name, numerator, denominator) ** 0.5
+        return float(np.sqrt(super().finish(name, numerator, denominator)))
 
     def baselines(self, samples: Callable[[], Iterable[Batch]]) -> dict[str, dict[str, tuple[float, float]]]:
         """Sums of squared error of each baseline over this rank's batches."""
@@ -205,7 +205,9 @@ class Downscaling(Task):
     def _date(self, sample: int) -> str:
         index = self.source.index
         attributes = dict(index.coordinate_attributes)
-        date = cftime.num2date(index.coordinate[sample], attributes["units"], attributes.get("calendar", "standard"))
+        date = cftime.num2date(
+            index.coordinate[sample], attributes["units"], attributes.get("calendar", "standard")
+        )
         return f"{date.year:04d}-{date.month:02d}"
 
     def pieces(self) -> list[Piece]:

@@ -55,16 +55,14 @@ def sums(coarse: Array, fine: Array, size: int) -> Array:
     inputs = neighbours(coarse)
     both = np.concatenate([inputs, to_boxes(fine, size)], axis=-1)
     # (h, w, 25, n) @ (h, w, n, 25 + size^2)
-    total: Array = inputs.transpose(1, 2, 3, 0) @ both.transpose(1, 2, 0, 3)
-    return total
+    return np.asarray(inputs.transpose(1, 2, 3, 0) @ both.transpose(1, 2, 0, 3), dtype=np.float64)
 
 
 def solve(total: Array) -> Array:
     """Coefficients (h, w, 25, size^2) that minimise |Y - X b|^2 + penalty |b|^2."""
     count = (2 * REACH + 1) ** 2
     gram = total[..., :count] + PENALTY * np.eye(count)
-    found: Array = np.linalg.solve(gram, total[..., count:])
-    return found
+    return np.asarray(np.linalg.solve(gram, total[..., count:]), dtype=np.float64)
 
 
 def fit(folds: Array) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ def prepare() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.font_manager  # noqa: F401
+    import matplotlib.font_manager
 
 
 def curves(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
@@ -23,7 +23,7 @@ def curves(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
 
     train = [row for row in rows if row["event"] == "train" and row["loss"] is not None]
     tested = [row for row in rows if row["event"] == "validate" and row.get(metric) is not None]
-    start = next((row for row in reversed(rows) if row["event"] == "start"), {})
+    starts = [row for row in rows if row["event"] == "start"] or [{}]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     left.plot([row["step"] for row in train], [row["loss"] for row in train], lw=0.7, alpha=0.5)
     smooth = moving_mean([row["loss"] for row in train], max(1, len(train) // 20))
@@ -33,8 +33,12 @@ def curves(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     for at, split in enumerate(sorted({row["split"] for row in tested})):
         mine = [row for row in tested if row["split"] == split]
         label = f"hpctrain, {split}: {mine[-1][metric]:.4g}"
-        right.plot([r["epoch"] for r in mine], [r[metric] for r in mine], "o-", ms=3, color=f"C{at}", label=label)
-    values = {name: found[metric] for name, found in start.get("baselines", {}).items() if metric in found}
+        right.plot(
+            [r["epoch"] for r in mine], [r[metric] for r in mine], "o-", ms=3, color=f"C{at}", label=label
+        )
+    values = {
+        name: found[metric] for name, found in starts[-1].get("baselines", {}).items() if metric in found
+    }
     for at, (name, value) in enumerate(sorted(values.items(), key=lambda item: -item[1])):
         right.axhline(value, ls="--", lw=1, color=f"C{at + 3}", label=f"{name}: {value:.4g}")
     right.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=metric.replace("_", " "))
@@ -64,7 +68,13 @@ def maps(found: Maps, path: Path) -> None:
     image = None
     for axis, panel in zip(axes.flat, found.panels):
         image = axis.pcolormesh(
-            found.longitude, found.latitude, panel.values, cmap="RdBu_r", vmin=-most, vmax=most, shading="nearest"
+            found.longitude,
+            found.latitude,
+            panel.values,
+            cmap="RdBu_r",
+            vmin=-most,
+            vmax=most,
+            shading="nearest",
         )
         axis.set_title(panel.title)
     for axis in axes[-1]:

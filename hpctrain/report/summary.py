@@ -7,12 +7,12 @@ import h5py
 import torch
 from mpi4py import MPI
 
-from hpctrain import __version__
 from hpctrain.assemble import Job
 from hpctrain.averaging.averager import Result
 from hpctrain.log import LOGGER
 from hpctrain.report import pictures
 from hpctrain.report.run_folder import RunFolder, rows
+from hpctrain.version import __version__
 
 Metrics = dict[str, float]
 
@@ -107,9 +107,7 @@ def draw(job: Job, run: RunFolder) -> None:
         pictures.maps(found, run.pictures / "maps.png")
 
 
-def end(
-    job: Job, run: RunFolder, reason: str, found: Metrics, baselines: dict[str, Metrics]
-) -> None:
+def end(job: Job, run: RunFolder, reason: str, found: Metrics, baselines: dict[str, Metrics]) -> None:
     """Say how it ended: the metrics beside the baselines, where the run and its pictures are."""
     LOGGER.info("done: %s", reason)
     mine = {name: value for name, value in found.items() if name != "loss" or not baselines}

@@ -1,0 +1,89 @@
+"""Under mpirun: say which MPI, and end all ranks with the report when one rank's test fails.
+
+A rank whose test failed goes on to the next test while the others wait in a collective call of
+this one: without the abort here that is a hang until the time limit.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def in_launch(config):
+    return "OMPI_COMM_WORLD_SIZE" not in os.environ and "PMIX_RANK" not in os.environ
+
+
+def pytest_configure(config):
+    config.stash[FAILED] = 0
+
+
+FAILED = pytest.StashKey[int]()
+
+
+def pytest_report_header(config):
+    if in_launch(config):
+        return "no launcher: these tests start mpirun themselves"
+    from mpi4py import MPI
+
+    import torch
+
+    torch.set_num_threads(1)
+    vendor, version = MPI.get_vendor()
+    world = MPI.COMM_WORLD
+    return f"{vendor} {'.'.join(map(str, version))}: rank {world.rank} of {world.size}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed and not in_launch(item.config):
+        from mpi4py import MPI
+
+        world = MPI.COMM_WORLD
+        if world.size > 1:
+            sys.__stderr__.write(
+                f"\n== rank {world.rank} of {world.size}: {item.nodeid} failed ({report.when}); "
+                f"all ranks are ended\n{report.longreprtext}\n"
+            )
+            for name, text in report.sections:
+                sys.__stderr__.write(f"-- {name}\n{text}\n")
+            sys.__stderr__.flush()
+            world.Abort(1)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A run in which no test ran is no success."""
+    if session.testscollected == 0 and exitstatus == 0:
+        session.exitstatus = 5
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The world's communicator."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+@pytest.fixture
+def topology(world):
+    """A topology of all ranks, one stage."""
+    from hpctrain.topology import Topology
+
+    with Topology.build(world) as built:
+        yield built
+
+
+@pytest.fixture
+def shared_tmp(world, tmp_path_factory):
+    """One folder that all ranks share, made by rank 0."""
+    path = world.bcast(str(tmp_path_factory.mktemp("shared")) if world.rank == 0 else None)
+    yield Path(path)
+    world.Barrier()

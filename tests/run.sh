@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Run the tests: without an argument the suite at 1, 2, 3 and 4 ranks and what starts mpirun itself.
+# Usage: tests/run.sh [cluster | long]
+# Each run has a time limit of its own; coverage of all ranks is combined and must reach 90%.
+# Exit: 0 all passed; else the first failure's status.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis MPLCONFIGDIR="$PWD/.cache/matplotlib"
+export COVERAGE_FILE="$PWD/.coverage"
+mkdir -p "$MPLCONFIGDIR"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export TMPDIR=$scratch
+
+limited() { # SECONDS COMMAND...: ends the command and what it started, and says so
+  local limit=$1 status=0
+  shift
+  timeout --kill-after=20 "$limit" "$@" || status=$?
+  if ((status == 124 || status == 137)); then echo "tests/run.sh: over the limit of $limit s: $*" >&2; fi
+  return "$status"
+}
+
+case ${1:-} in
+  cluster) limited 1200 python -m pytest tests/cluster -m cluster --override-ini "addopts=-q --strict-markers -p no:cacheprovider" ;;
+  long) limited 7200 python -m pytest tests/long -m long --override-ini "addopts=-q --strict-markers -p no:cacheprovider" ;;
+  '')
+    coverage erase
+    for ranks in 1 2 3 4; do
+      echo "== the suite at $ranks ranks"
+      doctests=()
+      if ((ranks == 1)); then doctests=(--doctest-modules hpctrain); fi
+      limited 600 mpirun -n "$ranks" coverage run -m pytest tests "${doctests[@]}" \
+        --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long
+    done
+    echo "== what starts mpirun itself"
+    limited 1500 coverage run -m pytest tests/launch --override-ini "addopts=-q --strict-markers -p no:cacheprovider"
+    coverage combine -q
+    coverage report --skip-covered --fail-under=90
+    ;;
+  *) echo "usage: tests/run.sh [cluster | long]" >&2; exit 2 ;;
+esac
