@@ -43,7 +43,7 @@ def check_world(size: int, environment: Mapping[str, str]) -> None:
     cure = (
         "use `srun --mpi=pmix` (`srun --mpi=list` shows whether it is there), or call mpirun "
         "inside the allocation instead of srun"
-        if launcher.startswith("srun") or "SLURM_JOB_ID" in environment
+        if launcher.startswith("srun") or "SLURM_STEP_ID" in environment
         else "start it with the mpirun of the MPI that mpi4py uses "
         "(`python -m mpi4py --mpi-lib-version` names it)"
     )

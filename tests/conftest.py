@@ -19,11 +19,12 @@ def in_launch(config):
     return "OMPI_COMM_WORLD_SIZE" not in os.environ and "PMIX_RANK" not in os.environ
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    config.stash[FAILED] = 0
-
-
-FAILED = pytest.StashKey[int]()
+    """Rank 0 reports; what fails on another rank is printed by the hook below."""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if not in_launch(config) and os.environ.get("OMPI_COMM_WORLD_RANK", "0") != "0" and reporter:
+        reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115
 
 
 def pytest_report_header(config):

@@ -83,10 +83,10 @@ def aligned(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 
 def view_of(parameter: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """View flat memory as the gradient of a parameter."""
+    """View flat memory as the gradient of a parameter, with its strides (autograd's contract)."""
     if parameter.is_complex():
         return torch.view_as_complex(flat.view(*parameter.shape, 2))
-    return flat.view(parameter.shape)
+    return flat.as_strided(parameter.shape, torch.empty_like(parameter).stride())
 
 
 def fill(parameters: Iterable[nn.Parameter], limit_bytes: int, tail: int) -> list[Bucket]:

@@ -9,6 +9,7 @@ coordinate that the splits speak of.
 """
 
 import glob
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def open_file(path: str) -> h5py.File:
     except OSError as error:
         text = str(error)
         if "truncated" in text:
-            why = f"it is truncated ({text.split('(')[-1].rstrip(')')}): copy it again"
+            there, whole = (int(found) for found in re.findall(r"eof = (\d+)", text))
+            why = f"it is truncated, {there:,} of {whole:,} bytes are there: copy it again"
         elif "signature" in text:
             why = "it is not an HDF5 file (netCDF-3 is none either: convert it with nccopy -k nc4)"
         else:

@@ -1,0 +1,143 @@
+import h5py
+import numpy as np
+import pytest
+from helpers import write_h5, write_samples
+
+from hpctrain.config import Data
+from hpctrain.data import index as indexing
+from hpctrain.data.index import Split, build
+from hpctrain.errors import ConfigError, DataError
+
+
+def data(files, **more):
+    return Data(files=files, **{"inputs": ["x"], "targets": ["y"], **more})
+
+
+def test_many_files_are_one_long_dataset(tmp_path):
+    index = build(data(write_samples(tmp_path, 29, parts=4)))
+    assert index.length == 29
+    assert index.starts == (0, 8, 15, 22, 29)
+    assert index.locate(7) == (str(tmp_path / "part0.h5"), 7)
+    assert index.locate(8) == (str(tmp_path / "part1.h5"), 0)
+    assert index.locate(28) == (str(tmp_path / "part3.h5"), 6)
+    assert index.variables["x"].shape == (5,)
+
+
+def test_nested_groups_and_names(tmp_path):
+    path = write_h5(tmp_path / "a.h5", deep__er__x=np.ones((3, 2)), y=np.ones(3))
+    assert list(build(data(path, inputs=["deep/er/x"])).variables) == ["x", "y"]
+    renamed = build(data(path, inputs={"field": "deep/er/x"}))
+    assert renamed.variables["field"].path == "deep/er/x"
+
+
+def test_one_name_for_two_datasets(tmp_path):
+    path = write_h5(tmp_path / "a.h5", a__x=np.ones((3, 2)), b__x=np.ones(3))
+    with pytest.raises(ConfigError, match=r"both name x, for a/x and b/x: give one another name"):
+        build(data(path, inputs=["a/x"], targets=["b/x"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": "nothing*.h5"}, r"data.files: no file .*nothing\*.h5"),
+        ({"files": "/no/such/folder/a.h5"}, r"there is no folder /no/such/folder"),
+        ({"files": []}, "data.files is empty"),
+        ({"inputs": []}, "data.inputs is empty"),
+        ({"targets": ["yy"]}, r"part0.h5: dataset yy is not in the file: did you mean y\?"),
+        ({"targets": ["group"]}, "dataset group is a group"),
+        ({"targets": ["scalar"]}, "scalar is a scalar: it must have one row a sample"),
+        ({"targets": ["text"]}, "text has dtype .*: float, integer or bool is needed"),
+        ({"targets": ["short"]}, "short has 2 samples, other datasets of the file have"),
+        ({"test": 1.5}, r"data.test = 1.5: a fraction between 0 and 1"),
+        ({"test": 0.001}, "data.test holds no sample of the 29: change data.test"),
+        ({"test": 0.6, "validation": 0.4}, "data.train holds no sample of the 29"),
+        ({"test": [0, 3]}, "is a range, but data.coordinate is not set"),
+        ({"test": [0, 3], "coordinate": "y"}, r"data.coordinate y has shape \(15, 2\)"),
+        ({"test": [0, 3, 4], "coordinate": "when"}, r"\[first, last\] was expected"),
+        ({"test": [0, 3], "validation": [3, 5], "coordinate": "when"}, "shares 1 samples with another"),
+        ({"test": ["1999", "2000"], "coordinate": "label"}, "data.test holds no sample"),
+        ({"test": ["spring", "fall"], "coordinate": "when"}, "'spring' is a date, but when has units ''"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, change, message):
+    pattern = write_samples(tmp_path, 29)
+    for number, size in enumerate((15, 14)):
+        with h5py.File(tmp_path / f"part{number}.h5", "a") as file:
+            file["scalar"], file["short"] = 1.0, np.ones(2)
+            file["text"] = [b"abc"] * size
+            file["when"] = np.arange(size) + 15 * number
+            file["group/inner"] = 1
+    change = {"files": pattern, **change}
+    if change["files"] == "nothing*.h5":
+        change["files"] = str(tmp_path / "nothing*.h5")
+    with pytest.raises((ConfigError, DataError), match=message):
+        build(data(**change))
+
+
+def test_files_that_disagree(tmp_path):
+    write_h5(tmp_path / "a.h5", x=np.ones((3, 2)), y=np.ones(3))
+    write_h5(tmp_path / "b.h5", x=np.ones((3, 4)), y=np.ones(3))
+    with pytest.raises(DataError, match=r"b.h5: x has shape \(4,\) a sample, the first file has \(2,\)"):
+        build(data(str(tmp_path / "*.h5")))
+    write_h5(tmp_path / "b.h5", x=np.ones((3, 2), dtype=np.float32), y=np.ones(3))
+    with pytest.raises(DataError, match=r"b.h5: x has dtype <f4 a sample, the first file has <f8"):
+        build(data(str(tmp_path / "*.h5")))
+
+
+def test_a_truncated_file_and_a_file_that_is_none(tmp_path):
+    path = tmp_path / "torn.h5"
+    write_h5(path, x=np.ones((300, 50)), y=np.ones(300))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(
+        DataError, match=r"torn.h5: cannot be read: it is truncated, 5,000 of \d+,\d+ bytes are there"
+    ):
+        build(data(str(path)))
+    path.write_text("this is text")
+    with pytest.raises(DataError, match=r"torn.h5: .* not an HDF5 file"):
+        build(data(str(path)))
+
+
+def members(index, name):
+    split = index.splits[name]
+    return split.samples(np.arange(len(split))).tolist()
+
+
+@pytest.mark.parametrize("how", ["file", "random"])
+def test_fractions_cut_everything_once(tmp_path, how):
+    index = build(data(write_samples(tmp_path, 29), test=0.2, validation=0.1, split_order=how))
+    parts = {name: members(index, name) for name in ("train", "validation", "test")}
+    assert sorted(sum(parts.values(), [])) == list(range(29))
+    assert [len(parts[n]) for n in ("train", "validation", "test")] == [20, 3, 6]
+    assert (parts["test"] == list(range(23, 29))) == (how == "file")
+
+
+def test_ranges_of_a_coordinate(tmp_path):
+    path = write_h5(tmp_path / "a.h5", x=np.ones((6, 1)), y=np.ones(6), depth=[0.0, 5, 1, 9, 2, 7])
+    index = build(data(path, coordinate="depth", train=[0, 2], test=[5.0, 7]))
+    assert members(index, "train") == [0, 2, 4]
+    assert members(index, "test") == [1, 5]
+
+
+def test_dates_include_their_whole_year_or_month(tmp_path):
+    path = write_h5(tmp_path / "a.h5", x=np.ones((24, 1)), y=np.ones(24), time=np.arange(24) * 30.0 + 15)
+    with h5py.File(path, "a") as file:
+        file["time"].attrs["units"] = "days since 2000-01-01"
+        file["time"].attrs["calendar"] = "360_day"
+    index = build(data(path, coordinate="time", train=["2000", "2000"], test=["2001-02", "2001-03"]))
+    assert members(index, "train") == list(range(12))
+    assert members(index, "test") == [13, 14]
+    with pytest.raises(ConfigError, match="'soon' is no date: write 1999, 1999-12 or 1999-12-31"):
+        build(data(path, coordinate="time", test=["soon", "2001"]))
+
+
+def test_split_maps_places_over_blocks():
+    split = Split(((2, 4), (7, 9)))
+    assert split.samples(np.array([3, 0])).tolist() == [8, 2]
+    assert len(split) == 4
+
+
+def test_axis_must_be_one_dimensional(tmp_path):
+    path = write_h5(tmp_path / "a.h5", lat=np.arange(3.0), area=np.ones((2, 2)))
+    assert indexing.read_axis(path, "lat").tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match=r"area has shape \(2, 2\), an axis has one dimension"):
+        indexing.read_axis(path, "area")

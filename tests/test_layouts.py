@@ -1,0 +1,185 @@
+"""The same answer on any layout: every model that tends to differ goes through `verify`,
+and one is compared with plain torch, which knows no micro-batches."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import config_of, plain_training, write_samples
+from mpi4py import MPI
+
+from hpctrain import assemble
+from hpctrain import verify as verifying
+from hpctrain.config import ClassPath, Data
+from hpctrain.topology import Topology
+
+MODELS = ["Net", "Dropping", "Normed", "Counting", "Awkward", "Wave"]
+
+
+@pytest.fixture
+def files(world, shared_tmp):
+    if world.rank == 0:
+        write_samples(shared_tmp, 29, parts=3)
+    world.Barrier()
+    return str(shared_tmp / "part*.h5")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("micro_batches", ["auto", 1, 3, 7, 12])
+def test_every_layout_equals_one_process(topology, files, model, micro_batches):
+    config = config_of(files, f"helpers.{model}")
+    config.parallel.micro_batches = micro_batches
+    job = assemble.build(config, topology)
+    assert verifying.compare(job, steps=5) is None
+    job.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "weight"},
+        {"normalize": True},
+        {"targets": ["label"]},
+        {"inputs": {"x": "x"}, "targets": {"y": "y"}},
+    ],
+)
+def test_weights_normalisation_and_classes(topology, files, change):
+    config = config_of(files)
+    config.data = Data(files=files, **{"inputs": ["x"], "targets": ["y"], **change})
+    if change.get("targets") == ["label"]:
+        config.model = ClassPath("helpers.Net", {"out_features": 3})
+        config.train.loss = ClassPath("torch.nn.CrossEntropyLoss")
+    job = assemble.build(config, topology)
+    assert verifying.compare(job, steps=5) is None
+    job.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("momentum", [0.1, None, 1.0])
+def test_running_statistics_are_those_of_one_process(topology, files, momentum):
+    config = config_of(files, "helpers.Normed")
+    config.model.init_args["momentum"] = momentum
+    config.parallel.micro_batches = 7
+    found = [trained(config, topology), trained(config, Topology.build(MPI.COMM_SELF))]
+    for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        a, b = (state[name] for state in found)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found[0]["norm.running_mean"], torch.zeros(2))
+
+
+def trained(config, topology, steps=8):
+    job = assemble.build(config, topology)
+    position = 0
+    losses = []
+    for number in range(steps):
+        step = job.loader.read(position)
+        losses.append(job.engine.step(number, step, 0.0).loss)
+        job.scheduler_step()
+        position = step.next_position
+    state = {n: t.clone() for n, t in job.engine.module.state_dict().items()}
+    job.close()
+    return {**state, "losses": torch.tensor(losses)}
+
+
+@pytest.mark.mpi
+def test_plain_torch_gives_the_same_losses(topology, files):
+    """Independent answer: torch alone, whole batches, the mean loss of torch.
+
+    Tolerance: float32 sums in another order, over 8 steps of Adam.
+    """
+    config = config_of(files)
+    config.optimizer.schedule = ClassPath("torch.optim.lr_scheduler.ConstantLR", {"factor": 1.0})
+    config.optimizer.decay_all = True
+    from hpctrain.models.build import build, complete
+
+    module = build(complete(config.model, {"x": (5,)}, {"y": (2,)}), config.train.seed)
+    expected = plain_training(config, 8, module)
+    found = trained(config, topology)["losses"].numpy()
+    assert np.allclose(found, expected, rtol=2e-4)
+
+
+@pytest.mark.mpi
+def test_layouts_give_the_same_losses_over_epochs(topology, files):
+    config = config_of(files, "helpers.Dropping")
+    config.parallel.micro_batches = 5
+    together = trained(config, topology, 12)["losses"]
+    alone = trained(config, Topology.build(MPI.COMM_SELF), 12)["losses"]
+    assert torch.allclose(together, alone, rtol=1e-3)
+    again = trained(config, topology, 12)["losses"]
+    assert torch.equal(together, again)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("where", ["sample", "scale", "order", "sum", "loss"])
+def test_verify_catches_what_is_broken(topology, files, monkeypatch, where):
+    """Break the asked layout on purpose, on one rank; verify must see it and say where."""
+    config = config_of(files)
+    config.parallel.micro_batches = max(2, topology.world_size)
+    job = assemble.build(config, topology)
+    last = topology.world_rank == topology.world_size - 1
+    world = topology.comms.world
+    if where == "sample" and last:
+        make = job.loader.make
+        job.loader.make = lambda samples: make(samples[::-1] - samples.min() if len(samples) > 1 else samples)
+    if where == "scale" and last:
+        job.averager.named["first.weight"].register_hook(lambda g: g * 1.0001)
+    if where == "order":
+        job.loader.seed += 1
+    if where == "sum" and last:
+        begin = job.averager.begin
+
+        def leave_something(count):
+            begin(count)
+            job.averager.gradient("second.bias").add_(1e-4)
+
+        monkeypatch.setattr(job.averager, "begin", leave_something)
+    if where == "loss" and last:
+        job.engine.loss = lambda outputs, batch, loss=job.engine.loss: (
+            loss(outputs, batch)[0] * 1.001,
+            loss(outputs, batch)[1],
+        )
+    found = verifying.compare(job, steps=3)
+    assert found is not None
+    if where == "scale":
+        assert "first.weight at step 0 on rank 0" in found
+    if where in ("sample", "scale"):
+        assert f"rank {topology.world_size - 1} computes micro-batch" in found
+    assert world.allgather(found) == [found] * world.size
+    job.close()
+
+
+@pytest.mark.mpi
+def test_verify_from_the_command_line_says_equal(world, files, capsys):
+    assert verifying.verify(config_of(files), world, 2) == 0
+    out = capsys.readouterr().out
+    assert ("equal: 2 steps" in out) == (world.rank == 0)
+
+
+@pytest.mark.mpi
+def test_evaluation_is_exact_to_the_sample(topology, files):
+    """Independent answer: all samples at once, on one process."""
+    config = config_of(files)
+    config.data.test = 0.4
+    job = assemble.build(config, topology)
+    sums = job.engine.evaluate(job.split_batches("test"), job.task.measure)
+    batch = job.task.batch(np.arange(17, 29))
+    expected = ((job.engine.outputs(batch) - batch.targets["y"]).double() ** 2).mean()
+    assert sums["loss"][1] == 12
+    assert sums["loss"][0] / 12 == pytest.approx(float(expected), rel=1e-6)
+    assert job.task.finish("rmse", *sums["rmse"]) == pytest.approx(float(expected) ** 0.5, rel=1e-6)
+    job.close()
+
+
+@pytest.mark.mpi
+def test_bf16_autocast(topology, files):
+    config = config_of(files, autocast="bf16")
+    config.parallel.micro_batches = 4
+    job = assemble.build(config, topology)
+    assert verifying.compare(job, steps=3) is None
+    plain = assemble.build(config_of(files), topology)
+    batch = job.task.batch(np.arange(4))
+    assert not torch.equal(job.engine.outputs(batch), plain.engine.outputs(batch))
+    assert job.engine.outputs(batch).dtype == torch.float32
+    job.close()
+    plain.close()
