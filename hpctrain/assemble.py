@@ -122,7 +122,13 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     """
     world = topology.comms.world
     train = config.train
+    torch.set_num_threads(topology.threads)
     with together(world):
+        if topology.stages > 1:
+            raise ConfigError(
+                f"parallel.stages = {topology.stages}: pipeline stages are not built yet: "
+                f"set parallel.stages = 1"
+            )
         check_classes(config)
     index = from_root(world, lambda: indexing.build(config.data))
     reader = Reader(index)

@@ -1,6 +1,7 @@
 """The command line: verbs, help, and the one place where MPI is started."""
 
 import os
+import platform
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -94,10 +95,7 @@ def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> 
 
     Threads are set before torch starts: torch must not be imported before this.
     """
-    if pictures and launch.speaks(os.environ):
-        from hpctrain.report.pictures import prepare
-
-        prepare()
+    start_children_early(pictures and launch.speaks(os.environ))
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -113,6 +111,18 @@ def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> 
         if world.rank == 0:
             print_error(error)
         return error.status
+
+
+def start_children_early(pictures: bool) -> None:
+    """Do now what may start a process: after MPI_Init a rank starts none."""
+    from hpctrain import construct
+
+    platform.processor()  # calls `uname -p` once; torch asks for it later
+    construct.prepare()
+    if pictures:
+        from hpctrain.report.pictures import prepare
+
+        prepare()
 
 
 def set_threads(world: "MPI.Intracomm") -> None:

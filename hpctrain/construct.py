@@ -101,6 +101,18 @@ def check_types(
             ) from None
 
 
+def prepare() -> None:
+    """Let jsonargparse look for type stubs; call it before MPI_Init.
+
+    Where typeshed-client is installed its first look starts a process, and a rank starts none.
+    """
+
+    def untyped(value):  # type: ignore[no-untyped-def]
+        return value
+
+    check_types(untyped, {"value": 1}, "it", set())
+
+
 def build(spec: ClassPath, key: str, *positional: Any, **arguments: Any) -> Any:
     """Call the class; an error of its constructor names the class and the arguments."""
     factory = find_class(spec.class_path, f"{key}.class_path")

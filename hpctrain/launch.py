@@ -61,6 +61,16 @@ def speaks(environment: Mapping[str, str]) -> bool:
     return environment.get("SLURM_PROCID", "0") == "0" or "SLURM_STEP_ID" not in environment
 
 
+def asked_threads(environment: Mapping[str, str]) -> int | None:
+    """Threads that OMP_NUM_THREADS asks for, None where it says nothing.
+
+    >>> asked_threads({"OMP_NUM_THREADS": "4"}), asked_threads({})
+    (4, None)
+    """
+    first = environment.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(first) if first.isdigit() and int(first) else None
+
+
 def set_threads(threads: int) -> None:
     """Set the threads of this rank's numerical libraries, before they start, unless the user did."""
     for variable in THREAD_VARIABLES:

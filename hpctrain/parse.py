@@ -131,7 +131,7 @@ def tidy(text: str) -> str:
     kept = [
         s for s in lines if s and not s.startswith(("Does not", "Subtypes", "Errors", "Given value type"))
     ]
-    return "; ".join(kept)
+    return " ".join("; ".join(kept).split())
 
 
 def absolute(paths: Any, folder: Path) -> Any:

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from mpi4py import MPI
 
-from hpctrain import abort
+from hpctrain import abort, launch
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.wire import together
 
@@ -129,7 +129,8 @@ class Topology:
     ) -> "Topology":
         """Build the layout of a communicator. Collective over it.
 
-        `device` is "auto", "cpu" or "cuda"; `threads` None takes the fair share. Raises
+        `device` is "auto", "cpu" or "cuda"; `threads` None takes
+        what OMP_NUM_THREADS says, else the fair share. Raises
         ConfigError, the same on all ranks, where the ranks do not divide into the stages or a
         rank has no GPU though "cuda" was asked for.
         """
@@ -168,7 +169,7 @@ class Topology:
             nodes=len(set(names)),
             local_rank=place.local_rank,
             local_size=node.size,
-            threads=threads or fair_threads(usable_cores(), cores),
+            threads=threads or launch.asked_threads(os.environ) or fair_threads(usable_cores(), cores),
             device=found,
             comms=comms,
         )

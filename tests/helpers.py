@@ -1,5 +1,8 @@
 """Small data, models and configurations of the tests. Every sample differs from every other."""
 
+import os
+import time
+
 import h5py
 import numpy as np
 import torch
@@ -66,6 +69,14 @@ class Dropping(Net):
 
     def forward(self, x):
         return self.second(nn.functional.dropout(torch.tanh(self.first(x)), 0.5, self.training))
+
+
+class Slow(Dropping):
+    """Takes the time that the environment asks for, so that a test can meet it at work."""
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        return super().forward(x)
 
 
 class Normed(Net):

@@ -95,12 +95,16 @@ def test_build_agrees_with_the_pure_layout(world):
 
 
 @pytest.mark.mpi
-def test_threads_are_shared_with_the_local_ranks(world):
+def test_threads_are_shared_with_the_local_ranks(world, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with Topology.build(world) as found:
         if len(set(map(tuple, map(sorted, world.allgather(layout.usable_cores()))))) == 1:
             assert found.threads == max(1, len(os.sched_getaffinity(0)) // found.local_size)
     with Topology.build(world, threads=3) as found:
         assert found.threads == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    with Topology.build(world) as found:
+        assert found.threads == 5
 
 
 @pytest.mark.mpi

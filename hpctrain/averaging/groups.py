@@ -28,8 +28,10 @@ def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]
 def check(config: Optimizer) -> dict[str, Any]:
     """Check the optimizer's class path and arguments before anything starts; give them."""
     spec = ClassPath(config.class_path, config.init_args)
-    arguments = construct.check(spec, "optimizer", given=("params",))
     factory = construct.find_class(config.class_path, "optimizer.class_path")
+    if not (inspect.isclass(factory) and issubclass(factory, torch.optim.Optimizer)):
+        raise ConfigError(f"optimizer.class_path = {config.class_path!r} is no torch optimizer")
+    arguments = construct.check(spec, "optimizer", given=("params",))
     step = inspect.signature(getattr(factory, "step", lambda closure=None: None))
     closure = step.parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -52,7 +54,5 @@ def build(config: Optimizer, module: nn.Module) -> torch.optim.Optimizer:
     decays = "weight_decay" in names
     groups = parameter_groups(module, config.decay_all or not decays)
     spec = ClassPath(config.class_path, config.init_args)
-    found = construct.build(spec, "optimizer", groups, **arguments)
-    if not isinstance(found, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer.class_path = {config.class_path!r} is no torch optimizer")
+    found: torch.optim.Optimizer = construct.build(spec, "optimizer", groups, **arguments)
     return found

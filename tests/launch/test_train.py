@@ -1,0 +1,311 @@
+"""Training as a user starts it: what is written, what is resumed, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import losses, rows
+
+from hpctrain.use import load_module
+
+
+def weights(run):
+    return {n: t.clone() for n, t in load_module(Path(run)).state_dict().items()}
+
+
+def same_bits(a, b):
+    return all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a) and a.keys() == b.keys()
+
+
+def test_a_run_writes_what_others_read(launcher, small, tmp_path):
+    ended = launcher.ranks(3, "train", "small.toml")
+    assert ended.status == 0, ended.text
+    run = tmp_path / "runs" / "small"
+    assert f"run folder {run}" in ended.out
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "log.txt", "metrics.jsonl"]
+    found = rows(run)
+    assert all({"event", "step", "time"} <= row.keys() for row in found)
+    start, end = found[0], found[-1]
+    assert start["event"] == "start"
+    assert {k: start[k] for k in ("world_size", "nodes", "replicas", "stages", "micro_batches", "resumed_step")} == {
+        "world_size": 3, "nodes": 1, "replicas": 3, "stages": 1, "micro_batches": 3, "resumed_step": 0,
+    }  # fmt: skip
+    assert (end["event"], end["status"], end["step"]) == ("end", "done", 20)
+    train = [row for row in found if row["event"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, 21))
+    assert all(row["samples_per_second"] > 0 and row["loss"] > 0 for row in train)
+    tested = [row for row in found if row["event"] == "validate"]
+    assert [row["step"] for row in tested] == [7, 14, 20]
+    assert all({"loss", "rmse", "split"} <= row.keys() for row in tested)
+    assert [row["step"] for row in found if row["event"] == "checkpoint"] == [20]
+    log = (run / "log.txt").read_text()
+    assert all(line.startswith("r0/3 | ") for line in log.splitlines())
+
+
+def test_finished_smaller_larger_and_different(launcher, small, tmp_path):
+    assert launcher.ranks(2, "train", "small.toml").status == 0
+    before = (tmp_path / "runs/small/metrics.jsonl").read_text()
+    again = launcher.ranks(2, "train", "small.toml")
+    assert again.status == 0
+    assert "is finished (step 20 of 20); nothing was changed" in again.out
+    assert "to go on: a larger --train.epochs or --train.steps" in again.out
+    assert "to start afresh: --train.run_folder NEW" in again.out
+    assert (tmp_path / "runs/small/metrics.jsonl").read_text() == before
+    smaller = launcher.ranks(2, "train", "small.toml", "--train.steps", "10")
+    assert smaller.status == 2
+    assert smaller.text.count("train.steps: the run has 20, asked is 10") == 1
+    other = launcher.ranks(2, "train", "small.toml", "--train.batch", "4", "--optimizer.init_args.lr", "1")
+    assert other.status == 2
+    assert "train.batch: the run has 8, asked is 4" in other.err
+    assert "optimizer.init_args: the run has {'lr': 0.01}, asked is {'lr': 1}" in other.err
+    larger = launcher.ranks(2, "train", "small.toml", "--train.steps", "24")
+    assert larger.status == 0, larger.text
+    assert "resuming" in larger.out
+    assert "from step 20" in larger.out
+    assert max(losses(tmp_path / "runs/small")) == 24
+
+
+def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
+    assert launcher.ranks(2, "train", "small.toml").status == 0
+    ended = launcher.ranks(2, "train", "runs/small/config.toml", "--train.run_folder", "new")
+    assert ended.status == 0, ended.text
+    assert losses(tmp_path / "new") == losses(tmp_path / "runs/small")
+    assert same_bits(weights(tmp_path / "new"), weights(tmp_path / "runs/small"))
+    plain = launcher.ranks(2, "train", "runs/small/config.toml")
+    assert "is finished" in plain.out
+
+
+def test_numbered_folders(launcher, small, tmp_path):
+    for _ in range(2):
+        assert (
+            launcher.ranks(1, "train", "small.toml", "--train.run_folder", "r-#", "--train.steps", "2").status
+            == 0
+        )
+    assert (tmp_path / "r-1/metrics.jsonl").is_file()
+    assert (tmp_path / "r-2/metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_killed_and_resumed_is_bit_for_bit_never_stopped(launcher, small, tmp_path, ranks):
+    """20 steps against some + SIGKILL of every rank + the rest, at the same layout."""
+    whole = launcher.ranks(ranks, "train", "small.toml", "--train.run_folder", "whole")
+    assert whole.status == 0, whole.text
+    slow = ("--model.class_path", "helpers.Slow", "--checkpoint.every_steps", "3")
+    process = launcher.start(
+        *launcher.command(ranks, "train", "small.toml", "--train.run_folder", "cut", *slow), SLOW="0.3"
+    )
+    wait_for(lambda: len(losses(tmp_path / "cut")) >= 10, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    kill_orphans(tmp_path)
+    done = len(losses(tmp_path / "cut"))
+    assert 10 <= done < 20
+    resumed = launcher.ranks(ranks, "train", "small.toml", "--train.run_folder", "cut", *slow)
+    assert resumed.status == 0, resumed.text
+    starts = [
+        json.loads(line)
+        for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()
+        if '"start"' in line
+    ]
+    assert [row["resumed_step"] for row in starts] == [0, done // 3 * 3]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def wait_for(condition, process, limit=90):
+    end = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def kill_orphans(folder):
+    """Kill ranks that outlived their mpirun: those that work in this test's own folder."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                mine = os.readlink(entry / "cwd") == str(folder)
+            except OSError:
+                continue
+            if mine:
+                os.kill(int(entry.name), signal.SIGKILL)
+    time.sleep(0.5)
+
+
+@pytest.mark.parametrize("number", ["SIGUSR1"])
+def test_a_signal_stops_with_a_checkpoint_and_status_75(launcher, small, tmp_path, number):
+    words = ("train", "small.toml", "--model.class_path", "helpers.Slow")
+    process = launcher.start(*launcher.command(2, *words), SLOW="0.3")
+    wait_for(lambda: len(losses(tmp_path / "runs/small")) >= 3, process)
+    process.send_signal(getattr(signal, number))
+    ended = launcher.finish(process)
+    assert ended.status == 75, ended.text
+    end = rows(tmp_path / "runs/small")[-1]
+    assert (end["event"], end["status"]) == ("end", "stopped")
+    assert number in end["reason"]
+    assert "run the same command again to go on" in ended.out
+    again = launcher.ranks(2, *words)
+    assert again.status == 0
+    assert f"from step {end['step']}" in again.out
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_an_exception_on_one_rank_ends_all_with_its_traceback_once(launcher, small, tmp_path, ranks):
+    Path(tmp_path, "of_mine.py").write_text(
+        "from mpi4py import MPI\nfrom helpers import Net\n"
+        "class Bad(Net):\n    def forward(self, x):\n"
+        "        if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1: raise KeyError('lost key')\n"
+        "        return super().forward(x)\n"
+    )
+    began = time.monotonic()
+    ended = launcher.ranks(ranks, "train", "small.toml", "--model.class_path", "of_mine.Bad")
+    assert ended.status == 1
+    assert ended.text.count("KeyError: 'lost key'") == 1, ended.text
+    assert "at step 0, micro-batch" in ended.err
+    if ranks > 1:
+        assert "rank 2 of 3: Traceback" in ended.err
+    assert time.monotonic() - began < 60
+
+
+def test_early_stopping_and_best(launcher, small, tmp_path):
+    ended = launcher.ranks(
+        2, "train", "small.toml", "--data.test", "0", "--data.validation", "0.3", "--train.patience", "2",
+        "--train.validate_steps", "1", "--train.steps", "400", "--optimizer.init_args.lr", "0.3",
+        "--checkpoint.every_steps", "1", "--checkpoint.keep", "1",
+    )  # fmt: skip
+    assert ended.status == 0, ended.text
+    found = rows(tmp_path / "runs/small")
+    end = found[-1]
+    assert "no better loss than" in end["reason"]
+    values = {row["step"]: row["loss"] for row in found if row["event"] == "validate"}
+    best = min(values, key=values.get)
+    assert end["step"] == best + 2 < 400
+    kept = sorted(p.name for p in (tmp_path / "runs/small/checkpoints").iterdir())
+    assert kept == [f"step-{best:08d}", f"step-{end['step']:08d}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.stpes", "3"], "unknown option --train.stpes: did you mean train.steps"),
+        (["train", "nothing.toml"], "CONFIG nothing.toml: no such file or recipe"),
+        (["train", "climat"], "CONFIG climat: no such file or recipe: did you mean climate?"),
+        (["trian"], "trian is no verb: did you mean train?"),
+        (["climate"], "climate is no verb: did you mean `hpctrain train climate`?"),
+        (["train", "small.toml", "--parallel.stages", "3"], "parallel.stages = 3 does not divide the 2 ranks"),
+        (["train", "small.toml", "--parallel.stages", "2"], "parallel.stages = 2: pipeline stages are not built yet"),
+        (["train", "small.toml", "--model.class_path", "helpers.Nett"], "helpers has no Nett: did you mean Net"),
+        (["train", "small.toml", "--model.init_args.wdith", "3"], "model.init_args.wdith: helpers.Dropping has no such"),
+        (["train", "small.toml", "--data.targets", "z"], "part0.h5: dataset z is not in the file"),
+        (["train", "small.toml", "--train.patience", "2"], "train.patience needs data.validation"),
+        (["train", "small.toml", "--train.monitor", "rms"], "train.monitor = 'rms': legal are loss, rmse"),
+        (["train", "small.toml", "--train.loss.class_path", "torch.nn.MSLoss"], "did you mean MSELoss"),
+        (["train", "small.toml", "--optimizer.schedule.class_path", "torch.optim.lr_scheduler.StepLR"], "StepLR needs step_size"),
+        (["train", "digits"], "no file digits.h5 here or in data/: make it with `hpctrain data make digits`"),
+        (["predict", "nowhere", "--output", "p.h5"], "nowhere holds no run"),
+        (["verify", "small.toml", "--steps", "none"], "--steps none: a number of steps"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_once_with_status_2(launcher, small, tmp_path, words, message):
+    ended = launcher.ranks(2, *words)
+    assert ended.status == 2, ended.text
+    assert ended.text.count(message) == 1, ended.text
+    assert "Traceback" not in ended.text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(launcher, small, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    ended = launcher.ranks(2, "train", "small.toml", "--train.run_folder", "mine")
+    assert ended.status == 2
+    assert "is not empty and holds no run" in ended.err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_dry_run_writes_nothing(launcher, small, tmp_path):
+    ended = launcher.ranks(2, "train", "small.toml", "--dry-run")
+    assert ended.status == 0, ended.text
+    assert "rank 1: replica 1 stage 0 node 0 cpu threads" in ended.out
+    assert 'class_path = "helpers.Dropping"' in ended.out
+    assert "in_features = 5" in ended.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_both_ways_of_starting_find_a_module_in_the_current_folder(launcher, small, tmp_path):
+    Path(tmp_path, "of_mine.py").write_text("from helpers import Net\nclass Mine(Net): pass\n")
+    script = Path(sys.executable).with_name("hpctrain")
+    for at, command in enumerate(([sys.executable, "-m", "hpctrain"], [script])):
+        ended = launcher.run(
+            "mpirun", "-n", 2, *command, "train", "small.toml", "--model.class_path", "of_mine.Mine",
+            "--train.steps", "2", "--train.run_folder", f"r{at}",
+        )  # fmt: skip
+        assert ended.status == 0, ended.text
+
+
+def test_without_a_launcher_it_is_one_rank(launcher, small, tmp_path):
+    ended = launcher.run(sys.executable, "-m", "hpctrain", "train", "small.toml", "--train.steps", "3")
+    assert ended.status == 0, ended.text
+    assert rows(tmp_path / "runs/small")[0]["world_size"] == 1
+
+
+def test_threads_are_set_before_torch_starts(launcher, small, tmp_path):
+    Path(tmp_path, "of_mine.py").write_text(
+        "import os, torch\nfrom helpers import Net\n"
+        "class Mine(Net):\n    def __init__(self, in_features, out_features):\n"
+        "        super().__init__(in_features, out_features)\n"
+        "        print('threads', torch.get_num_threads(), os.environ['OMP_NUM_THREADS'], flush=True)\n"
+    )
+    cores = len(os.sched_getaffinity(0))
+    for ranks in (1, 2, 4):
+        words = ("train", "small.toml", "--model.class_path", "of_mine.Mine", "--dry-run")
+        ended = launcher.ranks(ranks, *words)
+        share = max(1, cores // ranks)
+        assert ended.out.count(f"threads {share} {share}") == ranks, ended.text
+    assert "threads 3 3" in launcher.ranks(1, *words, OMP_NUM_THREADS="3").out
+    assert "threads 2 " in launcher.ranks(1, *words, "--train.threads", "2").out
+
+
+def test_no_rank_starts_a_process_after_mpi_init(launcher, small, tmp_path):
+    """An audit hook, set at the start of Python, sees every fork and every child from MPI_Init on."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def watch(event, args):\n"
+        "    if event in ('subprocess.Popen', 'os.fork', 'os.system', 'os.posix_spawn', 'os.exec', 'pty.spawn'):\n"
+        "        if 'mpi4py.MPI' in sys.modules:\n"
+        "            sys.stderr.write(f'CHILD {event} {args}\\n')\n"
+        "sys.addaudithook(watch)\n"
+    )
+    cache = tmp_path / "fresh-cache"
+    ended = launcher.ranks(
+        2, "train", "climate", "--train.steps", "2",
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{launcher.environment['PYTHONPATH']}", MPLCONFIGDIR=str(cache),
+    )  # fmt: skip
+    assert ended.status == 0, ended.text
+    assert (tmp_path / "runs/climate/pictures/maps.png").is_file()
+    assert "CHILD" not in ended.text
+    check = launcher.run(
+        sys.executable, "-c", "import mpi4py.MPI, subprocess; subprocess.run(['true'])",
+        PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    assert "CHILD subprocess.Popen" in check.err
+
+
+def test_help_needs_no_mpi():
+    code = (
+        "import sys\nfrom hpctrain.cli import main\n"
+        "assert main(['--help']) == 0 and main(['--version']) == 0 and main(['train', '--help']) == 0\n"
+        "import hpctrain\nassert 'mpi4py.MPI' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "verbs:" in done.stdout
+    assert "Optimizer steps in all" in done.stdout

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from helpers import Net, Wave
+from torch import nn
+
+from hpctrain.averaging import groups
+from hpctrain.config import Optimizer
+from hpctrain.errors import ConfigError
+
+
+def test_no_decay_on_biases_and_norms():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2))
+    decayed, rest = groups.parameter_groups(module, decay_all=False)
+    assert [p.ndim for p in decayed["params"]] == [4]
+    assert [p.ndim for p in rest["params"]] == [1, 1, 1]
+    assert rest["weight_decay"] == 0.0
+    assert len(groups.parameter_groups(module, decay_all=True)) == 1
+    assert len(groups.parameter_groups(nn.Linear(2, 2, bias=False), decay_all=False)) == 1
+
+
+def test_built_optimizer_decays_only_the_matrices():
+    module = Net(3, 2)
+    optimizer = groups.build(Optimizer(init_args={"lr": 0.1, "weight_decay": 0.5}), module)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0]
+    assert optimizer.param_groups[0]["fused"] is True
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop"],
+)
+def test_any_torch_optimizer_steps(path):
+    module = Net(3, 2)
+    optimizer = groups.build(Optimizer(f"torch.optim.{path}", {"lr": 0.01}), module)
+    before = module.first.weight.detach().clone()
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(module.first.weight, before)
+
+
+def test_complex_parameters_get_no_fused_kernel():
+    assert not groups.build(Optimizer(init_args={"lr": 0.1}), Wave(2, 2)).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "message"),
+    [
+        ("torch.optim.LBFGS", {"lr": 1.0}, "it needs a closure"),
+        ("torch.optim.AdamW", {"lrr": 1.0}, r"optimizer.init_args.lrr: .* did you mean lr"),
+        ("torch.nn.Linear", {"in_features": 1, "out_features": 1}, "is no torch optimizer"),
+    ],
+)
+def test_what_is_no_optimizer_for_a_step(path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        groups.build(Optimizer(path, arguments), Net(3, 2))

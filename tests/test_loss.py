@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import nn
+
+from hpctrain.batch import Batch
+from hpctrain.errors import ConfigError
+from hpctrain.loss import SummedLoss, pairs, takes_reduction
+
+
+def batch_of(**targets):
+    count = len(next(iter(targets.values())))
+    return Batch(torch.arange(count).numpy(), {}, targets)
+
+
+def test_elementwise_loss_is_torchs_mean():
+    output, target = torch.randn(6, 3, 2), torch.randn(6, 3, 2)
+    total, weight = SummedLoss(nn.MSELoss(reduction="none"))(output, batch_of(y=target))
+    assert float(weight) == 6
+    torch.testing.assert_close(total / weight, nn.functional.mse_loss(output, target))
+
+
+def test_cross_entropy_a_sample_and_a_pixel():
+    for shape in ((5, 4), (5, 4, 3)):
+        output = torch.randn(shape)
+        target = torch.randint(4, (5, *shape[2:]))
+        total, weight = SummedLoss(nn.CrossEntropyLoss(reduction="none"))(output, batch_of(y=target))
+        torch.testing.assert_close(total / weight, nn.functional.cross_entropy(output, target))
+
+
+def test_a_users_mean_over_samples():
+    output, target = torch.randn(6, 2), torch.randn(6, 2)
+    total, weight = SummedLoss(lambda o, t: ((o - t) ** 4).mean())(output, batch_of(y=target))
+    torch.testing.assert_close(total / weight, ((output - target) ** 4).mean())
+    assert float(weight) == 6
+
+
+def test_weights_by_sample_and_by_element():
+    output, target = torch.randn(4, 3), torch.randn(4, 3)
+    square = (output - target) ** 2
+    for weights in (torch.rand(4, 1), torch.rand(4, 3), torch.rand(1, 3)):
+        batch = batch_of(y=target)
+        batch.weights["y"] = weights
+        total, weight = SummedLoss(nn.MSELoss(reduction="none"))(output, batch)
+        full = weights.expand(4, 3)
+        torch.testing.assert_close(total / weight, (square * full).sum() / full.sum())
+
+
+def test_a_mean_with_weights_is_refused():
+    batch = batch_of(y=torch.zeros(3))
+    batch.weights["y"] = torch.ones(3)
+    with pytest.raises(ConfigError, match="one number for the micro-batch, but y has weights or a mask"):
+        SummedLoss(nn.MSELoss())(torch.zeros(3), batch)
+
+
+def test_values_without_samples_first_are_refused():
+    with pytest.raises(ConfigError, match=r"the loss gives shape \(2,\) for 3 samples of y"):
+        SummedLoss(lambda o, t: (o - t).mean(dim=0))(torch.zeros(3, 2), batch_of(y=torch.zeros(3, 2)))
+
+
+def test_the_shape_that_torch_would_broadcast():
+    """(n, 1) against (n,) would give an n x n loss, silently wrong."""
+    output, target = torch.randn(5, 1), torch.randn(5)
+    total, weight = SummedLoss(nn.MSELoss(reduction="none"))(output, batch_of(y=target))
+    torch.testing.assert_close(total / weight, ((output[:, 0] - target) ** 2).mean())
+    with pytest.raises(ConfigError, match=r"the model gives shape \(5, 2\) for target y of shape \(5,\)"):
+        SummedLoss(nn.MSELoss(reduction="none"))(torch.zeros(5, 2), batch_of(y=target))
+
+
+def test_several_targets_by_name_and_in_order():
+    a, b = torch.randn(4, 2), torch.randn(4)
+    batch = batch_of(a=a, b=b)
+    expected = (a**2).mean() + (b**2).mean()
+    loss = SummedLoss(nn.MSELoss(reduction="none"))
+    for outputs in ({"b": b * 0, "a": a * 0}, [a * 0, b * 0]):
+        total, weight = loss(outputs, batch)
+        torch.testing.assert_close(total / weight, expected)
+    with pytest.raises(ConfigError, match=r"the model gives \['a'\], data.targets are \['a', 'b'\]"):
+        pairs({"a": a}, batch.targets)
+    with pytest.raises(ConfigError, match="the model gives 1 outputs for 2 targets"):
+        pairs(a, batch.targets)
+
+
+def test_which_losses_take_reduction():
+    assert takes_reduction(nn.HuberLoss)
+    assert not takes_reduction(lambda output, target: output)
