@@ -129,7 +129,7 @@ def test_mpirun_where_slurm_has_no_pmix(slurm, project):
     _, _, text = wait_for_end(slurm, project, job)
     found = rows(project / "runs" / "small")
     assert found, text
-    assert ": mpirun," in text
+    assert ": mpirun --bind-to none --map-by ppr:2:node," in text
     assert (found[0]["world_size"], found[0]["nodes"]) == (4, 2), text
     assert (found[-1]["event"], found[-1]["status"]) == ("end", "done"), text
 
@@ -164,7 +164,8 @@ def test_a_signal_ahead_of_the_limit_writes_a_checkpoint(slurm, project):
 
 
 def test_without_hpctrain_the_script_says_so(slurm, project):
-    job = submit(slurm, project, "slurm/train.sbatch", VIRTUAL_ENV="/usr")
+    bare = {"VIRTUAL_ENV": "/nowhere", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    job = submit(slurm, project, "slurm/train.sbatch", **bare)
     state, code, text = wait_for_end(slurm, project, job)
     assert (state, code) == ("FAILED", 2), text
     assert "has no hpctrain: activate its environment before sbatch" in text
