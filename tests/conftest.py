@@ -28,9 +28,8 @@ def pytest_configure(config):
 def pytest_report_header(config):
     if in_launch(config):
         return "no launcher: these tests start mpirun themselves"
-    from mpi4py import MPI
-
     import torch
+    from mpi4py import MPI
 
     torch.set_num_threads(1)
     vendor, version = MPI.get_vendor()

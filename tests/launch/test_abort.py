@@ -1,0 +1,90 @@
+"""A failing rank ends all ranks within seconds, its own message first, however it was started."""
+
+import sys
+import textwrap
+import time
+
+import pytest
+
+SCRIPT = """
+    import sys, threading, time
+    from mpi4py import MPI
+    from hpctrain.topology import Topology
+
+    def fail():
+        raise OSError("the disk of rank %d" % MPI.COMM_WORLD.rank)
+
+    with Topology.build(MPI.COMM_WORLD) as topology:
+        who = {who}
+        if topology.world_rank in who:
+            {how}
+        topology.comms.world.Barrier()   # the others wait here for ever in plain MPI
+"""
+
+
+def start(launcher, tmp_path, who, how, ranks=3):
+    (tmp_path / "mine.py").write_text(textwrap.dedent(SCRIPT.format(who=who, how=how)))
+    began = time.monotonic()
+    ended = launcher.run("mpirun", "-n", ranks, sys.executable, "mine.py", limit=60)
+    return ended, time.monotonic() - began
+
+
+@pytest.mark.parametrize("who", [[0], [2], [0, 1, 2]])
+@pytest.mark.parametrize("how", ["fail()", "threading.Thread(target=fail).start(); time.sleep(30)"])
+def test_all_ranks_end_and_the_traceback_is_printed_once(launcher, tmp_path, who, how):
+    ended, seconds = start(launcher, tmp_path, who, how)
+    assert ended.status == 1, ended.text
+    assert ended.text.count("Traceback") == 1, ended.text
+    assert f"OSError: the disk of rank {who[0]}" in ended.err
+    assert f"r{who[0]}/3 | uncaught OSError: all 3 ranks are ended" in ended.err
+    assert ended.err.index("Traceback") < ended.err.index("MPI_ABORT")
+    assert seconds < 20
+
+
+def test_after_the_topology_is_closed_the_hook_is_gone(launcher, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        import sys
+        from mpi4py import MPI
+        from hpctrain.topology import Topology
+        before = sys.excepthook
+        with Topology.build(MPI.COMM_WORLD):
+            assert sys.excepthook is not before
+            with Topology.build(MPI.COMM_SELF):
+                pass
+            assert sys.excepthook is not before
+        assert sys.excepthook is before
+        print("gone")
+        """)
+    )
+    ended = launcher.run("mpirun", "-n", 2, sys.executable, "mine.py", limit=60)
+    assert ended.status == 0, ended.text
+    assert ended.out.count("gone") == 2
+
+
+def test_a_killed_rank_ends_the_job(launcher, tmp_path):
+    ended, seconds = start(launcher, tmp_path, [1], "import os; os.kill(os.getpid(), 9)")
+    assert ended.status == 137, ended.text
+    assert seconds < 20
+
+
+def test_an_error_of_one_rank_alone_ends_all_with_its_status(launcher, tmp_path):
+    """An HpctrainError that the ranks did not agree on: one message, its exit status, no hang."""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        import sys
+        from hpctrain import cli
+        from hpctrain.errors import ConfigError
+
+        def work(world):
+            if world.rank == 1:
+                raise ConfigError("only here")
+            world.Barrier()
+            return 0
+
+        sys.exit(cli.on_ranks(work))
+        """)
+    )
+    ended = launcher.run("mpirun", "-n", 3, sys.executable, "mine.py", limit=60)
+    assert ended.status == 2, ended.text
+    assert ended.text.count("r1/3 | error: only here") == 1

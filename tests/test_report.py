@@ -1,0 +1,113 @@
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpctrain import log
+from hpctrain.config import Config
+from hpctrain.report import pictures, progress
+from hpctrain.report.run_folder import RunFolder, free_number, rows
+from hpctrain.report.summary import table
+from hpctrain.task import Maps, Panel
+
+
+def test_later_rows_replace_earlier_ones_of_the_same_step(tmp_path):
+    run = RunFolder(tmp_path / "run", writes=True)
+    run.create(Config())
+    run.row("train", 1, loss=3.0)
+    run.row("train", 2, loss=2.0)
+    run.row("train", 2, loss=float("nan"))
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "st')
+    found = rows(run.path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in found] == [(1, 3.0), (2, None)]
+    json.loads((run.path / "metrics.jsonl").read_text().splitlines()[2])
+    assert rows(tmp_path / "none") == []
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    run = RunFolder(tmp_path / "run", writes=False)
+    run.create(Config())
+    run.row("train", 1, loss=3.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_free_numbers(tmp_path):
+    (tmp_path / "a-1").mkdir()
+    assert free_number(str(tmp_path / "a-#")) == str(tmp_path / "a-2")
+
+
+def colours(path):
+    return len(np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0))
+
+
+def test_pictures_show_something(tmp_path):
+    field = np.random.default_rng(0).normal(size=(6, 8))
+    found = Maps("t", "K", (Panel("a", field), Panel("b", field)), np.arange(8.0), np.arange(6.0))
+    pictures.maps(found, tmp_path / "deep" / "maps.png")
+    assert colours(tmp_path / "deep" / "maps.png") > 50
+    history = [{"event": "start", "step": 0, "baselines": {"ridge": {"rmse": 0.5}}}]
+    history += [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 9)]
+    history += [{"event": "validate", "step": 8, "split": "test", "epoch": 1.0, "rmse": 0.4}]
+    pictures.curves(history, "rmse", tmp_path / "curves.png")
+    assert colours(tmp_path / "curves.png") > 10
+
+
+def test_table_has_a_row_a_method():
+    lines = table({"a": {"rmse": 1.0}, "b": {"rmse": 0.25, "loss": 3.0}})
+    assert lines[0].split() == ["loss", "rmse"]
+    assert lines[1].split() == ["a", "1"]
+    assert lines[2].split() == ["b", "3", "0.25"]
+    assert table({}) == []
+
+
+def test_batch_log_gets_plain_lines_of_the_first_and_last_step(capsys, topology, monkeypatch):
+    monkeypatch.setattr(progress, "on_terminal", lambda: False)
+    log.start(topology)
+    with progress.ProgressView(10, 0, topology.world_rank == 0, log_seconds=1000) as view:
+        for step in range(1, 11):
+            view.step(step, 0.5, 1234.0, {"reading": 0.25, "computing": 0.75})
+    out = capsys.readouterr().out
+    if topology.world_rank == 0:
+        assert [line.split()[3] for line in out.splitlines()] == ["1/10", "10/10"]
+        assert (
+            f"r0/{topology.world_size} | step 1/10 | loss 0.5 | 1,234 samples/s | reading 25% computing 75%"
+            in out
+        )
+    else:
+        assert out == ""
+
+
+def test_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    with progress.ProgressView(4, 0, True, 10.0) as view:
+        view.step(4, 0.5, 99.0, {"reading": 1.0})
+    out = capsys.readouterr().out
+    assert "4/4" in out
+    assert "loss 0.5 | 99 samples/s" in out
+
+
+def test_a_launchers_terminal_counts_only_if_the_launcher_has_one(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("PMIX_RANK", "0")
+    for target, expected in (("/dev/pts/3", True), ("/tmp/log.txt", False), ("pipe:[7]", False)):
+        monkeypatch.setattr(os, "readlink", lambda path, target=target: target)
+        assert progress.on_terminal() is expected
+    monkeypatch.delenv("PMIX_RANK")
+    assert progress.on_terminal()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert not progress.on_terminal()
+
+
+@pytest.mark.mpi
+def test_every_log_line_names_its_rank(capsys, topology, tmp_path):
+    log.start(topology)
+    log.to_file(tmp_path / "log.txt", topology)
+    log.LOGGER.warning("50% done")
+    expected = f"r{topology.world_rank}/{topology.world_size} | 50% done\n"
+    assert capsys.readouterr().out == expected
+    assert (tmp_path / "log.txt").read_text() == expected
+    log.start(topology)

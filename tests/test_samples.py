@@ -1,0 +1,150 @@
+"""The default task: what the model gets of the samples."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from helpers import config_of, write_h5
+from mpi4py import MPI
+
+from hpctrain import assemble
+from hpctrain.config import ClassPath, Data
+from hpctrain.errors import DataError
+from hpctrain.topology import Topology
+
+
+def job_of(path, model="helpers.Net", **data):
+    config = config_of(str(path), model)
+    config.data = Data(files=str(path), **{"inputs": ["x"], "targets": ["y"], **data})
+    return assemble.build(config, Topology.build(MPI.COMM_SELF))
+
+
+@pytest.fixture
+def path(tmp_path):
+    random = np.random.default_rng(0)
+    write_h5(
+        tmp_path / "a.h5",
+        x=random.normal(5.0, 2.0, size=(10, 4)),
+        y=random.normal(-3.0, 0.5, size=(10, 2)),
+        image=random.integers(0, 255, size=(10, 4)).astype(np.uint8),
+        token=random.integers(0, 9, size=(10, 4)).astype(np.int32),
+        label=(np.arange(10) % 3).astype(np.uint8),
+        weight=np.arange(10.0),
+    )
+    return tmp_path / "a.h5"
+
+
+def test_floats_images_and_integers(path):
+    batch = job_of(path, inputs=["x"]).task.batch(np.arange(3))
+    assert batch.inputs["x"].dtype == torch.float32
+    task = job_of(path, inputs={"x": "image"}).task
+    assert task.batch(np.arange(3)).inputs["x"].dtype == torch.float32
+    assert float(task.batch(np.arange(3)).inputs["x"].max()) > 1.0
+    task = job_of(path, inputs={"x": "x", "token": "token"}, model="test_samples.Two").task
+    assert task.batch(np.arange(3)).inputs["token"].dtype == torch.int64
+    label = job_of(path, targets=["label"], model="helpers.Net").task
+    assert label.batch(np.arange(3)).targets["label"].dtype == torch.int64
+    assert label.metrics == ("accuracy",)
+
+
+class Two(torch.nn.Module):
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.table = torch.nn.Embedding(9, out_features)
+
+    def forward(self, token, x):
+        return self.table(token).sum(dim=1) + x.sum(dim=1, keepdim=True)
+
+
+def test_several_inputs_go_by_name(path):
+    job = job_of(path, inputs={"x": "x", "token": "token"}, model="test_samples.Two")
+    batch = job.task.batch(np.arange(3))
+    expected = job.engine.module.table(batch.inputs["token"]).sum(dim=1) + batch.inputs["x"].sum(
+        dim=1, keepdim=True
+    )
+    torch.testing.assert_close(job.engine.outputs(batch), expected.detach())
+
+
+def test_normalisation_uses_training_samples_only(path):
+    job = job_of(path, normalize=True, test=0.4)
+    x = h5py.File(path)["x"][:]
+    mean, deviation = x[:6].mean(), x[:6].std()
+    found = job.task.batch(np.arange(10)).inputs["x"].numpy()
+    assert np.allclose(found, (x - mean) / deviation, atol=1e-5)
+    assert abs(found[:6].mean()) < 1e-6
+    assert [p.name for p in job.task.pieces()] == ["task.normal.x", "task.normal.y"]
+
+
+def test_rmse_is_in_the_targets_own_units(path):
+    job = job_of(path, normalize=True)
+    batch = job.task.batch(np.arange(10))
+    numerator, denominator = job.task.measure(torch.zeros(10, 2), batch)["rmse"]
+    y = h5py.File(path)["y"][:]
+    assert job.task.finish("rmse", numerator, denominator) == pytest.approx(y.std(), rel=1e-5)
+
+
+def test_accuracy_counts_weights(path):
+    job = job_of(path, targets=["label"], weights="weight")
+    batch = job.task.batch(np.arange(10))
+    outputs = torch.nn.functional.one_hot(torch.zeros(10, dtype=torch.int64), 3).float()
+    right = (np.arange(10) % 3 == 0) * np.arange(10.0)
+    numerator, denominator = job.task.measure(outputs, batch)["accuracy"]
+    assert job.task.finish("accuracy", numerator, denominator) == pytest.approx(right.sum() / 45)
+
+
+def test_weights_that_can_not_be(path):
+    with h5py.File(path, "a") as file:
+        file["weight"][3] = -1
+    job = job_of(path, weights="weight")
+    with pytest.raises(DataError, match="one number >= 0 a sample was expected"):
+        job.task.batch(np.arange(10))
+    job = job_of(path, weights="x")
+    with pytest.raises(DataError, match=r"found shape \(4,\) a sample"):
+        job.task.batch(np.arange(10))
+
+
+def test_missing_targets_are_masked_and_missing_inputs_refused(path):
+    with h5py.File(path, "a") as file:
+        file["y"][2, 1] = np.nan
+        file["x"][7, 0] = np.nan
+    job = job_of(path, missing="mask")
+    batch = job.task.batch(np.arange(5))
+    assert batch.weights["y"].sum() == 9
+    assert batch.targets["y"][2, 1] == 0
+    with pytest.raises(DataError, match=r"x\[7\] \(sample 7\) holds NaN"):
+        job.task.batch(np.arange(10))
+    with pytest.raises(DataError, match=r"y\[2\] \(sample 2\) holds NaN"):
+        job_of(path).task.batch(np.arange(5))
+
+
+def test_a_users_own_task(path):
+    job = assemble.build(
+        _with_task(path, "test_samples.Doubled", {"factor": 3.0}), Topology.build(MPI.COMM_SELF)
+    )
+    plain = job_of(path).task.batch(np.arange(4)).inputs["x"]
+    torch.testing.assert_close(job.task.batch(np.arange(4)).inputs["x"], 3 * plain)
+
+
+def _with_task(path, name, arguments):
+    config = config_of(str(path))
+    config.data = Data(files=str(path), inputs=["x"], targets=["y"], task=ClassPath(name, arguments))
+    return config
+
+
+def __getattr__(name):
+    """Made when asked for, so that importing this module does not import the task."""
+    if name != "Doubled":
+        raise AttributeError(name)
+    from hpctrain.recipes.samples import Samples
+
+    class Doubled(Samples):
+        def __init__(self, factor: float = 2.0):
+            self.factor = factor
+
+        def batch(self, samples):
+            batch = super().batch(samples)
+            batch.inputs["x"] = batch.inputs["x"] * self.factor
+            return batch
+
+    globals()["Doubled"] = Doubled
+    return Doubled
