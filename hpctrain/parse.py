@@ -158,7 +158,7 @@ def to_dataclass(kind: Any, values: Namespace) -> Any:
 def check_values(config: Config) -> None:
     """Refuse numbers that can't be, with what would do."""
     train, checkpoint = config.train, config.checkpoint
-    atleast: list[tuple[str, float | None, float]] = [
+    lowest: list[tuple[str, float | None, float]] = [
         ("train.batch", train.batch, 1),
         ("train.epochs", train.epochs, 0),
         ("train.steps", train.steps, 0),
@@ -172,6 +172,6 @@ def check_values(config: Config) -> None:
         ("averaging.bucket_mebibytes", config.averaging.bucket_mebibytes, 0),
         ("parallel.stages", config.parallel.stages, 1),
     ]
-    for key, value, least in atleast:
+    for key, value, least in lowest:
         if value is not None and not value >= least:
             raise ConfigError(f"{key} = {value}: at least {least} was expected")
