@@ -32,9 +32,12 @@ def install(world: MPI.Intracomm) -> None:
     _open.append(world)
 
 
-def remove(world: MPI.Intracomm) -> None:
-    """Take the hook away when the last topology closes; an exception on its way keeps it."""
-    if sys.exc_info()[0] is not None:
+def remove(world: MPI.Intracomm, failing: bool = False) -> None:
+    """Take the hook away when the last topology closes; an exception on its way keeps it.
+
+    With failing=True it is taken away all the same: the ranks agreed on the exception.
+    """
+    if sys.exc_info()[0] is not None and not failing:
         return
     _open[:] = [comm for comm in _open if comm is not world]
     if not _open:

@@ -106,6 +106,11 @@ class Job:
 
 def check_classes(config: Config) -> None:
     """Check every class path and its arguments, as far as it goes without data. Local."""
+    if config.parallel.stages > 1:
+        raise ConfigError(
+            f"parallel.stages = {config.parallel.stages}: pipeline stages are not built yet: "
+            f"set parallel.stages = 1"
+        )
     if not config.model.class_path:
         raise ConfigError("model.class_path is not set: name a torch.nn.Module, such as my_module.MyModel")
     construct.find_class(config.model.class_path, "model.class_path")
@@ -124,11 +129,6 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     train = config.train
     torch.set_num_threads(topology.threads)
     with together(world):
-        if topology.stages > 1:
-            raise ConfigError(
-                f"parallel.stages = {topology.stages}: pipeline stages are not built yet: "
-                f"set parallel.stages = 1"
-            )
         check_classes(config)
     index = from_root(world, lambda: indexing.build(config.data))
     reader = Reader(index)

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING
 
 from hpctrain import launch
 from hpctrain.config import Config
+from hpctrain.config_file import read_config, recipes
 from hpctrain.errors import ConfigError, HpctrainError, RankError, nearest
 from hpctrain.version import __version__
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-RECIPES = Path(__file__).with_name("recipes")
-DEFAULT_RECIPE = "climate"
-MADE = {"digits.h5": "hpctrain data make digits"}
-"""Files of recipes that a command makes."""
 
 HELP = """\
 Train PyTorch models on HDF5 data with MPI: the same answer on any number of ranks.
@@ -98,19 +94,22 @@ def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> 
     start_children_early(pictures and launch.speaks(os.environ))
     from mpi4py import MPI
 
+    from hpctrain import abort
+
     world = MPI.COMM_WORLD
     launch.check_world(world.size, os.environ)
+    abort.install(world)
     set_threads(world)
     try:
-        return work(world)
+        status = work(world)
     except HpctrainError as error:
         if world.size > 1 and not error.agreed:
-            from hpctrain import abort
-
             abort.end_with_message(world, str(error), error.status)
         if world.rank == 0:
             print_error(error)
-        return error.status
+        status = error.status
+    abort.remove(world)
+    return status
 
 
 def start_children_early(pictures: bool) -> None:
@@ -134,51 +133,6 @@ def set_threads(world: "MPI.Intracomm") -> None:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     launch.set_threads(fair_threads(usable_cores(), node.allgather(usable_cores())))
     node.Free()
-
-
-def read_config(words: list[str]) -> Config:
-    """Read CONFIG and the overrides: a TOML file, a recipe's name, or neither. Local."""
-    from hpctrain import parse
-
-    name, overrides = DEFAULT_RECIPE, words
-    if words and not words[0].startswith("-"):
-        name, overrides = words[0], words[1:]
-    path = Path(name)
-    if name in recipes() and not path.is_file():
-        path = RECIPES / f"{name}.toml"
-        config = parse.from_toml(path, overrides)
-        config.data.files = recipe_files(config.data.files)
-    else:
-        if not path.is_file():
-            near = [*recipes(), *(p.name for p in Path.cwd().glob("*.toml"))]
-            raise ConfigError(f"CONFIG {name}: no such file or recipe: {nearest(name, near)}")
-        config = parse.from_toml(path, overrides)
-    name = path.stem if path.stem != "config" else path.resolve().parent.name
-    folder = config.train.run_folder or str(Path.cwd() / "runs" / name)
-    if "#" in folder:
-        from hpctrain.report.run_folder import free_number
-
-        folder = free_number(folder)
-    config.train.run_folder = folder
-    return config
-
-
-def recipe_files(files: str | list[str]) -> str | list[str]:
-    """Find a recipe's file beside the recipe, else in the current folder or its data/."""
-    if isinstance(files, list) or Path(files).is_file():
-        return files
-    name = Path(files).name
-    for folder in (Path.cwd(), Path.cwd() / "data"):
-        if (folder / name).is_file():
-            return str(folder / name)
-    if name in MADE and Path(files).parent == RECIPES:
-        raise ConfigError(f"no file {name} here or in data/: make it with `{MADE[name]}`")
-    return files
-
-
-def recipes() -> list[str]:
-    """Names of the recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def configured(words: list[str], world: "MPI.Intracomm") -> Config:

@@ -155,9 +155,8 @@ class Config:
     """The output."""
 
 
-# Two runs that differ in nothing but these give the same weights at the same step.
-# `train.steps` and `train.epochs` may grow; `train.threads` may change kernels, never the maths.
-FREE_ON_RESUME = ("train.run_folder", "train.threads", "train.device", "checkpoint.", "report.")
+# Paths and logging: a resume may change them. It may also enlarge the total.
+FREE_ON_RESUME = ("data.files", "train.run_folder", "report.")
 MAY_GROW = ("train.steps", "train.epochs")
 
 
@@ -208,7 +207,7 @@ def differences(stored: Config, asked: Config) -> list[str]:
     lines = []
     for key, value in new.items():
         before = old[key]
-        if value == before or key == "data.files" or key.startswith(FREE_ON_RESUME):
+        if value == before or key.startswith(FREE_ON_RESUME):
             continue
         if key in MAY_GROW and grows(before, value):
             continue

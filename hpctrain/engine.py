@@ -138,9 +138,9 @@ class Engine:
         value = float(total.detach())
         if not math.isfinite(value):
             raise DivergedError(
-                f"the loss is {value} at step {number}, micro-batch {micro_batch}, samples "
-                f"{listed(batch.samples)}: lower optimizer.init_args.lr, set train.clip, or look "
-                f"at these samples"
+                f"the loss is {value} at step {number} on rank {self.topology.world_rank}, "
+                f"micro-batch {micro_batch}, samples {listed(batch.samples)}: lower "
+                f"optimizer.init_args.lr, set train.clip, or look at these samples"
             )
         self.averager.tally.loss += value
         self.averager.tally.weight += float(weight)

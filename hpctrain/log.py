@@ -3,6 +3,7 @@
 import logging
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from hpctrain.topology import Topology
 
@@ -18,12 +19,25 @@ def prefix(world_rank: int, world_size: int, stage: int = 0, stages: int = 1) ->
     return f"r{world_rank}/{world_size} " + (f"s{stage} | " if stages > 1 else "| ")
 
 
+class Screen(logging.StreamHandler[TextIO]):
+    """Standard output as it is now: a progress bar stands in for it while it is shown."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Give the current standard output."""
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        pass
+
+
 def start(topology: Topology) -> None:
     """Log to standard output: world rank 0 everything, the other ranks warnings. Local."""
     LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if topology.world_rank == 0 else logging.WARNING)
-    LOGGER.addHandler(_formatted(logging.StreamHandler(sys.stdout), topology))
+    LOGGER.addHandler(_formatted(Screen(), topology))
 
 
 def to_file(path: Path, topology: Topology) -> None:

@@ -129,10 +129,9 @@ class Topology:
     ) -> "Topology":
         """Build the layout of a communicator. Collective over it.
 
-        `device` is "auto", "cpu" or "cuda"; `threads` None takes
-        what OMP_NUM_THREADS says, else the fair share. Raises
-        ConfigError, the same on all ranks, where the ranks do not divide into the stages or a
-        rank has no GPU though "cuda" was asked for.
+        `device` is "auto", "cpu" or "cuda"; `threads` None takes what OMP_NUM_THREADS says, else
+        the fair share. Raises ConfigError, the same on all ranks, where the ranks do not divide
+        into the stages or a rank has no GPU though "cuda" was asked for.
         """
         world = named(comm.Dup(), "world")
         abort.install(world)
@@ -145,19 +144,12 @@ class Topology:
                 places = lay_out(names, stages)
                 found = choose_device(device, node.rank)
         except HpctrainError:
+            abort.remove(world, failing=True)
             node.Free()
             world.Free()
             raise
         place = places[world.rank]
         cores = node.allgather(usable_cores())
-        leaders = world.Split(0 if node.rank == 0 else MPI.UNDEFINED, world.rank)
-        comms = Comms(
-            world=world,
-            data=named(world.Split(place.stage, place.replica), f"data of stage {place.stage}"),
-            pipe=named(world.Split(place.replica, place.stage), f"pipe of replica {place.replica}"),
-            node=node,
-            leaders=named(leaders, "leaders") if leaders != MPI.COMM_NULL else None,
-        )
         return cls(
             world_rank=world.rank,
             world_size=world.size,
@@ -171,7 +163,7 @@ class Topology:
             local_size=node.size,
             threads=threads or launch.asked_threads(os.environ) or fair_threads(usable_cores(), cores),
             device=found,
-            comms=comms,
+            comms=communicators(world, node, place),
         )
 
     def __enter__(self) -> "Topology":
@@ -192,6 +184,18 @@ class Topology:
             if comm is not None:
                 comm.Free()
         self.comms.world.Free()
+
+
+def communicators(world: MPI.Intracomm, node: MPI.Intracomm, place: Place) -> Comms:
+    """Split the world by stage, by replica and by node. Collective."""
+    leaders = world.Split(0 if node.rank == 0 else MPI.UNDEFINED, world.rank)
+    return Comms(
+        world=world,
+        data=named(world.Split(place.stage, place.replica), f"data of stage {place.stage}"),
+        pipe=named(world.Split(place.replica, place.stage), f"pipe of replica {place.replica}"),
+        node=node,
+        leaders=named(leaders, "leaders") if leaders != MPI.COMM_NULL else None,
+    )
 
 
 def named(comm: MPI.Comm, name: str) -> MPI.Intracomm:

@@ -17,9 +17,13 @@ def in_launch(config):
     return "OMPI_COMM_WORLD_SIZE" not in os.environ and "PMIX_RANK" not in os.environ
 
 
+RAN = pytest.StashKey[int]()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     """Rank 0 reports; what fails on another rank is printed by the hook below."""
+    config.stash[RAN] = 0
     reporter = config.pluginmanager.getplugin("terminalreporter")
     if not in_launch(config) and os.environ.get("OMPI_COMM_WORLD_RANK", "0") != "0" and reporter:
         reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115
@@ -41,6 +45,8 @@ def pytest_report_header(config):
 def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
+    if call.when == "call" and report.passed:
+        item.config.stash[RAN] += 1
     if report.failed and not in_launch(item.config):
         from mpi4py import MPI
 
@@ -57,8 +63,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """A run in which no test ran is no success."""
-    if session.testscollected == 0 and exitstatus == 0:
+    """A run in which no test ran, or all were skipped, is no success."""
+    if exitstatus == 0 and not session.config.stash[RAN] and not session.config.option.collectonly:
         session.exitstatus = 5
 
 
@@ -85,3 +91,14 @@ def shared_tmp(world, tmp_path_factory):
     path = world.bcast(str(tmp_path_factory.mktemp("shared")) if world.rank == 0 else None)
     yield Path(path)
     world.Barrier()
+
+
+@pytest.fixture
+def files(world, shared_tmp):
+    """The made-up samples in three files that all ranks share; the glob."""
+    from helpers import write_samples
+
+    if world.rank == 0:
+        write_samples(shared_tmp, 29, parts=3)
+    world.Barrier()
+    return str(shared_tmp / "part*.h5")

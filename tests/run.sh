@@ -22,19 +22,19 @@ limited() { # SECONDS COMMAND...: ends the command and what it started, and says
 }
 
 case ${1:-} in
-  cluster) limited 1200 python -m pytest tests/cluster -m cluster --override-ini "addopts=-q --strict-markers -p no:cacheprovider" ;;
-  long) limited 7200 python -m pytest tests/long -m long --override-ini "addopts=-q --strict-markers -p no:cacheprovider" ;;
+  cluster) limited 1200 python -m pytest --color=no tests/cluster -m cluster --override-ini "addopts=--strict-markers -p no:cacheprovider" ;;
+  long) limited 7200 python -m pytest --color=no tests/long -m long --override-ini "addopts=--strict-markers -p no:cacheprovider" ;;
   '')
     coverage erase
     for ranks in 1 2 3 4; do
       echo "== the suite at $ranks ranks"
       doctests=()
       if ((ranks == 1)); then doctests=(--doctest-modules hpctrain); fi
-      limited 600 mpirun -n "$ranks" coverage run -m pytest tests "${doctests[@]}" \
+      limited 600 mpirun -n "$ranks" coverage run -m pytest --color=no tests "${doctests[@]}" \
         --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long
     done
     echo "== what starts mpirun itself"
-    limited 1500 coverage run -m pytest tests/launch --override-ini "addopts=-q --strict-markers -p no:cacheprovider"
+    limited 1500 coverage run -m pytest --color=no tests/launch --override-ini "addopts=--strict-markers -p no:cacheprovider"
     coverage combine -q
     coverage report --skip-covered --fail-under=90
     ;;

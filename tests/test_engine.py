@@ -4,21 +4,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import config_of, values, write_samples
+from helpers import config_of, values
 
 from hpctrain import assemble
 from hpctrain.config import ClassPath
 from hpctrain.data import order
 from hpctrain.engine import listed, sum_over, to_float
 from hpctrain.errors import DataError, DivergedError, HpctrainError, RankError
-
-
-@pytest.fixture
-def files(world, shared_tmp):
-    if world.rank == 0:
-        write_samples(shared_tmp, 29, parts=3)
-    world.Barrier()
-    return str(shared_tmp / "part*.h5")
 
 
 def run(config, topology, steps=4):
@@ -82,7 +74,8 @@ def test_a_loss_that_is_nan_names_step_micro_batch_and_samples(topology, files):
     config = config_of(files, steps=4)
     config.optimizer.init_args = {"lr": 1e30}
     with pytest.raises(
-        DivergedError, match=r"the loss is (nan|inf) at step \d, micro-batch \d, samples \d+, .*lower"
+        DivergedError,
+        match=r"the loss is (nan|inf) at step \d on rank \d, micro-batch \d, samples \d+, .*lower",
     ):
         run(config, topology)
 

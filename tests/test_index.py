@@ -5,7 +5,8 @@ from helpers import write_h5, write_samples
 
 from hpctrain.config import Data
 from hpctrain.data import index as indexing
-from hpctrain.data.index import Split, build
+from hpctrain.data.index import build
+from hpctrain.data.splits import Split
 from hpctrain.errors import ConfigError, DataError
 
 

@@ -4,7 +4,7 @@ and one is compared with plain torch, which knows no micro-batches."""
 import numpy as np
 import pytest
 import torch
-from helpers import config_of, plain_training, write_samples
+from helpers import config_of, plain_training
 from mpi4py import MPI
 
 from hpctrain import assemble
@@ -13,14 +13,6 @@ from hpctrain.config import ClassPath, Data
 from hpctrain.topology import Topology
 
 MODELS = ["Net", "Dropping", "Normed", "Counting", "Awkward", "Wave"]
-
-
-@pytest.fixture
-def files(world, shared_tmp):
-    if world.rank == 0:
-        write_samples(shared_tmp, 29, parts=3)
-    world.Barrier()
-    return str(shared_tmp / "part*.h5")
 
 
 @pytest.mark.mpi

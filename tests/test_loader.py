@@ -6,9 +6,10 @@ from helpers import write_samples
 
 from hpctrain.config import Data
 from hpctrain.data import order
-from hpctrain.data.index import Split, build
+from hpctrain.data.index import build
 from hpctrain.data.loader import Loader
 from hpctrain.data.read import Reader
+from hpctrain.data.splits import Split
 
 
 def loader_of(replica, replicas, count=4, batch=8, length=29, make=lambda samples: samples):

@@ -118,7 +118,7 @@ def test_help_has_every_key_with_its_docstring():
 def test_differences_name_what_matters(tmp_path):
     before = read(tmp_path)
     free = read(tmp_path, "--train.run_folder", "x", "--report.log_seconds", "1", "--data.files", "q.h5",
-                "--train.epochs", "20", "--train.steps", "9", "--checkpoint.keep", "5")  # fmt: skip
+                "--train.epochs", "20", "--train.steps", "9")  # fmt: skip
     assert differences(before, free) == []
     other = read(tmp_path, "--train.epochs", "5", "--optimizer.init_args.lr", "1")
     assert differences(before, other) == [
@@ -133,7 +133,7 @@ def test_names():
 
 
 def test_recipes_parse():
-    from hpctrain.cli import RECIPES, recipes
+    from hpctrain.config_file import RECIPES, recipes
 
     assert recipes() == ["climate", "digits"]
     for name in recipes():

@@ -8,8 +8,9 @@ from PIL import Image
 
 from hpctrain import log
 from hpctrain.config import Config
+from hpctrain.config_file import free_number
 from hpctrain.report import pictures, progress
-from hpctrain.report.run_folder import RunFolder, free_number, rows
+from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.report.summary import table
 from hpctrain.task import Maps, Panel
 

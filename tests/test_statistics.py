@@ -1,21 +1,12 @@
 import h5py
 import numpy as np
 import pytest
-from helpers import write_samples
 
 from hpctrain.config import Data
 from hpctrain.data import statistics
 from hpctrain.data.index import build
 from hpctrain.data.read import Reader
 from hpctrain.errors import DataError
-
-
-@pytest.fixture
-def files(world, shared_tmp):
-    if world.rank == 0:
-        write_samples(shared_tmp, 29)
-    world.Barrier()
-    return str(shared_tmp / "part*.h5")
 
 
 @pytest.mark.mpi
@@ -73,6 +64,6 @@ def test_far_from_zero_and_constant(world):
 
 
 def build_split(length):
-    from hpctrain.data.index import Split
+    from hpctrain.data.splits import Split
 
     return Split(((0, length),))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from hpctrain.data import order
-from hpctrain.data.index import Split
 from hpctrain.data.order import Ids
+from hpctrain.data.splits import Split
 
 AHEAD = 2
 """Steps read ahead; memory for as many."""

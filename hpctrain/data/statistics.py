@@ -13,9 +13,10 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from hpctrain.data.index import Index, Split
+from hpctrain.data.index import Index
 from hpctrain.data.order import Ids, block
 from hpctrain.data.read import Reader
+from hpctrain.data.splits import Split
 
 BLOCKS = 64
 AT_ONCE = 64

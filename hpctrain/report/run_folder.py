@@ -73,15 +73,3 @@ def rows(path: Path) -> list[dict[str, Any]]:
             continue
         found[(row["event"], row["step"], row.get("split", ""))] = row
     return list(found.values())
-
-
-def free_number(pattern: str) -> str:
-    """Put the lowest number that is not taken in the place of `#` in a path.
-
-    >>> free_number("/nowhere/climate-#")
-    '/nowhere/climate-1'
-    """
-    number = 1
-    while Path(pattern.replace("#", str(number))).exists():
-        number += 1
-    return pattern.replace("#", str(number))

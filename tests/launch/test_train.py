@@ -117,6 +117,29 @@ def test_killed_and_resumed_is_bit_for_bit_never_stopped(launcher, small, tmp_pa
     assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
+def test_a_run_of_four_ranks_goes_on_with_three_and_with_one(launcher, small, tmp_path):
+    """The micro-batches stay; only who computes them changes. Tolerance: sums in another order."""
+    schedule = "--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR"
+    words = (
+        "train",
+        "small.toml",
+        *schedule,
+        "--optimizer.schedule.init_args.factor",
+        "1.0",
+        "--train.run_folder",
+    )
+    assert launcher.ranks(4, *words, "whole").status == 0
+    for ranks, steps in ((4, 8), (3, 14), (1, 20)):
+        ended = launcher.ranks(ranks, *words, "cut", "--train.steps", str(steps))
+        assert ended.status == 0, ended.text
+    starts = [row for row in rows(tmp_path / "cut") if row["event"] == "start"]
+    assert [(row["world_size"], row["micro_batches"]) for row in starts] == [(4, 4), (3, 4), (1, 4)]
+    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(whole[step] == cut[step] for step in range(1, 9)), "the same layout: the same bits"
+    assert all(cut[step] == pytest.approx(whole[step], rel=1e-4) for step in whole)
+
+
 def wait_for(condition, process, limit=90):
     end = time.monotonic() + limit
     while not condition():

@@ -15,7 +15,8 @@ from hpctrain.errors import CheckpointError, ConfigError
 
 @pytest.fixture
 def trained(launcher, small, tmp_path):
-    ended = launcher.ranks(2, "train", "small.toml", "--checkpoint.every_steps", "10")
+    small.write_text(small.read_text() + "\n[checkpoint]\nevery_steps = 10\n")
+    ended = launcher.ranks(2, "train", "small.toml")
     assert ended.status == 0, ended.text
     return tmp_path / "runs" / "small"
 
@@ -128,7 +129,7 @@ def test_climate_a_few_steps_and_its_predictions(launcher, tmp_path):
     assert last["rmse_kelvin"] < 0.74
     predicted = launcher.ranks(3, "predict", "runs/climate", "--output", "p.h5")
     assert predicted.status == 0, predicted.text
-    from hpctrain.cli import RECIPES
+    from hpctrain.config_file import RECIPES
 
     with h5py.File(tmp_path / "p.h5") as found, h5py.File(RECIPES / "climate.h5") as data:
         assert found["tas"].shape == (180, 72, 96)
