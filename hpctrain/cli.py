@@ -108,6 +108,10 @@ def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> 
         if world.rank == 0:
             print_error(error)
         status = error.status
+    except SystemExit as error:
+        if world.size > 1:
+            abort.end_with_message(world, f"sys.exit({error.code}) was called on this rank", 1)
+        raise
     abort.remove(world)
     return status
 

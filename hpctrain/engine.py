@@ -25,7 +25,7 @@ from hpctrain.averaging.averager import Averager, Result
 from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
 from hpctrain.data.order import key
-from hpctrain.errors import DivergedError, HpctrainError
+from hpctrain.errors import DivergedError, HpctrainError, RankError
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
 from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
@@ -117,6 +117,8 @@ class Engine:
                     self._execute(instruction, number, batch)
         except HpctrainError as error:
             return error
+        except SystemExit as error:  # this rank would leave and the others wait for it
+            return RankError(f"sys.exit({error.code}) was called in the model or the loss")
         except Exception as error:
             where = instruction.micro_batch if instruction else "none"
             error.add_note(f"at step {number}, micro-batch {where}, on the rank named above")

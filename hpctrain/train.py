@@ -43,7 +43,10 @@ def train(config: Config, comm: MPI.Intracomm) -> int:
 
 def finished(job: Job, stored: loading.Stored | None, run: RunFolder) -> bool:
     """Say so where nothing is left to do."""
-    if stored is None or (stored.step < job.total_steps and not stored.state["ended"]):
+    if stored is None:
+        return False
+    stopped_early = stored.state["ended"] and job.total_steps <= stored.state["total_steps"]
+    if stored.step < job.total_steps and not stopped_early:
         return False
     why = stored.state["ended"] or f"step {stored.step} of {job.total_steps}"
     LOGGER.info("%s is finished (%s); nothing was changed", run.path, why)
@@ -59,6 +62,8 @@ class Loop:
         """Take the parts, and the checkpoint to go on from."""
         self.job, self.run_folder, self.signals = job, run, signals
         self.at = Progress.of(stored)
+        if self.at.ended:
+            self.at.ended, self.at.waited = "", 0  # the total has grown since patience ran out
         self.resumed_step = self.at.step
         if stored is not None:
             job.restore(stored)
@@ -124,6 +129,7 @@ class Loop:
         job, world = self.job, self.job.topology.comms.world
         state = {
             **self.at.state(),
+            "total_steps": job.total_steps,
             "averager": job.averager.scalars(),
             "scheduler": job.scheduler.state_dict(),
         }

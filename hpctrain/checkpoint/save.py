@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hpctrain.checkpoint import plan
@@ -94,7 +95,7 @@ def write_share(path: Path, pieces: list[Piece]) -> list[dict[str, Any]]:
     try:
         save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
         sync_file(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}: free space or set train.run_folder") from None
     checksum = digest(path)
     return [{**entry, "sha256": checksum} for entry in entries]

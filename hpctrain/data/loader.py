@@ -67,6 +67,8 @@ class Loader(Generic[B]):
             batches = {v: self.make(self.samples(position, v)) for v in self.micro_batches}
         except Exception as error:
             return Step(position, after, {}, error)
+        except SystemExit as error:  # would end this thread alone, and the step would wait for ever
+            return Step(position, after, {}, RuntimeError(f"sys.exit({error.code}) while reading"))
         return Step(position, after, batches)
 
     def steps(self, position: int) -> Iterator[Step[B]]:

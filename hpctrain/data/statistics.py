@@ -17,6 +17,7 @@ from hpctrain.data.index import Index
 from hpctrain.data.order import Ids, block
 from hpctrain.data.read import Reader
 from hpctrain.data.splits import Split
+from hpctrain.wire import together
 
 BLOCKS = 64
 AT_ONCE = 64
@@ -32,13 +33,15 @@ def blockwise(
 ) -> NDArray[np.float64]:
     """Sums of each block of 0 … length-1: float64, (blocks, *shape), on all ranks. Collective.
 
-    `total` sums over the places (int64) of one whole block and is called by one rank for it.
+    `total` sums over the places (int64) of one whole block and is called by one rank for it;
+    its failure is raised on all.
     """
     sums = np.zeros((blocks, *shape), dtype=np.float64)
-    for number in range(*block(comm.rank, comm.size, blocks)):
-        start, stop = block(number, blocks, length)
-        if stop > start:
-            sums[number] = total(np.arange(start, stop, dtype=np.int64))
+    with together(comm):
+        for number in range(*block(comm.rank, comm.size, blocks)):
+            start, stop = block(number, blocks, length)
+            if stop > start:
+                sums[number] = total(np.arange(start, stop, dtype=np.int64))
     comm.Allreduce(MPI.IN_PLACE, sums, op=MPI.SUM)  # x + 0 is exact: no order matters
     return sums
 

@@ -196,12 +196,25 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback_once(launcher, sma
     assert time.monotonic() - began < 60
 
 
+def test_sys_exit_in_the_model_on_one_rank_ends_all(launcher, small, tmp_path):
+    Path(tmp_path, "of_mine.py").write_text(
+        "import sys\nfrom mpi4py import MPI\nfrom helpers import Net\n"
+        "class Bad(Net):\n    def forward(self, x):\n"
+        "        if MPI.COMM_WORLD.rank == 1: sys.exit(0)\n"
+        "        return super().forward(x)\n"
+    )
+    ended = launcher.ranks(3, "train", "small.toml", "--model.class_path", "of_mine.Bad", limit=60)
+    assert ended.status == 1
+    assert "rank 1 of 3: sys.exit(0) was called in the model or the loss" in ended.err
+
+
 def test_early_stopping_and_best(launcher, small, tmp_path):
-    ended = launcher.ranks(
-        2, "train", "small.toml", "--data.test", "0", "--data.validation", "0.3", "--train.patience", "2",
+    words = (
+        "train", "small.toml", "--data.test", "0", "--data.validation", "0.3", "--train.patience", "2",
         "--train.validate_steps", "1", "--train.steps", "400", "--optimizer.init_args.lr", "0.3",
         "--checkpoint.every_steps", "1", "--checkpoint.keep", "1",
     )  # fmt: skip
+    ended = launcher.ranks(2, *words)
     assert ended.status == 0, ended.text
     found = rows(tmp_path / "runs/small")
     end = found[-1]
@@ -211,6 +224,12 @@ def test_early_stopping_and_best(launcher, small, tmp_path):
     assert end["step"] == best + 2 < 400
     kept = sorted(p.name for p in (tmp_path / "runs/small/checkpoints").iterdir())
     assert kept == [f"step-{best:08d}", f"step-{end['step']:08d}"]
+    again = launcher.ranks(2, *words)
+    assert again.status == 0
+    assert "is finished (no better loss than" in again.out
+    more = launcher.ranks(2, *words, "--train.steps", "401")
+    assert f"from step {end['step']}" in more.out
+    assert rows(tmp_path / "runs/small")[-1]["step"] > end["step"]
 
 
 @pytest.mark.parametrize(
