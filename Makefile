@@ -36,7 +36,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_MCA_hwloc_base_binding_policy := none
-ifeq ($(shell test $$(getconf _NPROCESSORS_ONLN) -lt 4 && echo few),few)
+ifeq ($(shell test $$(nproc) -lt $(RANKS) && echo few),few)
 export OMPI_MCA_mpi_yield_when_idle := 1
 endif
 
@@ -46,7 +46,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"hpctrain needs Python >= 3.11, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12")'
-	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/pip || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python's venv module failed (Debian: apt install python3-venv)"; exit 1; }; }
 ifneq ($(TORCH_INDEX),)
 	@echo "installing torch from $(TORCH_INDEX)"
 	@python -m pip install -q --disable-pip-version-check -c constraints.txt --index-url $(TORCH_INDEX) torch

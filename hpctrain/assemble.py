@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpctrain import construct
-from hpctrain.averaging import groups
+from hpctrain.averaging import groups, schedules
 from hpctrain.averaging.averager import Averager
 from hpctrain.batch import Batch
 from hpctrain.checkpoint.load import Stored
@@ -24,7 +24,7 @@ from hpctrain.data.index import Index
 from hpctrain.data.loader import Loader
 from hpctrain.data.read import Reader
 from hpctrain.engine import Engine
-from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.errors import ConfigError
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.models import build as models
 from hpctrain.piece import Piece
@@ -56,30 +56,42 @@ class Job:
         return self.engine.averager
 
     @property
+    def plateau(self) -> bool:
+        """Whether the learning rate follows a validation metric."""
+        return isinstance(self.scheduler, ReduceLROnPlateau)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return total_steps(self.config, self.index)
 
     def scheduler_step(self, metric: float | None = None) -> None:
         """Advance the learning rate by a step, or a plateau schedule by a validation."""
-        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-        if plateau and metric is not None:
+        if self.plateau and metric is not None:
             self.scheduler.step(metric)
-        elif not plateau and metric is None:
+        elif not self.plateau and metric is None:
             self.scheduler.step()
 
     def pieces(self) -> list[Piece]:
         """All state of the job."""
         return self.averager.pieces() + self.task.pieces()
 
-    def restore(self, stored: Stored, weights_only: bool = False) -> None:
-        """Take the state of a checkpoint. Collective."""
+    def restore(self, stored: Stored, other_total: bool = False) -> None:
+        """Take the whole state of a checkpoint; its schedule may have had another total. Collective."""
         with together(self.topology.comms.world):
-            if not weights_only:
-                self.averager.expect(stored.state["averager"], stored.tensors)
-                self.scheduler.load_state_dict(stored.state["scheduler"])
+            self.averager.expect(stored.state["averager"], stored.tensors)
+            if other_total and not self.plateau:
+                self.scheduler = schedules.replay(self.config, self.averager, self.total_steps, stored.step)
+            else:
+                schedules.restore(self.scheduler, stored.state["scheduler"])
             for piece in self.pieces():
-                if not (weights_only and piece.name.startswith("optimizer.")):
+                stored.fill(piece)
+
+    def restore_weights(self, stored: Stored) -> None:
+        """Take the weights and what the task learnt. Collective."""
+        with together(self.topology.comms.world):
+            for piece in self.pieces():
+                if not piece.name.startswith("optimizer."):
                     stored.fill(piece)
 
     def split_blocks(self, split: str) -> list[tuple[int, int]]:
@@ -106,18 +118,13 @@ class Job:
 
 def check_classes(config: Config) -> None:
     """Check every class path and its arguments, as far as it goes without data. Local."""
-    if config.parallel.stages > 1:
-        raise ConfigError(
-            f"parallel.stages = {config.parallel.stages}: pipeline stages are not built yet: "
-            f"set parallel.stages = 1"
-        )
     if not config.model.class_path:
         raise ConfigError("model.class_path is not set: name a torch.nn.Module, such as my_module.MyModel")
     construct.find_class(config.model.class_path, "model.class_path")
     construct.check(config.data.task, "data.task")
     loss_arguments(config.train.loss)
     groups.check(config.optimizer)
-    schedule_arguments(config.optimizer.schedule, total=1)
+    schedules.arguments(config, total=1)
 
 
 def build(config: Config, topology: Topology, learn: bool = True) -> Job:
@@ -128,27 +135,29 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     world = topology.comms.world
     train = config.train
     torch.set_num_threads(topology.threads)
+    asked = config.parallel.micro_batches
+    count = topology.replicas if asked == "auto" else asked
     with together(world):
         check_classes(config)
     index = from_root(world, lambda: indexing.build(config.data))
     reader = Reader(index)
-    task: Task = construct.build(config.data.task, "data.task", **config.data.task.init_args)
     with together(world):
+        task: Task = construct.build(config.data.task, "data.task", **config.data.task.init_args)
         task.prepare(source(config, topology, index, reader), learn)
     with together(world):
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
         module = models.build(model, train.seed).to(topology.device)
         spec = train.loss
         loss = construct.build(spec, "train.loss", **loss_arguments(spec))
-    count = micro_batches(config, topology)
-    averager = Averager(
-        module,
-        lambda: groups.build(config.optimizer, module),
-        topology.comms.data,
-        int(config.averaging.bucket_mebibytes * 2**20),
-    )
-    names = list(task.input_shapes)
-    engine = Engine(topology, module, SummedLoss(loss), averager, names, train.seed, train.autocast)
+        averager = Averager(
+            module,
+            lambda: groups.build(config.optimizer, module),
+            topology.comms.data,
+            int(config.averaging.bucket_mebibytes * 2**20),
+        )
+        names = list(task.input_shapes)
+        engine = Engine(topology, module, SummedLoss(loss), averager, names, train.seed, train.autocast)
+        scheduler = schedules.build(config, averager, total_steps(config, index))
     loader = Loader(
         index.splits["train"],
         order.replica_micro_batches(topology.replica, topology.replicas, count),
@@ -158,10 +167,6 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         task.batch,
     )
     resolved = replace(config, model=model, parallel=replace(config.parallel, micro_batches=count))
-    schedule = config.optimizer.schedule
-    with together(world):
-        arguments = schedule_arguments(schedule, total_steps(config, index))
-        scheduler = construct.build(schedule, "optimizer.schedule", averager.optimizer, **arguments)
     return Job(resolved, topology, index, reader, task, engine, loader, scheduler)
 
 
@@ -184,15 +189,6 @@ def source(config: Config, topology: Topology, index: Index, reader: Reader) -> 
     return Source(config.data, index, reader.read_one, blockwise, mean_and_deviation, axis)
 
 
-def micro_batches(config: Config, topology: Topology) -> int:
-    """Count the micro-batches of a step, V; refuse what can't be."""
-    asked = config.parallel.micro_batches
-    count = topology.replicas if asked == "auto" else asked
-    if count < 1:
-        raise ConfigError(f"parallel.micro_batches = {count}: at least 1, or auto, was expected")
-    return count
-
-
 def total_steps(config: Config, index: Index) -> int:
     """Count the optimizer steps of the whole run: `train.steps`, or epochs."""
     if config.train.steps is not None:
@@ -206,32 +202,3 @@ def loss_arguments(spec: ClassPath) -> dict[str, Any]:
     if takes_reduction(construct.find_class(spec.class_path, "train.loss.class_path")):
         arguments.setdefault("reduction", "none")
     return arguments
-
-
-def schedule_arguments(spec: ClassPath, total: int) -> dict[str, Any]:
-    """Check the LR scheduler; fill in the run's length where it asks for it."""
-    filled = {"total_steps": total, "T_max": total}
-    return construct.check(spec, "optimizer.schedule", given=("optimizer",), **filled)
-
-
-def load(stored: Stored, config: Config) -> torch.nn.Module:
-    """Build a run's model with a checkpoint's weights, in eval mode. Local; needs no data."""
-    module = models.build(config.model, config.train.seed)
-    state = module.state_dict()
-    loaded = {name: tensor for name, tensor in state.items() if f"model.{name}" in stored.tensors}
-    for name in loaded:
-        loaded[name] = stored.read(f"model.{name}")
-    # a tensor with several names is stored under its first
-    missing = set(state) - set(loaded)
-    module.load_state_dict(loaded, strict=False)
-    after = module.state_dict()
-    aliases = {id_of(after[name]) for name in loaded}
-    lost = [name for name in missing if id_of(after[name]) not in aliases]
-    if lost:
-        raise CheckpointError(f"{stored.path} has no model.{lost[0]}: it is of another model")
-    return module.eval()
-
-
-def id_of(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    """Say which memory a tensor shows."""
-    return tensor.data_ptr(), tuple(tensor.shape)

@@ -3,8 +3,9 @@
 import os
 import platform
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,17 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] in (["--help"], ["-h"], ["help"]):
-            print(HELP.format(recipes=", ".join(recipes())))
-            return 0
+            return show(HELP.format(recipes=", ".join(recipes())))
         if words[:1] == ["--version"]:
-            print(f"hpctrain {__version__}")
-            return 0
+            return show(f"hpctrain {__version__}")
         verb, rest = split_verb(words)
         return VERBS[verb](rest)
     except HpctrainError as error:
         if launch.speaks(os.environ):
             print_error(error)
         return error.status
+    except BrokenPipeError:  # `hpctrain ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def show(text: str) -> int:
+    """Print a text once, whatever the number of ranks; give status 0."""
+    if launch.speaks(os.environ):
+        print(text)
+    return 0
 
 
 def split_verb(words: list[str]) -> tuple[str, list[str]]:
@@ -154,8 +163,7 @@ def train_help(verb: str) -> int:
     usage = f"hpctrain {verb} [CONFIG] [--section.key value ...]"
     made = parser(prog="hpctrain", usage=usage, description=text)
     made.formatter_class = type("Help", (RawDescriptionHelpFormatter, made.formatter_class), {})
-    print(made.format_help())
-    return 0
+    return show(made.format_help())
 
 
 def train(words: list[str]) -> int:
@@ -207,7 +215,7 @@ def predict(words: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the HDF5 file to write")
     parser.add_argument("--split", default="test", help="train, validation or test; default test")
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default the newest")
-    found = parser.parse_args(words)
+    found = parse_words(parser, words)
 
     def work(world: "MPI.Intracomm") -> int:
         from hpctrain.predict import predict as run
@@ -216,6 +224,14 @@ def predict(words: list[str]) -> int:
         return 0
 
     return on_ranks(work)
+
+
+def parse_words(parser: ArgumentParser, words: list[str]) -> Namespace:
+    """Parse a verb's words; usage errors and help are printed by one rank, not by each."""
+    if launch.speaks(os.environ):
+        return parser.parse_args(words)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return parser.parse_args(words)
 
 
 def checkpoint(words: list[str]) -> int:
@@ -228,7 +244,7 @@ def checkpoint(words: list[str]) -> int:
     exporting.add_argument("run", type=Path)
     exporting.add_argument("output", type=Path, help="a name ending in .safetensors, .pt or .pth")
     exporting.add_argument("--step", type=int, help="the checkpoint of this step; default the newest")
-    found = parser.parse_args(words)
+    found = parse_words(parser, words)
     from hpctrain import use
 
     if found.action == "export":
@@ -246,7 +262,7 @@ def data(words: list[str]) -> int:
     making = actions.add_parser("make", help="make a recipe's HDF5 file")
     making.add_argument("name", choices=["digits"])
     making.add_argument("--output", type=Path, default=Path("digits.h5"))
-    found = parser.parse_args(words)
+    found = parse_words(parser, words)
     from hpctrain.data.make import digits
 
     print(digits(found.output))

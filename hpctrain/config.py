@@ -1,6 +1,6 @@
 """The configuration: dataclasses with a docstring under each field, and nothing that parses.
 
-`cli.py` fills them from TOML and the command line. A field's docstring is its help text.
+`parse.py` fills them from TOML and the command line. A field's docstring is its help text.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -22,7 +22,7 @@ class Data:
     """Where the samples are, and which of them are for training, validation and test."""
 
     files: str | list[str] = ""
-    """A path or glob, or a list of them; the files, sorted by name, are one long dataset."""
+    """A path or glob, or a list of them; the files, each glob sorted by name, are one long dataset."""
     inputs: str | list[str] | dict[str, str] = field(default_factory=list)
     """HDF5 datasets the model gets, by their path in the file; {name = "group/path"} renames."""
     targets: str | list[str] | dict[str, str] = field(default_factory=list)
@@ -155,9 +155,12 @@ class Config:
     """The output."""
 
 
-# Paths and logging: a resume may change them. It may also enlarge the total.
+# Paths and logging: a resume may change them.
 FREE_ON_RESUME = ("data.files", "train.run_folder", "report.")
-MAY_GROW = ("train.steps", "train.epochs")
+
+
+SAMPLE_WEIGHTS = " weights"
+"""Name of the variable that `data.weights` gives; no dataset can have it."""
 
 
 def names_to_paths(names: str | list[str] | dict[str, str]) -> dict[str, str]:
@@ -198,7 +201,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def differences(stored: Config, asked: Config) -> list[str]:
     """Say in what a resume would differ from the run that it resumes, a line a key.
 
-    Paths, logging and a larger total are no difference.
+    Paths and logging are no difference, nor is a larger total. Steps win over epochs, so their
+    totals are compared where the samples are known.
 
     >>> differences(Config(), Config(train=Train(batch=64)))
     ['train.batch: the run has 32, asked is 64']
@@ -209,19 +213,12 @@ def differences(stored: Config, asked: Config) -> list[str]:
         before = old[key]
         if value == before or key.startswith(FREE_ON_RESUME):
             continue
-        if key in MAY_GROW and grows(before, value):
+        if key == "train.steps" and (before is None or value is None or value >= before):
+            continue
+        if key == "train.epochs" and (asked.train.steps is not None or value >= before):
             continue
         lines.append(f"{key}: the run has {before!r}, asked is {value!r}")
     return lines
-
-
-def grows(before: int | None, after: int | None) -> bool:
-    """Tell whether a total may take the place of another: equal, larger, or newly given.
-
-    >>> grows(10, 20), grows(20, 10), grows(None, 5), grows(5, None)
-    (True, False, True, False)
-    """
-    return before is None or (after is not None and after >= before)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Check everything that can be checked without training, and show what would run."""
 
 import sys
+from pathlib import Path
 
 import tomlkit
 from mpi4py import MPI
@@ -9,14 +10,23 @@ from hpctrain import assemble, log
 from hpctrain.config import Config, to_dict
 from hpctrain.errors import DONE
 from hpctrain.log import LOGGER
+from hpctrain.report.run_folder import RunFolder
+from hpctrain.resume import Progress, check_resume, resume
 from hpctrain.topology import Topology
+from hpctrain.validate import Validator
+from hpctrain.wire import together
 
 
 def dry_run(config: Config, comm: MPI.Intracomm) -> int:
     """Build all parts, print the layout and the resolved configuration. Collective; writes nothing."""
     with Topology.build(comm, config.parallel.stages, config.train.device, config.train.threads) as topology:
         log.start(topology)
+        run = RunFolder(Path(config.train.run_folder), writes=False)
+        config, stored = resume(config, run, topology)
         job = assemble.build(config, topology, learn=False)
+        with together(topology.comms.world):
+            check_resume(job, stored, run)
+        Validator(job, run, Progress())
         lines = comm.gather(
             f"rank {topology.world_rank}: replica {topology.replica} stage {topology.stage} "
             f"node {topology.node} {topology.device} threads {topology.threads} "

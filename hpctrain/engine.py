@@ -38,7 +38,7 @@ EVALUATION = -1
 
 @dataclass
 class Clock:
-    """Seconds of this rank in the parts of a step, since they were last read."""
+    """Seconds of this rank in the parts of its steps, summed since the start."""
 
     reading: float = 0.0
     computing: float = 0.0
@@ -179,12 +179,12 @@ class Engine:
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> Any:
-        """Run the model in eval mode on one micro-batch. Local."""
+        """Run the model in eval mode on one micro-batch; outputs on the CPU. Local."""
         self.module.eval()
         torch.manual_seed(key(self.seed, EVALUATION) >> 1)
         with self._precision():
             found = models.call(self.module, batch.to(self.topology.device).inputs, self.named)
-        return to_float(found)
+        return to_float(found, "cpu")
 
     def evaluate(
         self,
@@ -201,7 +201,7 @@ class Engine:
         try:
             for batch in batches:
                 outputs = self.outputs(batch)
-                total, weight = self.loss(outputs, batch.to(self.topology.device))
+                total, weight = self.loss(outputs, batch)
                 found = {"loss": (float(total), float(weight)), **measure(outputs, batch)}
                 for name, pair in found.items():
                     sums[name] = sums.get(name, np.zeros(2)) + pair
@@ -219,15 +219,16 @@ def sum_over(comm: MPI.Intracomm, sums: dict[str, Any]) -> dict[str, tuple[float
     return {name: (float(a), float(b)) for name, (a, b) in zip(names, table)}
 
 
-def to_float(outputs: Any) -> Any:
-    """Give 16-bit outputs as float32: losses are sums, and sums need digits."""
+def to_float(outputs: Any, device: str = "") -> Any:
+    """Give 16-bit outputs as float32 (losses are sums, and sums need digits), on a device if asked."""
     if isinstance(outputs, torch.Tensor):
         half = outputs.dtype in (torch.bfloat16, torch.float16)
-        return outputs.float() if half else outputs
+        outputs = outputs.float() if half else outputs
+        return outputs.to(device) if device else outputs
     if isinstance(outputs, dict):
-        return {name: to_float(value) for name, value in outputs.items()}
+        return {name: to_float(value, device) for name, value in outputs.items()}
     if isinstance(outputs, (list, tuple)):
-        return [to_float(value) for value in outputs]
+        return [to_float(value, device) for value in outputs]
     return outputs
 
 

@@ -30,7 +30,7 @@ def meant_ranks(environment: Mapping[str, str]) -> tuple[int, str]:
     ):
         if environment.get(variable, "").isdigit():
             return int(environment[variable]), launcher
-    if "SLURM_STEP_ID" in environment and "PMIX_RANK" not in environment:
+    if "SLURM_STEP_ID" in environment:
         return int(environment.get("SLURM_STEP_NUM_TASKS", "1")), "srun"
     return 1, ""
 

@@ -11,9 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from hpctrain.batch import Batch
 from hpctrain.errors import ConfigError
+
+# torch broadcasts (n,) integers against (n, 1) outputs to n x n differences, with a warning only.
+NUMERIC = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
 class SummedLoss:
@@ -27,6 +31,12 @@ class SummedLoss:
         """Give (L, W), scalars; L carries the graph. With several targets L is their sum."""
         sums, weights = [], []
         for name, output, target in pairs(outputs, batch.targets):
+            if isinstance(self.loss, NUMERIC) and not target.is_floating_point():
+                raise ConfigError(
+                    f"the target {name} holds integers, which {type(self.loss).__name__} can't compare "
+                    f"with outputs: set train.loss.class_path = torch.nn.CrossEntropyLoss for classes, "
+                    f"or store numbers as floats"
+                )
             values = self.loss(output, target)
             total, weight = weigh(values, batch.weights.get(name), len(batch), name)
             sums.append(total)

@@ -1,5 +1,6 @@
 """From TOML and `--section.key value` to a `Config`, by jsonargparse; mistakes in the user's words."""
 
+import copy
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -67,6 +68,7 @@ def _merge(table: dict[str, Any], overrides: Sequence[str], folder: Path, where:
     check_keys(table, legal, where)
     options = [word[2:].split("=")[0] for word in overrides if word.startswith("--")]
     check_options(options, legal)
+    table, overrides = take_tables(table, overrides)
     made = parser(prog="hpctrain")
     try:
         base = made.parse_object(table)
@@ -83,6 +85,39 @@ def _merge(table: dict[str, Any], overrides: Sequence[str], folder: Path, where:
     config: Config = to_dataclass(Config, result)
     check_values(config)
     return config
+
+
+def take_tables(table: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Move overrides whose value is a TOML table into the file's table: jsonargparse reads none.
+
+    >>> take_tables({}, ["--data.inputs", '{x = "a/b"}', "--train.steps", "3"])
+    ({'data': {'inputs': {'x': 'a/b'}}}, ['--train.steps', '3'])
+    """
+    table, rest = copy.deepcopy(table), []
+    words = [part for word in overrides for part in split_option(word)]
+    at = 0
+    while at < len(words):
+        value = words[at + 1] if at + 1 < len(words) else ""
+        if words[at].startswith("--") and value.startswith("{"):
+            *sections, last = words[at][2:].split(".")
+            inner = table
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            try:
+                inner[last] = tomllib.loads(f"it = {value}")["it"]
+            except tomllib.TOMLDecodeError as error:
+                raise ConfigError(f"{words[at]} {value} is no TOML table: {error}") from None
+            at += 2
+        else:
+            rest.append(words[at])
+            at += 1
+    return table, rest
+
+
+def split_option(word: str) -> list[str]:
+    """Split "--key={...}" at its first equals sign; leave other words alone."""
+    key, equals, value = word.partition("=")
+    return [key, value] if word.startswith("--") and equals and value.startswith("{") else [word]
 
 
 def check_keys(table: dict[str, Any], legal: list[str], where: str, prefix: str = "") -> None:
@@ -113,9 +148,14 @@ def near_keys(key: str, legal: list[str]) -> str:
 
     >>> near_keys("trian.steps", ["train.steps", "data.files"])
     'did you mean train.steps?'
+    >>> near_keys("loss.class_path", ["train.loss.class_path", "model.class_path"])
+    'did you mean train.loss.class_path?'
     >>> near_keys("steps", ["train.steps", "data.files"])
     'did you mean train.steps?'
     """
+    inside = [known for known in legal if known.endswith("." + key)]
+    if inside and "." in key:
+        return f"did you mean {', '.join(inside[:3])}?"
     last = [known for known in legal if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     if last:
         return f"did you mean {', '.join(last[:3])}?"
@@ -172,6 +212,14 @@ def check_values(config: Config) -> None:
         ("averaging.bucket_mebibytes", config.averaging.bucket_mebibytes, 0),
         ("parallel.stages", config.parallel.stages, 1),
     ]
+    count = config.parallel.micro_batches
+    if isinstance(count, int):
+        lowest.append(("parallel.micro_batches", count, 1))
     for key, value, least in lowest:
         if value is not None and not value >= least:
             raise ConfigError(f"{key} = {value}: at least {least} was expected")
+    if config.parallel.stages > 1:
+        raise ConfigError(
+            f"parallel.stages = {config.parallel.stages}: pipeline stages are not built yet: "
+            f"set parallel.stages = 1"
+        )

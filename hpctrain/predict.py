@@ -7,7 +7,6 @@ Plain HDF5 without its MPI driver can't be written by several processes; bytes a
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,12 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
     with Topology.build(comm) as topology:
         log.start(topology)
         config, stored = from_root(topology.comms.world, lambda: open_run(run, step))
-        config = replace(config, parallel=replace(config.parallel, stages=1))
         job = assemble.build(config, topology, learn=False)
-        job.restore(stored, weights_only=True)
+        job.restore_weights(stored)
         try:
             write(job, split, output, topology.comms.world)
         finally:
-            job.reader.close()
+            job.close()
         LOGGER.info(
             "%d predictions of %s, step %d, in %s", len(job.index.splits[split]), run, stored.step, output
         )

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hpctrain.assemble import Job
 from hpctrain.checkpoint import load as loading
+from hpctrain.checkpoint.files import complete_steps
 from hpctrain.config import Config, differences
 from hpctrain.errors import ConfigError
 from hpctrain.log import LOGGER
@@ -62,19 +64,41 @@ def look(config: Config, run: RunFolder) -> tuple[Config, loading.Stored | None]
         return config, None
     before = from_toml(path)
     asked = adopt(config, before)
+    if not complete_steps(run.checkpoints):
+        return config, None  # it never got to a checkpoint: there is nothing to go on with or to lose
     lines = differences(before, asked)
     if lines:
-        raise ConfigError(
-            f"{run.path} holds a run with another configuration:\n  "
-            + "\n  ".join(lines)
-            + "\ntake these values to go on with it, or --train.run_folder NEW to start afresh"
-        )
+        raise ConfigError(different(run, lines))
     stored, passed_over = loading.newest(run.checkpoints)
     for line in passed_over:
         LOGGER.warning("passed over: %s", line)
     if stored is not None:
         LOGGER.info("resuming %s from step %d", run.path, stored.step)
     return asked, stored
+
+
+def check_resume(job: Job, stored: loading.Stored | None, run: RunFolder) -> None:
+    """Refuse a smaller total and other data than the checkpoint's. Local, the same on all ranks."""
+    if stored is None:
+        return
+    lines = []
+    if job.total_steps < stored.state["total_steps"]:
+        lines.append(f"steps in all: the run has {stored.state['total_steps']}, asked is {job.total_steps}")
+    before, now = stored.state["data"], job.index.identity()
+    for what in now:
+        if now[what] != before[what]:
+            lines.append(f"{what} of the data: the run has {before[what]}, found are {now[what]}")
+    if lines:
+        raise ConfigError(different(run, lines))
+
+
+def different(run: RunFolder, lines: list[str]) -> str:
+    """Say that a run can't be resumed with what was asked."""
+    return (
+        f"{run.path} holds a run with another configuration:\n  "
+        + "\n  ".join(lines)
+        + "\ntake these values to go on with it, or --train.run_folder NEW to start afresh"
+    )
 
 
 def adopt(config: Config, before: Config) -> Config:

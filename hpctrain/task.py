@@ -74,6 +74,8 @@ class Task:
     input_shapes: dict[str, tuple[int, ...]]
     target_shapes: dict[str, tuple[int, ...]]
     metrics: tuple[str, ...] = ()
+    higher_is_better: tuple[str, ...] = ("accuracy",)
+    """Metrics of which the best is the largest; of the others, and the loss, the smallest."""
 
     def prepare(self, source: Source, learn: bool) -> None:
         """Learn from the training samples; with learn=False a checkpoint will bring the state."""

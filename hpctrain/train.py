@@ -11,13 +11,13 @@ from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint import save as saving
 from hpctrain.config import Config
 from hpctrain.data import order
-from hpctrain.errors import DONE, STOPPED_EARLY
+from hpctrain.errors import DONE, STOPPED_EARLY, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.report import summary
 from hpctrain.report.progress import ProgressView
-from hpctrain.report.run_folder import RunFolder
+from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.resilience.signals import StopSignals
-from hpctrain.resume import Progress, resume
+from hpctrain.resume import Progress, check_resume, resume
 from hpctrain.topology import Topology
 from hpctrain.validate import Validator
 from hpctrain.wire import from_root, together
@@ -34,11 +34,13 @@ def train(config: Config, comm: MPI.Intracomm) -> int:
         config, stored = resume(config, run, topology)
         job = assemble.build(config, topology, learn=stored is None)
         try:
+            with together(topology.comms.world):
+                check_resume(job, stored, run)
             if finished(job, stored, run):
                 return DONE
             return Loop(job, run, stored, signals).run()
         finally:
-            job.loader.close()
+            job.close()
 
 
 def finished(job: Job, stored: loading.Stored | None, run: RunFolder) -> bool:
@@ -49,6 +51,9 @@ def finished(job: Job, stored: loading.Stored | None, run: RunFolder) -> bool:
     if stored.step < job.total_steps and not stopped_early:
         return False
     why = stored.state["ended"] or f"step {stored.step} of {job.total_steps}"
+    done = [row for row in rows(run.path / "metrics.jsonl") if row["event"] == "end"]
+    if not done or done[-1]["status"] != "done":  # a kill came between the checkpoint and the row
+        run.row("end", stored.step, status="done", reason=why)
     LOGGER.info("%s is finished (%s); nothing was changed", run.path, why)
     LOGGER.info("to go on: a larger --train.epochs or --train.steps")
     LOGGER.info("to start afresh: --train.run_folder NEW (runs/name-# takes the next free number)")
@@ -62,20 +67,31 @@ class Loop:
         """Take the parts, and the checkpoint to go on from."""
         self.job, self.run_folder, self.signals = job, run, signals
         self.at = Progress.of(stored)
+        if stored is not None and stored.state["total_steps"] != job.total_steps:
+            LOGGER.info("the total grows from %d to %d steps", stored.state["total_steps"], job.total_steps)
         if self.at.ended:
             self.at.ended, self.at.waited = "", 0  # the total has grown since patience ran out
         self.resumed_step = self.at.step
         if stored is not None:
-            job.restore(stored)
+            job.restore(stored, stored.state["total_steps"] != job.total_steps)
         self.validator = Validator(job, run, self.at)
-        self.last_saved = time.monotonic()
+        self.last_saved, self.saved_step = time.monotonic(), -1
 
     def run(self) -> int:
+        """Train to the end; an error that all ranks agree on is written into the "end" row."""
+        with together(self.job.topology.comms.world, name_rank=False):
+            self.run_folder.create(self.job.config, resumes=self.at.step > 0)
+            if self.run_folder.writes:
+                log.to_file(self.run_folder.log, self.job.topology)
+        try:
+            return self.steps()
+        except HpctrainError as error:
+            self.run_folder.row("end", self.at.step, status="failed", reason=str(error)[-2000:])
+            raise
+
+    def steps(self) -> int:
         """Take steps until the total, a signal, or patience runs out; save, report."""
         job, train = self.job, self.job.config.train
-        self.run_folder.create(job.config)
-        with together(job.topology.comms.world):
-            log.to_file(self.run_folder.log, job.topology) if self.run_folder.writes else None
         baselines = self.validator.baselines()
         summary.start(job, self.run_folder, self.resumed_step, baselines)
         stopped = False
@@ -99,9 +115,9 @@ class Loop:
                 summary.step(self.run_folder, self.at.step, self.epoch(), result, rate, rates[0], shares)
                 view.step(self.at.step, result.loss, rate, shares)
                 stopped = result.stops > 0
-                self.validator.after_step(self.validation_due())
+                better = self.validator.after_step(self.validation_due())
                 every = job.config.checkpoint.every_steps
-                if result.saves or (every and self.at.step % every == 0):
+                if better or result.saves or (every and self.at.step % every == 0):
                     self.save()
         return self.end(stopped, baselines)
 
@@ -124,12 +140,15 @@ class Loop:
         return bool(self.run_folder.writes and minutes and waited > 60.0 * minutes)
 
     def save(self) -> None:
-        """Write a checkpoint and remove old ones. Collective."""
+        """Write a checkpoint and remove old ones, unless this step has one. Collective."""
+        if self.saved_step == self.at.step:
+            return
         began = time.perf_counter()
         job, world = self.job, self.job.topology.comms.world
         state = {
             **self.at.state(),
             "total_steps": job.total_steps,
+            "data": job.index.identity(),
             "averager": job.averager.scalars(),
             "scheduler": job.scheduler.state_dict(),
         }
@@ -138,7 +157,7 @@ class Loop:
         from_root(world, lambda: saving.prune(folder, job.config.checkpoint.keep, self.at.best_step))
         seconds = time.perf_counter() - began
         self.run_folder.row("checkpoint", self.at.step, path=str(path), seconds=round(seconds, 4))
-        self.last_saved = time.monotonic()
+        self.last_saved, self.saved_step = time.monotonic(), self.at.step
 
     def end(self, stopped: bool, baselines: dict[str, dict[str, float]]) -> int:
         """Validate for the last time, save, draw, write the end row."""
@@ -152,8 +171,8 @@ class Loop:
         found = self.validator.at_end()
         self.save()
         reason = self.at.ended or f"all {job.total_steps} steps done"
+        self.run_folder.row("end", self.at.step, status="done", reason=reason)
         if job.config.report.pictures:
             summary.draw(job, self.run_folder)
-        self.run_folder.row("end", self.at.step, status="done", reason=reason)
         summary.end(job, self.run_folder, reason, found, baselines)
         return DONE

@@ -5,18 +5,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hpctrain import assemble
 from hpctrain.checkpoint import load as loading
-from hpctrain.checkpoint.save import complete_steps, folder_name
+from hpctrain.checkpoint.files import complete_steps, folder_name
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.models import build as models
 from hpctrain.parse import from_toml
 
 
 def open_run(run: Path, step: int | None = None) -> tuple[Config, loading.Stored]:
     """Read a run folder's configuration and its newest good checkpoint, or that of a step. Local."""
-    if not (run / "config.toml").is_file():
-        raise ConfigError(f"{run} holds no run: a folder with config.toml and checkpoints/ was expected")
+    need_run(run)
     config = from_toml(run / "config.toml")
     if step is not None:
         steps = complete_steps(run / "checkpoints")
@@ -37,7 +36,30 @@ def open_run(run: Path, step: int | None = None) -> tuple[Config, loading.Stored
 def load_module(run: Path, step: int | None = None) -> torch.nn.Module:
     """Give the run's model with its weights, in eval mode. Local."""
     config, stored = open_run(run, step)
-    return assemble.load(stored, config)
+    return rebuild(stored, config)
+
+
+def rebuild(stored: loading.Stored, config: Config) -> torch.nn.Module:
+    """Build a run's model with a checkpoint's weights, in eval mode. Local; needs no data."""
+    module = models.build(config.model, config.train.seed)
+    state = module.state_dict()
+    loaded = {name: tensor for name, tensor in state.items() if f"model.{name}" in stored.tensors}
+    for name in loaded:
+        loaded[name] = stored.read(f"model.{name}")
+    # a tensor with several names is stored under its first
+    missing = set(state) - set(loaded)
+    module.load_state_dict(loaded, strict=False)
+    after = module.state_dict()
+    aliases = {id_of(after[name]) for name in loaded}
+    lost = [name for name in missing if id_of(after[name]) not in aliases]
+    if lost:
+        raise CheckpointError(f"{stored.path} has no model.{lost[0]}: it is of another model")
+    return module.eval()
+
+
+def id_of(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """Say which memory a tensor shows."""
+    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def export(run: Path, output: Path, step: int | None = None) -> Path:
@@ -57,14 +79,21 @@ def export(run: Path, output: Path, step: int | None = None) -> Path:
 
 def describe(run: Path) -> list[str]:
     """One line a complete checkpoint: step, size, whether it is good. Local; reads them whole."""
-    open_run_config = run / "config.toml"
-    if not open_run_config.is_file():
-        raise ConfigError(f"{run} holds no run: a folder with config.toml and checkpoints/ was expected")
+    need_run(run)
     lines = []
     for step in complete_steps(run / "checkpoints"):
-        stored = loading.open_checkpoint(run / "checkpoints" / folder_name(step))
-        size = sum((stored.path / name).stat().st_size for name in stored.files)
-        best = " best" if stored.state["best_step"] == step else ""
-        problems = stored.damage()
-        lines.append(f"step {step}  {size:,} bytes  {'; '.join(problems) or 'good'}{best}")
+        try:
+            stored = loading.open_checkpoint(run / "checkpoints" / folder_name(step))
+        except CheckpointError as error:
+            lines.append(f"step {step}  {error}")
+            continue
+        size = sum(path.stat().st_size for path in stored.path.iterdir())
+        best = "  best" if stored.state["best_step"] == step else ""
+        lines.append(f"step {step}  {size:,} bytes  {'; '.join(stored.damage()) or 'good'}{best}")
     return lines or [f"{run} has no complete checkpoint"]
+
+
+def need_run(run: Path) -> None:
+    """Refuse a folder that holds no run. Local."""
+    if not (run / "config.toml").is_file():
+        raise ConfigError(f"{run} holds no run: a folder with config.toml and checkpoints/ was expected")

@@ -8,8 +8,6 @@ from hpctrain.report.run_folder import RunFolder
 from hpctrain.resume import Progress
 from hpctrain.wire import raise_together, together
 
-HIGHER_IS_BETTER = ("accuracy",)
-
 
 class Validator:
     """Measures splits and writes the "validate" rows."""
@@ -32,6 +30,10 @@ class Validator:
             raise ConfigError(
                 "train.patience needs data.validation: to stop by the test samples would choose on them"
             )
+        if self.job.plateau and "validation" not in self.job.index.splits:
+            raise ConfigError(
+                "optimizer.schedule ReduceLROnPlateau needs data.validation: it follows its metric"
+            )
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Metrics of the task's baselines on the test split (else the validation). Collective."""
@@ -49,18 +51,22 @@ class Validator:
             name: self._finish(sum_over(self.job.topology.comms.data, found.get(name, {}))) for name in names
         }
 
-    def after_step(self, due: bool) -> None:
-        """Measure where it is due; note the best, and whether patience has run out."""
+    def after_step(self, due: bool) -> bool:
+        """Measure where it is due; note the best, and whether patience has run out.
+
+        Gives whether the weights are the best so far, and so worth a checkpoint. Collective.
+        """
         if not due or not self.split:
-            return
+            return False
         found = self.measure(self.split)
         if self.split != "validation":
-            return
+            return False
         train = self.job.config.train
         value = found[train.monitor]
         self.job.scheduler_step(value)
-        sign = -1.0 if train.monitor in HIGHER_IS_BETTER else 1.0
-        if self.at.best is None or sign * value < sign * self.at.best:
+        sign = -1.0 if train.monitor in self.job.task.higher_is_better else 1.0
+        better = self.at.best is None or sign * value < sign * self.at.best
+        if better:
             self.at.best, self.at.best_step, self.at.waited = value, self.at.step, 0
         else:
             self.at.waited += 1
@@ -69,6 +75,7 @@ class Validator:
                 f"no better {train.monitor} than {self.at.best:.6g} (step {self.at.best_step}) "
                 f"in {train.patience} validations"
             )
+        return better
 
     def at_end(self) -> dict[str, float]:
         """Measure the test split (else the validation) with the last weights."""

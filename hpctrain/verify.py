@@ -2,11 +2,11 @@
 
       every rank   step in the asked layout                  ──► mean gradient, loss
       rank 0       the same step alone, V micro-batches      ──► mean gradient, loss, Σ_v |g_v|
-      every rank   |asked - alone| ≤ FACTOR · ε · Σ_v |g_v| / W       element by element
+      every rank   |asked - alone| ≤ 2 (V + 4) ε Σ_v |g_v| / W       element by element
 
 Gradients are compared, not weights after many steps: a weight whose true gradient is zero
 follows the noise of Adam. The bound is that of summing V terms in another order (Higham 2002,
-section 4.2: (V - 1)·ε·Σ|g_v|), with room for the division and the clip.
+section 4.2: (V - 1)·ε·Σ|g_v|), with room for the division. There is no clip.
 """
 
 from dataclasses import dataclass, replace
@@ -68,10 +68,11 @@ def compare(job: Job, steps: int) -> str | None:
     """Compare `steps` steps; give None if equal, else what differs and where. Collective."""
     world = job.topology.comms.world
     alone: Job | None = None
+    device = job.topology.device.split(":")[0]
     failure: Exception | None = None
     try:
         if world.rank == 0:
-            alone = assemble.build(job.config, Topology.build(MPI.COMM_SELF, device=job.topology.device))
+            alone = assemble.build(job.config, Topology.build(MPI.COMM_SELF, 1, device, job.topology.threads))
     except Exception as error:
         failure = error
     raise_together(world, failure)

@@ -34,7 +34,7 @@ case ${1:-} in
         --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long
     done
     echo "== what starts mpirun itself"
-    limited 1500 coverage run -m pytest --color=no tests/launch --override-ini "addopts=--strict-markers -p no:cacheprovider"
+    limited 1800 coverage run -m pytest --color=no tests/launch --override-ini "addopts=--strict-markers -p no:cacheprovider"
     coverage combine -q
     coverage report --skip-covered --fail-under=90
     ;;

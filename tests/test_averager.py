@@ -108,10 +108,11 @@ def test_clipping_is_torchs(world):
     module, alone = seeded(Net, 5, 2), seeded(Net, 5, 2)
     averager = averager_of(module, world, lr=1.0)
     averager.begin(1)
-    loss_of(module, 4).backward()
-    averager.tally.weight = 4.0
+    loss_of(module, world.rank + 4).backward()
+    averager.tally.weight = world.rank + 4.0
     result = averager.step(clip=0.01)
-    (loss_of(alone, 4) / 4).backward()
+    shares = [r + 4 for r in range(world.size)]
+    (sum(loss_of(alone, n) for n in shares) / sum(shares)).backward()
     norm = nn.utils.clip_grad_norm_(alone.parameters(), 0.01)
     assert result.norm == pytest.approx(float(norm), rel=1e-5)
     for parameter, expected in zip(module.parameters(), alone.parameters()):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.checkpoint import load, plan, save
+from hpctrain.checkpoint import files, load, plan, save
 from hpctrain.checkpoint.files import digest, write_whole
 from hpctrain.checkpoint.plan import Offer
 from hpctrain.errors import CheckpointError
@@ -142,7 +142,7 @@ def test_half_written_folders_are_swept_and_never_counted(world, shared_tmp):
         stale = shared_tmp / "step-00000007.tmp"
         stale.mkdir()
         (stale / "manifest.json").write_text("{}")
-        assert save.complete_steps(shared_tmp) == []
+        assert files.complete_steps(shared_tmp) == []
     world.Barrier()
     simple(world, shared_tmp, 8)
     world.Barrier()
@@ -163,8 +163,8 @@ def test_retention(world, shared_tmp):
     world.Barrier()
     if world.rank == 0:
         save.prune(shared_tmp, keep=2, best=20)
-        assert save.complete_steps(shared_tmp) == [20, 50, 60]
-        assert sorted(p.name for p in shared_tmp.iterdir()) == [save.folder_name(s) for s in (20, 50, 60)]
+        assert files.complete_steps(shared_tmp) == [20, 50, 60]
+        assert sorted(p.name for p in shared_tmp.iterdir()) == [files.folder_name(s) for s in (20, 50, 60)]
 
 
 @pytest.mark.mpi

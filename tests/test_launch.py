@@ -15,7 +15,7 @@ MPIRUN_IN_BATCH = {**BATCH_SHELL, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": 
                    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}  # fmt: skip
 
 
-@pytest.mark.parametrize("environment", [SRUN_NONE, SRUN_PMI2])
+@pytest.mark.parametrize("environment", [SRUN_NONE, SRUN_PMI2, SRUN_PMIX])
 def test_singletons_are_refused(environment):
     with pytest.raises(
         ConfigError, match=r"started 4 processes, but MPI sees each .* train 4 times .* `srun --mpi=pmix`"

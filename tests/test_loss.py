@@ -80,6 +80,15 @@ def test_several_targets_by_name_and_in_order():
         pairs(a, batch.targets)
 
 
+@pytest.mark.parametrize("kind", [nn.MSELoss, nn.L1Loss, nn.BCEWithLogitsLoss])
+def test_classes_need_a_loss_for_classes(kind):
+    batch = batch_of(y=torch.tensor([0, 1, 2]))
+    with pytest.raises(
+        ConfigError, match="y holds integers, which .* set train.loss.class_path = torch.nn.CrossE"
+    ):
+        SummedLoss(kind(reduction="none"))(torch.zeros(3, 1), batch)
+
+
 def test_which_losses_take_reduction():
     assert takes_reduction(nn.HuberLoss)
     assert not takes_reduction(lambda output, target: output)

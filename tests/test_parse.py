@@ -58,6 +58,14 @@ def test_values_of_all_kinds(tmp_path):
     assert config.optimizer.init_args == {"lr": 3e-4}
 
 
+def test_tables_on_the_command_line(tmp_path):
+    for words in (["--data.inputs", '{x = "a/b", y = "c"}'], ['--data.inputs={x = "a/b", y = "c"}']):
+        assert read(tmp_path, *words).data.inputs == {"x": "a/b", "y": "c"}
+    assert read(tmp_path, "--model.init_args", "{width = 7}").model.init_args == {"width": 7}
+    with pytest.raises(ConfigError, match=r"--data.inputs \{x = \} is no TOML table"):
+        read(tmp_path, "--data.inputs", "{x = }")
+
+
 def test_the_resolved_configuration_reads_back_the_same(tmp_path):
     config = read(tmp_path, "--train.steps", "3")
     (tmp_path / "again.toml").write_text(tomlkit.dumps(to_dict(config)))

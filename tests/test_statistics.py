@@ -54,11 +54,14 @@ def test_far_from_zero_and_constant(world):
         def read_one(self, name, samples):
             return self.values[samples]
 
+        def check_finite(self, name, samples, values):
+            assert np.isfinite(values).all()
+
     split = build_split(40)
     far = Fixed(1e6 + np.arange(40, dtype=np.float64))
-    mean, deviation = statistics.mean_and_deviation(world, far, None, split, "x", True)
+    mean, deviation = statistics.mean_and_deviation(world, far, far, split, "x", True)
     assert (mean, deviation) == pytest.approx((1e6 + 19.5, np.arange(40).std()), rel=1e-12)
-    _, deviation = statistics.mean_and_deviation(world, Fixed(np.full(40, 3.0)), None, split, "x", True)
+    _, deviation = statistics.mean_and_deviation(world, Fixed(np.full(40, 3.0)), far, split, "x", True)
     assert deviation == 1.0
 
 

@@ -91,7 +91,6 @@ class Averager:
     def begin(self, micro_batches: int) -> None:
         """Start a step: gradients are zero; `micro_batches` of this replica follow. Local."""
         self.tally = Tally()
-        self.expected = micro_batches
         self._used.zero_()
         self.running.begin()
         for bucket in self.buckets:

@@ -1,8 +1,11 @@
-"""Files that are whole or not there: temporary name, fsync, rename, fsync of the folder."""
+"""Names of checkpoints, and files that are whole or not there: temporary name, fsync, rename."""
 
 import hashlib
 import os
 from pathlib import Path
+
+FORMAT = 1
+MANIFEST = "manifest.json"
 
 
 def sync_folder(folder: Path) -> None:
@@ -35,3 +38,23 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint of a step.
+
+    >>> folder_name(120)
+    'step-00000120'
+    """
+    return f"step-{step:08d}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are complete, oldest first. Local."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(path.parent.name.removeprefix("step-"))
+        for path in folder.glob(f"step-*/{MANIFEST}")
+        if not path.parent.name.endswith(".tmp")
+    )

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from hpctrain.checkpoint.files import digest
-from hpctrain.checkpoint.save import FORMAT, MANIFEST, complete_steps, folder_name
+from hpctrain.checkpoint.files import FORMAT, MANIFEST, complete_steps, digest, folder_name
 from hpctrain.errors import CheckpointError
 from hpctrain.piece import Piece
 

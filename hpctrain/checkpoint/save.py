@@ -17,22 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hpctrain.checkpoint import plan
-from hpctrain.checkpoint.files import digest, sync_file, sync_folder, write_whole
+from hpctrain.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    complete_steps,
+    digest,
+    folder_name,
+    sync_file,
+    sync_folder,
+    write_whole,
+)
 from hpctrain.errors import CheckpointError
 from hpctrain.piece import Piece
 from hpctrain.wire import together
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-
-
-def folder_name(step: int) -> str:
-    """Name of the checkpoint of a step.
-
-    >>> folder_name(120)
-    'step-00000120'
-    """
-    return f"step-{step:08d}"
 
 
 def save(folder: Path, step: int, pieces: list[Piece], state: dict[str, Any], comm: MPI.Intracomm) -> Path:
@@ -66,10 +63,12 @@ def save(folder: Path, step: int, pieces: list[Piece], state: dict[str, Any], co
                 "state": state,
             }
             write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            earlier = final.with_name(final.name + ".earlier.tmp")
             if final.exists():
-                shutil.rmtree(final)
+                final.rename(earlier)  # never deleted before the new one is in its place
             temporary.rename(final)
             sync_folder(folder)
+            shutil.rmtree(earlier, ignore_errors=True)
     return final
 
 
@@ -109,14 +108,3 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
         doomed = target.with_name(target.name + ".tmp")
         target.rename(doomed)  # never half a checkpoint under a good name
         shutil.rmtree(doomed)
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that are complete, oldest first. Local."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        int(path.parent.name.removeprefix("step-"))
-        for path in folder.glob(f"step-*/{MANIFEST}")
-        if not path.parent.name.endswith(".tmp")
-    )

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.config import Data, names_to_paths
+from hpctrain.config import SAMPLE_WEIGHTS, Data, names_to_paths
 from hpctrain.data import coordinate as axis
 from hpctrain.data import order
 from hpctrain.data.splits import Split, cut_splits
@@ -71,17 +71,25 @@ class Index:
         which = int(np.searchsorted(self.starts, sample, side="right")) - 1
         return self.files[which], sample - self.starts[which]
 
+    def identity(self) -> dict[str, Any]:
+        """Say what the samples are, as JSON: a resumed run must find the same."""
+        return {
+            "samples": {name: len(split) for name, split in sorted(self.splits.items())},
+            "shapes": {name: list(v.shape) for name, v in sorted(self.variables.items())},
+        }
+
     def check_finite(self, name: str, samples: order.Ids, values: NDArray[Any]) -> None:
-        """Raise DataError naming file, dataset and row of the first sample with a NaN."""
-        if values.dtype.kind != "f" or not np.isnan(values).any():
+        """Raise DataError naming file, dataset and row of the first sample with a NaN or infinity."""
+        if values.dtype.kind != "f" or np.isfinite(values).all():
             return
-        bad = np.isnan(values.reshape(len(values), -1)).any(axis=1)
+        bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
         sample = int(samples[np.flatnonzero(bad)[0]])
         path, row = self.locate(sample)
+        more = int(bad.sum()) - 1
         raise DataError(
-            f"{path}: {self.variables[name].path}[{row}] (sample {sample}) holds NaN or "
-            f"_FillValue, and so do {int(bad.sum()) - 1} more samples of its micro-batch: mend "
-            f'the file, or for a target set data.missing = "mask"'
+            f"{path}: {self.variables[name].path}[{row}] (sample {sample}) holds NaN, infinity or "
+            f"_FillValue{f', and so do {more} more samples read with it' if more else ''}: mend the "
+            f'file; where missing values are in a target, data.missing = "mask" leaves them out'
         )
 
 
@@ -117,7 +125,7 @@ def build(config: Data) -> Index:
 
 
 def find_files(patterns: str | list[str]) -> list[str]:
-    """Expand paths and globs to files in a fixed order."""
+    """Expand paths and globs, each glob sorted by name; a file that two of them name counts once."""
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
@@ -131,7 +139,7 @@ def find_files(patterns: str | list[str]) -> list[str]:
         found += matches
     if not found:
         raise ConfigError('data.files is empty: name the HDF5 files, such as --data.files "*.h5"')
-    return found
+    return list({str(Path(path).resolve()): path for path in found}.values())
 
 
 def wanted_variables(config: Data) -> dict[str, str]:
@@ -148,11 +156,8 @@ def wanted_variables(config: Data) -> dict[str, str]:
                 f'give one another name, such as targets = {{{name}_target = "{path}"}}'
             )
     if config.weights:
-        wanted[WEIGHTS] = config.weights
+        wanted[SAMPLE_WEIGHTS] = config.weights
     return wanted
-
-
-WEIGHTS = "sample weights"
 
 
 def open_file(path: str) -> h5py.File:

@@ -49,7 +49,19 @@ class Reader:
         with self._turn:
             for first, last in runs(ascending, self.index.starts):
                 self._read_run(variable, ascending, in_order, first, last, stored)
+        if variable.fill is not None and not variable.floating:
+            self._refuse_fill(variable, samples, stored)
         return unpack(variable, stored)
+
+    def _refuse_fill(self, variable: Variable, samples: Ids, stored: NDArray[Any]) -> None:
+        """Integers have no NaN: a missing one would pass as a number."""
+        bad = (stored.reshape(len(stored), -1) == variable.fill).any(axis=1)
+        if bad.any():
+            path, row = self.index.locate(int(samples[np.flatnonzero(bad)[0]]))
+            raise DataError(
+                f"{path}: {variable.path}[{row}] holds _FillValue {variable.fill:g}: integers can't "
+                f"be missing; leave such samples out, or store the values as floats"
+            )
 
     def _read_run(
         self, variable: Variable, ascending: Ids, places: Ids, first: int, last: int, out: Any

@@ -60,8 +60,8 @@ def mean_and_deviation(
         for at in range(0, len(places), AT_ONCE):
             samples = split.samples(places[at : at + AT_ONCE])
             values: NDArray[Any] = reader.read_one(name, samples)
-            if not skip_missing:
-                index.check_finite(name, samples, values)
+            missing = np.isnan(values) if skip_missing and values.dtype.kind == "f" else False
+            index.check_finite(name, samples, np.where(missing, 0, values))
             good = values[~np.isnan(values)] if values.dtype.kind == "f" else values.ravel()
             result += [np.sum((good.astype(np.float64) - centre) ** power), good.size]
         return result

@@ -46,8 +46,6 @@ FILLED = tuple(shape_arguments({"": ()}, {"": ()}))
 
 def complete(spec: ClassPath, inputs: Shapes, outputs: Shapes) -> ClassPath:
     """Check the arguments and fill in shapes; what comes back builds the model without data."""
-    if not spec.class_path:
-        raise ConfigError("model.class_path is not set: name a torch.nn.Module, such as my_module.MyModel")
     arguments = construct.check(spec, "model", **shape_arguments(inputs, outputs))
     return ClassPath(spec.class_path, {name: listed(value) for name, value in arguments.items()})
 

@@ -42,7 +42,7 @@ class UNet(nn.Module):
         fold: int = 1,
         dropout: float = 0.0,
     ) -> None:
-        """Take the fields' shape (channels, lat, lon), the widest level's channels and the depth.
+        """Take the fields' shape (channels, lat, lon), the finest level's channels and the depth.
 
         `maps` position maps are learnt, for what is fixed to a place, such as mountains and
         coasts. `fold` x `fold` boxes are folded into channels first: less work a level.
@@ -62,8 +62,8 @@ class UNet(nn.Module):
         )
         self.dropout = nn.Dropout2d(dropout)
         self.last = nn.Conv2d(width, fold * fold, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias) if self.last.bias is not None else None
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, fields: torch.Tensor, first_guess: torch.Tensor) -> torch.Tensor:
         """Map fields (n, channels, lat, lon) and a first guess (n, lat, lon) to (n, lat, lon)."""

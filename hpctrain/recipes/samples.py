@@ -1,6 +1,7 @@
 """The default task: inputs and targets as they lie in the file.
 
-Metrics: accuracy where the first target is integers, else rmse in the target's own units.
+Metrics: accuracy where a target is integers, else rmse in its own units; with several targets
+one each, such as rmse_rain.
 """
 
 from typing import Any
@@ -10,13 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from hpctrain.batch import Batch
-from hpctrain.config import names_to_paths
+from hpctrain.config import SAMPLE_WEIGHTS, names_to_paths
 from hpctrain.errors import DataError
 from hpctrain.loss import pairs
 from hpctrain.piece import Piece, whole
 from hpctrain.task import Array, Prediction, Source, Task
-
-WEIGHTS = "sample weights"
 
 
 class Samples(Task):
@@ -30,8 +29,11 @@ class Samples(Task):
         self.targets = list(names_to_paths(source.config.targets))
         self.input_shapes = {name: variables[name].shape for name in self.inputs}
         self.target_shapes = {name: variables[name].shape for name in self.targets}
-        first = variables[self.targets[0]]
-        self.metrics = ("rmse",) if first.floating else ("accuracy",)
+        self.of_metric = {
+            metric_name(name, variables[name].floating, len(self.targets)): name for name in self.targets
+        }
+        self.metrics = tuple(self.of_metric)
+        self.higher_is_better = tuple(name for name in self.metrics if name.startswith("accuracy"))
         self.normal: dict[str, torch.Tensor] = {}
         """By variable: (mean, deviation), float64."""
         for name in dict.fromkeys(self.inputs + self.targets):
@@ -52,11 +54,12 @@ class Samples(Task):
             if masks and targets[name].is_floating_point():
                 weights[name] = (~missing).float()
         if self.source.config.weights:
-            each = torch.from_numpy(self.source.read(WEIGHTS, samples).astype(np.float32))
-            if each.ndim != 1 or bool((each < 0).any()) or bool(each.isnan().any()):
+            each = torch.from_numpy(self.source.read(SAMPLE_WEIGHTS, samples).astype(np.float32))
+            if each.ndim != 1 or not bool((each >= 0).all()):
+                worst = "" if each.ndim != 1 else f", the smallest {float(each.min()):g}"
                 raise DataError(
                     f"data.weights = {self.source.config.weights}: one number >= 0 a sample "
-                    f"was expected, found shape {tuple(each.shape[1:])} a sample or a negative one"
+                    f"was expected, found shape {tuple(each.shape[1:])} a sample{worst}"
                 )
             for name in self.targets:
                 shape = (-1,) + (1,) * (targets[name].ndim - 1)
@@ -69,8 +72,7 @@ class Samples(Task):
         """Values as the model gets them, and where they are missing."""
         values = self.source.read(name, samples)
         missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(1, dtype=bool)
-        if missing.any() and not masks:
-            self.source.index.check_finite(name, samples, values)
+        self.source.index.check_finite(name, samples, np.where(missing, 0, values) if masks else values)
         target = name in self.targets
         if values.dtype == np.uint8:
             values = values.astype(np.int64 if target else np.float32)
@@ -82,16 +84,22 @@ class Samples(Task):
         return (torch.nan_to_num(tensor, nan=0.0) if missing.any() else tensor), gaps
 
     def measure(self, outputs: Any, batch: Batch) -> dict[str, tuple[float, float]]:
-        """Sums over the first target: right answers, or squared error in its own units."""
-        name, output, target = pairs(outputs, batch.targets)[0]
-        weight = batch.weights.get(name)
-        if self.metrics == ("accuracy",):
-            right = (output.argmax(dim=1) == target).double()
-            each = torch.ones_like(right) if weight is None else weight.double().expand_as(right)
-            return {"accuracy": (float((right * each).sum()), float(each.sum()))}
-        square = (output.double() - target.double()) ** 2 * self._deviation(name) ** 2
-        each = torch.ones_like(square) if weight is None else weight.double().expand_as(square)
-        return {"rmse": (float((square * each).sum()), float(each.sum()))}
+        """Sums over each target: right answers, or squared error in its own units."""
+        matched = {name: (output, target) for name, output, target in pairs(outputs, batch.targets)}
+        return {
+            metric: self._measure_one(name, *matched[name], batch.weights.get(name))
+            for metric, name in self.of_metric.items()
+        }
+
+    def _measure_one(
+        self, name: str, output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
+    ) -> tuple[float, float]:
+        if target.is_floating_point():
+            values = (output.double() - target.double()) ** 2 * self._deviation(name) ** 2
+        else:
+            values = (output.argmax(dim=1) == target).double()
+        each = torch.ones_like(values) if weight is None else weight.double().expand_as(values)
+        return float((values * each).sum()), float(each.sum())
 
     def _deviation(self, name: str) -> float:
         return float(self.normal[name][1]) if name in self.normal else 1.0
@@ -99,7 +107,7 @@ class Samples(Task):
     def finish(self, name: str, numerator: float, denominator: float) -> float:
         """Root of the mean square for rmse."""
         mean = super().finish(name, numerator, denominator)
-        return mean**0.5 if name == "rmse" else mean
+        return mean**0.5 if name.startswith("rmse") else mean
 
     def predictions(self) -> tuple[Prediction, ...]:
         """Write floating targets as they are, classes as the logits' argmax."""
@@ -126,3 +134,13 @@ class Samples(Task):
     def pieces(self) -> list[Piece]:
         """Means and deviations."""
         return [whole(f"task.normal.{name}", tensor) for name, tensor in self.normal.items()]
+
+
+def metric_name(target: str, floating: bool, targets: int) -> str:
+    """Name the metric of a target.
+
+    >>> metric_name("rain", True, 1), metric_name("rain", True, 2)
+    ('rmse', 'rmse_rain')
+    """
+    kind = "rmse" if floating else "accuracy"
+    return kind if targets == 1 else f"{kind}_{target}"

@@ -6,6 +6,7 @@ row replaces an earlier one of the same event and step; `rows` reads it so.
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ import tomlkit
 
 from hpctrain.checkpoint.files import write_whole
 from hpctrain.config import Config, to_dict
-
-EVENTS = ("start", "train", "validate", "checkpoint", "end")
+from hpctrain.errors import ConfigError
 
 
 class RunFolder:
@@ -40,13 +40,20 @@ class RunFolder:
         """The log file."""
         return self.path / "log.txt"
 
-    def create(self, config: Config) -> None:
-        """Make the folder and write the resolved configuration."""
-        if self.writes:
+    def create(self, config: Config, resumes: bool = False) -> None:
+        """Make the folder and write the resolved configuration; a new run begins new metrics."""
+        if not self.writes:
+            return
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             text = "# The resolved configuration of this run; repeat it with\n"
             text += f"# hpctrain train {self.path / 'config.toml'} --train.run_folder NEW\n\n"
             write_whole(self.path / "config.toml", text + tomlkit.dumps(to_dict(config)))
+            if not resumes:
+                (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            end_last_line(self.path / "metrics.jsonl")
+        except OSError as error:
+            raise ConfigError(f"train.run_folder = {self.path} can't be written: {error}") from None
 
     def row(self, event: str, step: int, **values: Any) -> None:
         """Append one row; numbers that are not finite become null, as JSON has none."""
@@ -56,6 +63,15 @@ class RunFolder:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+
+
+def end_last_line(path: Path) -> None:
+    """End a line that a kill cut short: the next row must not join it."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

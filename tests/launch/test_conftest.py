@@ -43,5 +43,6 @@ def test_all_passed_says_so_and_names_the_mpi(launcher, tmp_path):
 
 
 def test_a_run_in_which_no_test_ran_fails(launcher, tmp_path):
-    for code in ("", "import pytest\n@pytest.mark.skip\ndef test_it():\n    assert True\n"):
+    skipped = "import pytest\n@pytest.mark.mpi\n@pytest.mark.skip\ndef test_it():\n    assert True\n"
+    for code in ("", skipped, skipped + "def test_without_mpi():\n    assert True\n"):
         assert run(launcher, tmp_path, code).status == 5

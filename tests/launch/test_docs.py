@@ -85,7 +85,7 @@ def test_the_first_screen(launcher, folder):
 def test_the_figure_and_the_links_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    for command in re.findall(r"`(?:mpirun -n \d )?python -m pytest (\S+)", README):
+    for command in re.findall(r"`(?:mpirun -n \d )?python -m pytest ([\w/.]+)", README):
         assert (ROOT / command).exists()
 
 

@@ -59,6 +59,9 @@ def test_finished_smaller_larger_and_different(launcher, small, tmp_path):
     smaller = launcher.ranks(2, "train", "small.toml", "--train.steps", "10")
     assert smaller.status == 2
     assert smaller.text.count("train.steps: the run has 20, asked is 10") == 1
+    fewer = launcher.ranks(2, "train", "runs/small/config.toml", "--data.files", "part0.h5")
+    assert fewer.status == 2
+    assert "samples of the data: the run has" in fewer.err
     other = launcher.ranks(2, "train", "small.toml", "--train.batch", "4", "--optimizer.init_args.lr", "1")
     assert other.status == 2
     assert "train.batch: the run has 8, asked is 4" in other.err
@@ -240,7 +243,6 @@ def test_early_stopping_and_best(launcher, small, tmp_path):
         (["train", "climat"], "CONFIG climat: no such file or recipe: did you mean climate?"),
         (["trian"], "trian is no verb: did you mean train?"),
         (["climate"], "climate is no verb: did you mean `hpctrain train climate`?"),
-        (["train", "small.toml", "--parallel.stages", "3"], "parallel.stages = 3 does not divide the 2 ranks"),
         (["train", "small.toml", "--parallel.stages", "2"], "parallel.stages = 2: pipeline stages are not built yet"),
         (["train", "small.toml", "--model.class_path", "helpers.Nett"], "helpers has no Nett: did you mean Net"),
         (["train", "small.toml", "--model.init_args.wdith", "3"], "model.init_args.wdith: helpers.Dropping has no such"),
