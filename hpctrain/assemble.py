@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from numpy.typing import NDArray
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpctrain import construct
 from hpctrain.averaging import groups, schedules
 from hpctrain.averaging.averager import Averager
-from hpctrain.batch import Batch
+from hpctrain.batch import Batch, broadcast
 from hpctrain.checkpoint.load import Stored
 from hpctrain.config import ClassPath, Config
 from hpctrain.data import index as indexing
@@ -27,7 +28,7 @@ from hpctrain.engine import Engine
 from hpctrain.errors import ConfigError
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.models import build as models
-from hpctrain.piece import Piece
+from hpctrain.piece import Piece, of_module
 from hpctrain.task import Source, Task
 from hpctrain.topology import Topology
 from hpctrain.wire import from_root, together
@@ -147,6 +148,9 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     with together(world):
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
         module = models.build(model, train.seed).to(topology.device)
+        refuse_extra_state(module)
+    same_start(module, world)
+    with together(world):
         spec = train.loss
         loss = construct.build(spec, "train.loss", **loss_arguments(spec))
         averager = Averager(
@@ -168,6 +172,35 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     )
     resolved = replace(config, model=model, parallel=replace(config.parallel, micro_batches=count))
     return Job(resolved, topology, index, reader, task, engine, loader, scheduler)
+
+
+def refuse_extra_state(module: torch.nn.Module) -> None:
+    """Refuse a module with state that a checkpoint would lose. Local."""
+    extra = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if extra:
+        raise ConfigError(
+            f"the model keeps {extra[0]} by get_extra_state, which checkpoints don't hold: "
+            f"keep it in a buffer (register_buffer)"
+        )
+
+
+def same_start(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
+    """Give all ranks rank 0's weights: a constructor may draw from a stream that has no seed. Collective.
+
+    Raises ConfigError where the ranks have other parameters, or the same in another order.
+    """
+    pieces = of_module(module)
+    mine = [(piece.name, piece.shape, str(piece.tensor.dtype)) for piece in pieces]
+    first = comm.bcast(mine, root=0)
+    with together(comm):
+        if mine != first:
+            other = next((a for a, b in zip(mine, first) if a != b), (len(mine), "parameters"))
+            raise ConfigError(
+                f"the model's constructor gives ranks different parameters ({other[0]}): it must not "
+                f"depend on the rank, on random numbers or on the order of a set"
+            )
+    for piece in pieces:
+        broadcast(comm, piece.tensor, 0)
 
 
 def source(config: Config, topology: Topology, index: Index, reader: Reader) -> Source:
@@ -199,6 +232,11 @@ def total_steps(config: Config, index: Index) -> int:
 def loss_arguments(spec: ClassPath) -> dict[str, Any]:
     """Check the loss; ask torch's losses for one value an element."""
     arguments = construct.check(spec, "train.loss")
-    if takes_reduction(construct.find_class(spec.class_path, "train.loss.class_path")):
-        arguments.setdefault("reduction", "none")
+    if not takes_reduction(construct.find_class(spec.class_path, "train.loss.class_path")):
+        return arguments
+    if arguments.setdefault("reduction", "none") != "none":
+        raise ConfigError(
+            f"train.loss.init_args.reduction = {arguments['reduction']!r}: the mean is taken over all "
+            f"ranks' samples; leave it out"
+        )
     return arguments

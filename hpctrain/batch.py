@@ -4,7 +4,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from numpy.typing import NDArray
+
+
+@torch.no_grad()
+def broadcast(comm: MPI.Intracomm, tensor: torch.Tensor, root: int) -> None:
+    """Give all ranks the bytes of one rank's tensor, in place, whatever its dtype. Collective."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() and comm.size > 1:
+        comm.Bcast(flat.view(torch.uint8).numpy(), root=root)
+        tensor.copy_(flat.view(tensor.shape))
 
 
 @dataclass

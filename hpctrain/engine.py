@@ -130,7 +130,6 @@ class Engine:
             self._losses[instruction.micro_batch] = self._forward(number, instruction.micro_batch, batch)
         elif isinstance(instruction, Backward):
             torch.autograd.backward(self._losses.pop(instruction.micro_batch))
-            self.averager.tally.ran += 1
             if self.on_gradient:
                 self.on_gradient(instruction.micro_batch)
 

@@ -91,7 +91,7 @@ def pairs(outputs: Any, targets: dict[str, torch.Tensor]) -> list[tuple[str, tor
 def fit(output: torch.Tensor, target: torch.Tensor, name: str) -> torch.Tensor:
     """Refuse the one shape error that torch broadcasts silently: (n, 1) against (n,)."""
     if target.is_floating_point() and output.shape != target.shape:
-        if output.numel() == target.numel():
+        if [n for n in output.shape if n != 1] == [n for n in target.shape if n != 1]:
             return output.reshape(target.shape)
         raise ConfigError(
             f"the model gives shape {tuple(output.shape)} for target {name} of shape "

@@ -1,6 +1,7 @@
 """From TOML and `--section.key value` to a `Config`, by jsonargparse; mistakes in the user's words."""
 
 import copy
+import glob
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -56,7 +57,7 @@ def from_arguments(overrides: Sequence[str]) -> Config:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; a mistake in it is said with its line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -178,7 +179,12 @@ def absolute(paths: Any, folder: Path) -> Any:
     """Make a path, or each of a list, absolute, seen from a folder."""
     if isinstance(paths, list):
         return [absolute(path, folder) for path in paths]
-    return str(folder / Path(paths).expanduser()) if paths else paths
+    if not paths:
+        return paths
+    path = Path(paths).expanduser()
+    if path.is_absolute() or not glob.has_magic(paths):
+        return str(folder / path)
+    return str(Path(glob.escape(str(folder))) / path)  # the folder's own name is no pattern
 
 
 def to_dataclass(kind: Any, values: Namespace) -> Any:

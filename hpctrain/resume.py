@@ -7,7 +7,7 @@ from hpctrain.assemble import Job
 from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint.files import complete_steps
 from hpctrain.config import Config, differences
-from hpctrain.errors import ConfigError
+from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.log import LOGGER
 from hpctrain.models.build import FILLED
 from hpctrain.parse import from_toml
@@ -70,10 +70,15 @@ def look(config: Config, run: RunFolder) -> tuple[Config, loading.Stored | None]
     if lines:
         raise ConfigError(different(run, lines))
     stored, passed_over = loading.newest(run.checkpoints)
+    if stored is None:
+        raise CheckpointError(
+            f"{run.path} has no good checkpoint left:\n  "
+            + "\n  ".join(passed_over)
+            + "\nmend or move them; --train.run_folder NEW starts afresh"
+        )
     for line in passed_over:
         LOGGER.warning("passed over: %s", line)
-    if stored is not None:
-        LOGGER.info("resuming %s from step %d", run.path, stored.step)
+    LOGGER.info("resuming %s from step %d", run.path, stored.step)
     return asked, stored
 
 

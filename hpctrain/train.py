@@ -154,7 +154,9 @@ class Loop:
         }
         folder = self.run_folder.checkpoints
         path = saving.save(folder, self.at.step, job.pieces(), state, world)
-        from_root(world, lambda: saving.prune(folder, job.config.checkpoint.keep, self.at.best_step))
+        from_root(
+            world, lambda: saving.prune(folder, job.config.checkpoint.keep, self.at.best_step, self.at.step)
+        )
         seconds = time.perf_counter() - began
         self.run_folder.row("checkpoint", self.at.step, path=str(path), seconds=round(seconds, 4))
         self.last_saved, self.saved_step = time.monotonic(), self.at.step

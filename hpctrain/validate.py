@@ -1,5 +1,7 @@
 """Validation over all ranks, exact to the sample; early stopping and the best checkpoint."""
 
+import math
+
 from hpctrain.assemble import Job
 from hpctrain.engine import sum_over
 from hpctrain.errors import ConfigError
@@ -65,14 +67,15 @@ class Validator:
         value = found[train.monitor]
         self.job.scheduler_step(value)
         sign = -1.0 if train.monitor in self.job.task.higher_is_better else 1.0
-        better = self.at.best is None or sign * value < sign * self.at.best
+        best = math.inf if self.at.best is None else sign * self.at.best
+        better = sign * value < best  # never so for NaN
         if better:
             self.at.best, self.at.best_step, self.at.waited = value, self.at.step, 0
         else:
             self.at.waited += 1
         if train.patience and self.at.waited >= train.patience:
             self.at.ended = (
-                f"no better {train.monitor} than {self.at.best:.6g} (step {self.at.best_step}) "
+                f"no better {train.monitor} than {self.at.best} (step {self.at.best_step}) "
                 f"in {train.patience} validations"
             )
         return better

@@ -30,6 +30,8 @@ def together(comm: MPI.Intracomm, name_rank: bool = True) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
+    except SystemExit as error:  # this rank would leave and the others wait for it
+        failure = RankError(f"sys.exit({error.code}) was called")
     raise_together(comm, failure, name_rank)
 
 

@@ -91,6 +91,52 @@ class Normed(Net):
         return self.second(self.norm(inner).flatten(1))
 
 
+class Frozen(Normed):
+    """The fine-tuning idiom: BatchNorm stays in eval mode while the rest trains."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+class Idle(Normed):
+    """A BatchNorm that no sample passes."""
+
+    def forward(self, x):
+        return Net.forward(self, x)
+
+
+class Twice(Normed):
+    """One BatchNorm called twice a forward."""
+
+    def forward(self, x):
+        inner = self.norm(self.first(x).unflatten(1, (2, 4)))
+        return self.second(self.norm(inner * inner).flatten(1))
+
+
+class Unseeded(Net):
+    """Weights from a stream that no seed of hpctrain's reaches, other ones on each rank."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.from_numpy(np.random.default_rng().normal(size=(8, in_features))))
+
+
+class Assigned(Net):
+    """A buffer that the forward replaces by a new tensor, in bfloat16."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.register_buffer("last", torch.zeros((), dtype=torch.bfloat16))
+
+    def forward(self, x):
+        if self.training:
+            self.last = x.detach().sum().bfloat16()
+        return super().forward(x)
+
+
 class Counting(Net):
     """A buffer of the user's own that each step changes."""
 

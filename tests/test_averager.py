@@ -11,6 +11,7 @@ from torch import nn
 from hpctrain.averaging import buckets as layout
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.buckets import Bucket, digits, fill
+from hpctrain.errors import CheckpointError
 
 
 def averager_of(module, comm, lr=0.1, bucket_bytes=200, **options):
@@ -291,3 +292,13 @@ def test_state_comes_back_through_pieces(world):
     assert len(kept) == len(other.pieces())
     for a, b in zip(averager.pieces(), other.pieces()):
         assert torch.equal(a.tensor, b.tensor), a.name
+
+
+def test_optimizer_state_that_no_checkpoint_can_hold_is_refused():
+    from mpi4py import MPI
+
+    module = seeded(Net, 5, 2)
+    averager = averager_of(module, MPI.COMM_SELF)
+    averager.optimizer.state[module.first.weight]["inner"] = {"m": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match="the optimizer keeps inner of first.weight as a dict"):
+        averager.scalars()

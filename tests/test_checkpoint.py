@@ -162,7 +162,7 @@ def test_retention(world, shared_tmp):
         simple(world, shared_tmp, step)
     world.Barrier()
     if world.rank == 0:
-        save.prune(shared_tmp, keep=2, best=20)
+        save.prune(shared_tmp, keep=2, best=20, newest=60)
         assert files.complete_steps(shared_tmp) == [20, 50, 60]
         assert sorted(p.name for p in shared_tmp.iterdir()) == [files.folder_name(s) for s in (20, 50, 60)]
 
@@ -192,3 +192,37 @@ def test_write_whole_leaves_no_trace(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "two"
     assert digest(tmp_path / "a.txt") == "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
+
+
+@pytest.mark.mpi
+def test_a_flipped_bit_in_the_manifest_is_seen(world, shared_tmp):
+    path = simple(world, shared_tmp, 5)
+    world.Barrier()
+    if world.rank == 0:
+        text = (path / "manifest.json").read_text()
+        for damage in (text.replace('"step": 5', '"step": 7'), "[]", text.replace("pieces", "peices")):
+            (path / "manifest.json").write_text(damage)
+            with pytest.raises(CheckpointError, match="its manifest"):
+                load.open_checkpoint(path)
+
+
+@pytest.mark.mpi
+def test_the_one_just_saved_stays_and_later_damaged_ones_go(world, shared_tmp):
+    for step in (10, 15, 20, 8):
+        simple(world, shared_tmp, step)
+    world.Barrier()
+    if world.rank == 0:
+        save.prune(shared_tmp, keep=3, best=None, newest=8)
+        assert files.complete_steps(shared_tmp) == [8]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers(world, shared_tmp, dtype):
+    tensor = torch.randn(3, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    save.save(shared_tmp, 1, [whole("w", tensor)], {}, world)
+    found = load.open_checkpoint(shared_tmp / "step-00000001")
+    assert torch.equal(found.read("w"), tensor)
+    part = torch.zeros(5, dtype=dtype)
+    found.fill(Piece("w", (3, 4), 2, 7, part))
+    assert torch.equal(part, tensor.reshape(-1)[2:7])

@@ -142,3 +142,54 @@ def test_axis_must_be_one_dimensional(tmp_path):
     assert indexing.read_axis(path, "lat").tolist() == [0, 1, 2]
     with pytest.raises(DataError, match=r"area has shape \(2, 2\), an axis has one dimension"):
         indexing.read_axis(path, "area")
+
+
+def test_a_file_named_twice_counts_once(tmp_path):
+    write_samples(tmp_path, 29, parts=3)
+    first, every = str(tmp_path / "part1.h5"), str(tmp_path / "part*.h5")
+    index = build(data([first, every, str(tmp_path / "." / "part0.h5")]))
+    assert index.length == 29
+    assert len(index.files) == 3
+
+
+def test_files_without_samples(tmp_path):
+    path = write_h5(tmp_path / "a.h5", x=np.ones((0, 2)), y=np.ones(0))
+    with pytest.raises(DataError, match="data.files: 1 files hold no sample"):
+        build(data(path))
+
+
+def test_infinity_is_named_too(tmp_path):
+    path = write_h5(tmp_path / "a.h5", x=np.array([[1.0], [np.inf], [2.0]]), y=np.ones(3))
+    index = build(data(path))
+    with pytest.raises(DataError, match=r"x\[1\] \(sample 1\) holds NaN, infinity or _FillValue: mend"):
+        index.check_finite("x", np.arange(3), np.array([[1.0], [np.inf], [2.0]]))
+
+
+def test_time_axes_that_count_from_other_days(tmp_path):
+    for year in (2000, 2001, 2002):
+        path = write_h5(
+            tmp_path / f"y{year}.h5", x=np.ones((12, 1)), y=np.ones(12), time=np.arange(12) * 30.0 + 15
+        )
+        with h5py.File(path, "a") as file:
+            file["time"].attrs.update({"units": f"days since {year}-01-01", "calendar": "360_day"})
+    index = build(data(str(tmp_path / "y*.h5"), coordinate="time", test=["2001-03", "2002-02"]))
+    assert members(index, "test") == list(range(14, 26))
+    with h5py.File(tmp_path / "y2001.h5", "a") as file:
+        file["time"].attrs["calendar"] = "standard"
+    with pytest.raises(
+        DataError, match="calendar 'standard', the first file has .* '360_day': all files must agree"
+    ):
+        build(data(str(tmp_path / "y*.h5"), coordinate="time", test=["2001", "2001"]))
+
+
+def test_a_virtual_dataset_whose_source_is_missing(tmp_path):
+    write_h5(tmp_path / "source.h5", x=np.ones((4, 2)))
+    layout = h5py.VirtualLayout(shape=(4, 2), dtype="f8")
+    layout[:] = h5py.VirtualSource("source.h5", "x", shape=(4, 2))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_virtual_dataset("x", layout)
+        file["y"] = np.ones(4)
+    assert build(data(str(tmp_path / "a.h5"))).length == 4
+    (tmp_path / "source.h5").unlink()
+    with pytest.raises(DataError, match=r"x is a virtual dataset and its source source.h5 is missing"):
+        build(data(str(tmp_path / "a.h5")))

@@ -4,15 +4,18 @@ and one is compared with plain torch, which knows no micro-batches."""
 import numpy as np
 import pytest
 import torch
-from helpers import config_of, plain_training
+from helpers import Net, config_of, plain_training
 from mpi4py import MPI
 
 from hpctrain import assemble
 from hpctrain import verify as verifying
 from hpctrain.config import ClassPath, Data
+from hpctrain.errors import ConfigError
 from hpctrain.topology import Topology
 
-MODELS = ["Net", "Dropping", "Normed", "Counting", "Awkward", "Wave"]
+MODELS = [
+    "Net", "Dropping", "Normed", "Frozen", "Idle", "Twice", "Unseeded", "Assigned", "Counting", "Awkward", "Wave",
+]  # fmt: skip
 
 
 @pytest.mark.mpi
@@ -175,3 +178,52 @@ def test_bf16_autocast(topology, files):
     assert job.engine.outputs(batch).dtype == torch.float32
     job.close()
     plain.close()
+
+
+@pytest.mark.mpi
+def test_all_ranks_start_from_the_same_bits(world, topology, files):
+    job = assemble.build(config_of(files, "helpers.Unseeded"), topology)
+    bits = job.engine.module.first.weight.detach().numpy().tobytes()
+    assert world.allgather(bits) == [bits] * world.size
+    job.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": ClassPath("test_layouts.ByRank")},
+            "gives ranks different parameters .* must not depend on the rank",
+        ),
+        ({"model": ClassPath("test_layouts.Extra")}, "the model keeps _extra_state by get_extra_state"),
+        (
+            {"loss": ClassPath("torch.nn.MSELoss", {"reduction": "sum"})},
+            "reduction = 'sum': the mean is taken over all",
+        ),
+        ({"schedule": ClassPath("torch.optim.lr_scheduler.StepLR")}, "StepLR needs step_size"),
+    ],
+)
+def test_what_would_go_wrong_later_is_refused_at_the_start(topology, files, change, message):
+    config = config_of(files)
+    config.model = change.get("model", config.model)
+    config.train.loss = change.get("loss", config.train.loss)
+    config.optimizer.schedule = change.get("schedule", config.optimizer.schedule)
+    if "ByRank" in config.model.class_path and topology.world_size == 1:
+        config.model = ClassPath("test_layouts.Extra")
+        message = "get_extra_state"
+    with pytest.raises(ConfigError, match=message) as caught:
+        assemble.build(config, topology)
+    assert caught.value.agreed
+
+
+class ByRank(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ("a", "b") if MPI.COMM_WORLD.rank == 0 else ("b", "a"):
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(2)))
+
+
+class Extra(Net):
+    def get_extra_state(self):
+        return {"a": 1}

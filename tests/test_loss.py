@@ -92,3 +92,8 @@ def test_classes_need_a_loss_for_classes(kind):
 def test_which_losses_take_reduction():
     assert takes_reduction(nn.HuberLoss)
     assert not takes_reduction(lambda output, target: output)
+
+
+def test_a_transposed_output_is_no_output():
+    with pytest.raises(ConfigError, match=r"the model gives shape \(2, 4\) for target y of shape \(4, 2\)"):
+        SummedLoss(nn.MSELoss(reduction="none"))(torch.zeros(2, 4), batch_of(y=torch.zeros(4, 2)))

@@ -147,3 +147,13 @@ def test_recipes_parse():
     for name in recipes():
         tomllib.loads((RECIPES / f"{name}.toml").read_text())
         parse.from_toml(RECIPES / f"{name}.toml")
+
+
+def test_folders_whose_names_look_like_patterns(tmp_path):
+    folder = tmp_path / "d [1] é"
+    folder.mkdir()
+    (folder / "a1.h5").write_text("")
+    (folder / "my.toml").write_text("\ufeff[data]\nfiles = 'a*.h5'\n")
+    from hpctrain.data.index import find_files
+
+    assert find_files(parse.from_toml(folder / "my.toml").data.files) == [str(folder / "a1.h5")]

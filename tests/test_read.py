@@ -123,3 +123,14 @@ def test_damaged_chunk_is_an_error_that_names_the_rows(tmp_path):
     assert reader.read_one("x", np.arange(4)).shape == (4, 100)
     with pytest.raises(DataError, match=r"a.h5: x rows 5 to 6 cannot be read"):
         reader.read_one("x", np.array([5, 6]))
+
+
+def test_a_missing_integer_is_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = np.array([[3, 4], [-999, 1], [2, 2]], dtype=np.int16)
+        file["x"].attrs["_FillValue"] = np.int16(-999)
+        file["y"] = np.ones(3)
+    reader = Reader(index_of(str(tmp_path / "a.h5")))
+    assert reader.read_one("x", np.array([0, 2])).tolist() == [[3, 4], [2, 2]]
+    with pytest.raises(DataError, match=r"a.h5: x\[1\] holds _FillValue -999: integers can't be missing"):
+        reader.read_one("x", np.array([2, 1]))

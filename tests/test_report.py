@@ -9,6 +9,7 @@ from PIL import Image
 from hpctrain import log
 from hpctrain.config import Config
 from hpctrain.config_file import free_number
+from hpctrain.errors import ConfigError
 from hpctrain.report import pictures, progress
 from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.report.summary import table
@@ -112,3 +113,22 @@ def test_every_log_line_names_its_rank(capsys, topology, tmp_path):
     assert capsys.readouterr().out == expected
     assert (tmp_path / "log.txt").read_text() == expected
     log.start(topology)
+
+
+def test_a_line_cut_short_does_not_swallow_the_next(tmp_path):
+    run = RunFolder(tmp_path / "run", writes=True)
+    run.create(Config())
+    run.row("train", 1, loss=3.0)
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "st')
+    run.create(Config(), resumes=True)
+    run.row("start", 1)
+    assert [row["event"] for row in rows(run.path / "metrics.jsonl")] == ["train", "start"]
+    run.create(Config())
+    assert rows(run.path / "metrics.jsonl") == []
+
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="train.run_folder = .*file/run can't be written"):
+        RunFolder(tmp_path / "file" / "run", writes=True).create(Config())

@@ -124,3 +124,13 @@ def test_asking_for_a_gpu_that_is_not_there(world):
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="torch sees no GPU here: set train.device = cpu"):
         Topology.build(world, device="cuda")
+
+
+def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [layout.choose_device("auto", r) for r in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"]
+    assert layout.choose_device("cuda", 2) == "cuda:2"
+    assert layout.choose_device("cpu", 2) == "cpu"

@@ -50,3 +50,10 @@ def test_no_failure_no_raise(world):
     with together(world):
         pass
     assert world.allreduce(1) == world.size
+
+
+@pytest.mark.mpi
+def test_sys_exit_on_one_rank_is_a_failure_of_all(world):
+    with pytest.raises(RankError, match=r"sys.exit\(3\) was called"), together(world):
+        if world.rank == world.size - 1:
+            raise SystemExit(3)

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 from torch import nn
 
 from hpctrain.averaging import buckets as layout
 from hpctrain.averaging.running import RunningStatistics
+from hpctrain.errors import CheckpointError
 from hpctrain.piece import Piece, of_module, whole
 
-QUANTITIES = ("weight", "loss", "errors", "stops", "saves", "ran", "changed")
+QUANTITIES = ("weight", "loss", "errors", "stops", "saves", "changed")
 
 
 @dataclass
@@ -33,8 +35,6 @@ class Tally:
     errors: int = 0
     stops: int = 0
     saves: int = 0
-    ran: int = 0
-    """Micro-batches with samples."""
     changed: int = 0
 
 
@@ -132,13 +132,13 @@ class Averager:
 
     def _fill_tail(self) -> None:
         tally = self.tally
-        ran = self.comm.exscan(tally.ran) if self.running.norms else None
         tally.changed = int(self.running.others_changed)
         values = [d for name in QUANTITIES for d in layout.digits(float(getattr(tally, name)))]
         share = torch.zeros(0)
         if self.running.norms:
-            total = self.comm.allreduce(tally.ran)
-            share = self.running.share(total - (ran or 0) - tally.ran, total).float()
+            every = np.array(self.comm.allgather(self.running.runs()))
+            self._runs = every.sum(axis=0)
+            share = self.running.share(every[self.comm.rank + 1 :].sum(axis=0), self._runs).float()
         joined = torch.cat([torch.tensor(values), self._used, share])
         self._tail.copy_(joined)
 
@@ -151,7 +151,7 @@ class Averager:
 
     def _finish_buffers(self, totals: dict[str, float], running: torch.Tensor) -> None:
         if self.running.norms and self.comm.size > 1:
-            self.running.apply(running, round(totals["ran"]))
+            self.running.apply(running, self._runs)
         if totals["changed"] and self.comm.size > 1:
             self.running.broadcast_others(self.comm)
 
@@ -195,6 +195,14 @@ class Averager:
     def scalars(self) -> dict[str, Any]:
         """State that is no tensor: the groups' settings, and numbers the optimizer keeps."""
         keep = (int, float, bool, str, list, tuple, type(None))
+        for name, parameter in self.named.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                plain = isinstance(value, (torch.Tensor, int, float, bool, str, type(None)))
+                if not plain:
+                    raise CheckpointError(
+                        f"the optimizer keeps {key} of {name} as a {type(value).__name__}: checkpoints "
+                        f"hold tensors and numbers only, so it can't be resumed: take another optimizer"
+                    )
         groups = [
             {k: v for k, v in group.items() if k != "params" and isinstance(v, keep)}
             for group in self.optimizer.param_groups

@@ -1,8 +1,10 @@
 """Names of checkpoints, and files that are whole or not there: temporary name, fsync, rename."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -32,6 +34,12 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest, its own entry left out."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from hpctrain.checkpoint.files import FORMAT, MANIFEST, complete_steps, digest, folder_name
+from hpctrain.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    complete_steps,
+    digest,
+    digest_of,
+    folder_name,
+)
 from hpctrain.errors import CheckpointError
 from hpctrain.piece import Piece
 
@@ -65,6 +72,8 @@ class Stored:
                 continue
             with safe_open(self.path / entry["file"], framework="pt") as file:
                 part = file.get_slice(entry["key"])[start - entry["start"] : stop - entry["start"]]
+            if part.ndim == 2:  # complex numbers are stored as pairs
+                part = torch.view_as_complex(part.contiguous())
             flat[start - piece.start : stop - piece.start] = part
             filled += stop - start
         if filled != piece.stop - piece.start:
@@ -79,11 +88,15 @@ def open_checkpoint(path: Path) -> Stored:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: its manifest can't be read: {error}") from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path}: its manifest can't be read: it is no table")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest.get('format')}, this hpctrain reads {FORMAT}: "
             f"use the version that wrote it"
         )
+    if manifest.get("sha256") != digest_of(manifest):
+        raise CheckpointError(f"{path}: its manifest is damaged: its SHA-256 is another")
     return Stored(path, manifest["step"], manifest["state"], tuple(manifest["pieces"]), manifest["files"])
 
 

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from mpi4py import MPI
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from hpctrain.checkpoint.files import (
     MANIFEST,
     complete_steps,
     digest,
+    digest_of,
     folder_name,
     sync_file,
     sync_folder,
@@ -62,6 +64,7 @@ def save(folder: Path, step: int, pieces: list[Piece], state: dict[str, Any], co
                 "pieces": [entry for share in gathered for entry in share],
                 "state": state,
             }
+            manifest["sha256"] = digest_of(manifest)
             write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1))
             earlier = final.with_name(final.name + ".earlier.tmp")
             if final.exists():
@@ -79,7 +82,8 @@ def write_share(path: Path, pieces: list[Piece]) -> list[dict[str, Any]]:
     tensors, entries = {}, []
     for piece in pieces:
         key = f"{piece.name}[{piece.start}:{piece.stop}]"
-        tensors[key] = piece.tensor.detach().reshape(-1).contiguous().cpu()
+        flat = piece.tensor.detach().reshape(-1).contiguous().cpu()
+        tensors[key] = torch.view_as_real(flat) if flat.is_complex() else flat
         entries.append(
             {
                 "name": piece.name,
@@ -100,10 +104,14 @@ def write_share(path: Path, pieces: list[Piece]) -> list[dict[str, Any]]:
     return [{**entry, "sha256": checksum} for entry in entries]
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all complete checkpoints but the newest `keep` and the best. Local: one rank."""
+def prune(folder: Path, keep: int, best: int | None, newest: int) -> None:
+    """Remove all complete checkpoints but the newest `keep` and the best. Local: one rank.
+
+    `newest` is the step just saved; later ones were passed over as damaged when the run resumed.
+    """
     steps = complete_steps(folder)
-    for step in set(steps) - set(plan.newest_and_best(steps, keep, best)):
+    kept = plan.newest_and_best([step for step in steps if step <= newest], keep, best)
+    for step in set(steps) - set(kept):
         target = folder / folder_name(step)
         doomed = target.with_name(target.name + ".tmp")
         target.rename(doomed)  # never half a checkpoint under a good name

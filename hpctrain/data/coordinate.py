@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, DataError
 
 
 def text_attributes(dataset: h5py.Dataset) -> dict[str, str]:
@@ -19,6 +19,23 @@ def text_attributes(dataset: h5py.Dataset) -> dict[str, str]:
         if isinstance(value, str):
             found[key] = value
     return found
+
+
+def in_units(
+    values: NDArray[Any], attributes: dict[str, str], wanted: dict[str, str], where: str
+) -> NDArray[np.float64]:
+    """Give a file's coordinate in the first file's units: time axes may count from other days."""
+    numbers = np.asarray(values, dtype=np.float64)
+    units, calendar = (attributes.get(key, "") for key in ("units", "calendar"))
+    if (units, calendar) == tuple(wanted.get(key, "") for key in ("units", "calendar")):
+        return numbers
+    if " since " not in units or calendar != wanted.get("calendar", ""):
+        raise DataError(
+            f"{where} has units {units!r} and calendar {calendar!r}, the first file has "
+            f"{wanted.get('units', '')!r} and {wanted.get('calendar', '')!r}: all files must agree"
+        )
+    dates = cftime.num2date(numbers, units, calendar or "standard")
+    return np.asarray(cftime.date2num(dates, wanted["units"], calendar or "standard"), dtype=np.float64)
 
 
 def within(

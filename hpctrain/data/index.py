@@ -114,8 +114,11 @@ def build(config: Data) -> Index:
                         f"{path}: data.coordinate {config.coordinate} has shape {values.shape}, "
                         f"the datasets have {length} samples: it must have one number a sample"
                     )
-                coordinates.append(values[:].astype(np.float64))
-                attributes = axis.text_attributes(values)
+                found = axis.text_attributes(values)
+                attributes = attributes or found
+                coordinates.append(
+                    axis.in_units(values[:], found, attributes, f"{path}: {config.coordinate}")
+                )
         starts.append(starts[-1] + length)
     if starts[-1] == 0:
         raise DataError(f"data.files: {len(files)} files hold no sample")
@@ -217,6 +220,14 @@ def describe(name: str, dataset_path: str, dataset: h5py.Dataset, path: str) -> 
         raise DataError(f"{path}: {dataset_path} is a scalar: it must have one row a sample")
     if dataset.dtype.kind not in "fiub":
         raise DataError(f"{path}: {dataset_path} has dtype {dataset.dtype}: float, integer or bool is needed")
+
+    if dataset.is_virtual:
+        for source in dataset.virtual_sources():
+            if source.file_name != "." and not (Path(path).parent / source.file_name).is_file():
+                raise DataError(
+                    f"{path}: {dataset_path} is a virtual dataset and its source {source.file_name} "
+                    f"is missing: its values would read as fill"
+                )
 
     def number(key: str) -> float | None:
         value = dataset.attrs.get(key)

@@ -353,3 +353,59 @@ def test_help_needs_no_mpi():
     assert done.returncode == 0, done.stderr
     assert "verbs:" in done.stdout
     assert "Optimizer steps in all" in done.stdout
+
+
+def test_the_best_is_kept_whatever_the_cadence(launcher, small, tmp_path):
+    ended = launcher.ranks(
+        2, "train", "small.toml", "--data.test", "0", "--data.validation", "0.3", "--train.validate_steps", "2",
+        "--train.steps", "30", "--optimizer.init_args.lr", "0.3",
+    )  # fmt: skip
+    assert ended.status == 0, ended.text
+    values = {row["step"]: row["loss"] for row in rows(tmp_path / "runs/small") if row["event"] == "validate"}
+    best = min(values, key=values.get)
+    kept = [p.name for p in (tmp_path / "runs/small/checkpoints").iterdir()]
+    assert f"step-{best:08d}" in kept
+    assert "step-00000030" in kept
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder(launcher, small, tmp_path):
+    ended = launcher.ranks(2, "train", "small.toml", "--optimizer.init_args.lr", "1e30")
+    assert ended.status == 1
+    end = rows(tmp_path / "runs/small")[-1]
+    assert (end["event"], end["status"]) == ("end", "failed")
+    assert "the loss is" in end["reason"]
+    again = launcher.ranks(2, "train", "small.toml")
+    assert again.status == 0, again.text
+    assert [row["status"] for row in rows(tmp_path / "runs/small") if row["event"] == "end"] == ["done"]
+
+
+def test_dry_run_finds_what_training_would(launcher, small, tmp_path):
+    ended = launcher.ranks(2, "train", "small.toml", "--dry-run", "--train.monitor", "nonsense")
+    assert ended.status == 2
+    assert "train.monitor = 'nonsense': legal are loss, rmse" in ended.err
+
+
+def test_an_end_row_that_a_kill_took_is_written_later(launcher, small, tmp_path):
+    assert launcher.ranks(2, "train", "small.toml").status == 0
+    path = tmp_path / "runs/small/metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"end"' not in line))
+    assert "is finished" in launcher.ranks(2, "train", "small.toml").out
+    assert (rows(path.parent)[-1]["event"], rows(path.parent)[-1]["status"]) == ("end", "done")
+
+
+def test_usage_errors_and_help_are_printed_once(launcher, small):
+    ended = launcher.ranks(3, "predict", "runs/x")
+    assert ended.status == 2
+    assert ended.text.count("the following arguments are required: --output") == 1
+    helped = launcher.ranks(3, "--help")
+    assert helped.status == 0
+    assert helped.text.count("verbs:") == 1
+
+
+def test_load_needs_no_mpi(launcher, small, tmp_path):
+    assert launcher.ranks(2, "train", "small.toml").status == 0
+    code = "import sys, hpctrain; hpctrain.load('runs/small'); assert 'mpi4py.MPI' not in sys.modules"
+    for part in tmp_path.glob("part*.h5"):
+        part.unlink()
+    ended = launcher.run(sys.executable, "-c", code)
+    assert ended.status == 0, ended.text
