@@ -200,7 +200,7 @@ def test_a_flipped_bit_in_the_manifest_is_seen(world, shared_tmp):
     world.Barrier()
     if world.rank == 0:
         text = (path / "manifest.json").read_text()
-        for damage in (text.replace('"step": 5', '"step": 7'), "[]", text.replace("pieces", "peices")):
+        for damage in (text.replace('"step": 5', '"step": 7'), "[]", text.replace("pieces", "pieceS")):
             (path / "manifest.json").write_text(damage)
             with pytest.raises(CheckpointError, match="its manifest"):
                 load.open_checkpoint(path)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,19 @@ class Launcher:
     def ranks(self, count, *words, limit=LIMIT, **environment):
         """`mpirun -n COUNT python -m hpctrain WORDS`."""
         return self.run(*self.command(count, *words), limit=limit, **environment)
+
+    def kill(self, process):
+        """SIGKILL mpirun and its ranks: those that outlive it work in this test's own folder."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        for entry in Path("/proc").iterdir():
+            try:
+                mine = entry.name.isdigit() and os.readlink(entry / "cwd") == str(self.folder)
+            except OSError:
+                continue
+            if mine and int(entry.name) != os.getpid():
+                os.kill(int(entry.name), signal.SIGKILL)
+        time.sleep(0.5)
 
     @staticmethod
     def command(count, *words):

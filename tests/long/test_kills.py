@@ -1,8 +1,6 @@
 """A kill at any moment costs no more than the steps since the last checkpoint; the rest is bit for bit."""
 
-import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -40,9 +38,7 @@ def test_killed_again_and_again_at_random_moments(launcher, small, tmp_path, ran
         time.sleep(generator.random() * 0.5)
         if process.poll() is not None:
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        kill_orphans(tmp_path)
+        launcher.kill(process)
         killed += 1
         reached.append(max(losses(tmp_path / "cut"), default=0))
     assert killed >= 10, "too few kills to say anything"
@@ -53,16 +49,3 @@ def test_killed_again_and_again_at_random_moments(launcher, small, tmp_path, ran
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     record_property("kills", killed)
     record_property("reached", reached)
-
-
-def kill_orphans(folder):
-    """Kill ranks that outlived their mpirun: those that work in this test's own folder."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                mine = os.readlink(entry / "cwd") == str(folder)
-            except OSError:
-                continue
-            if mine:
-                os.kill(int(entry.name), signal.SIGKILL)
-    time.sleep(0.3)

@@ -1,0 +1,184 @@
+"""Runs that stop and go on: finished, killed, signalled, grown, on other ranks."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import losses, rows
+
+from hpctrain.use import load_module
+
+
+def weights(run):
+    return {n: t.clone() for n, t in load_module(Path(run)).state_dict().items()}
+
+
+def same_bits(a, b):
+    return all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a) and a.keys() == b.keys()
+
+
+def test_finished_smaller_larger_and_different(launcher, small, tmp_path):
+    assert launcher.ranks(2, "train", "small.toml").status == 0
+    before = (tmp_path / "runs/small/metrics.jsonl").read_text()
+    again = launcher.ranks(2, "train", "small.toml")
+    assert again.status == 0
+    assert "is finished (step 20 of 20); nothing was changed" in again.out
+    assert "to go on: a larger --train.epochs or --train.steps" in again.out
+    assert "to start afresh: --train.run_folder NEW" in again.out
+    assert (tmp_path / "runs/small/metrics.jsonl").read_text() == before
+    smaller = launcher.ranks(2, "train", "small.toml", "--train.steps", "10")
+    assert smaller.status == 2
+    assert smaller.text.count("train.steps: the run has 20, asked is 10") == 1
+    fewer = launcher.ranks(2, "train", "runs/small/config.toml", "--data.files", "part0.h5")
+    assert fewer.status == 2
+    assert "samples of the data: the run has" in fewer.err
+    other = launcher.ranks(2, "train", "small.toml", "--train.batch", "4", "--optimizer.init_args.lr", "1")
+    assert other.status == 2
+    assert "train.batch: the run has 8, asked is 4" in other.err
+    assert "optimizer.init_args: the run has {'lr': 0.01}, asked is {'lr': 1}" in other.err
+    larger = launcher.ranks(2, "train", "small.toml", "--train.steps", "24")
+    assert larger.status == 0, larger.text
+    assert "resuming" in larger.out
+    assert "from step 20" in larger.out
+    assert max(losses(tmp_path / "runs/small")) == 24
+
+
+def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
+    assert launcher.ranks(2, "train", "small.toml").status == 0
+    ended = launcher.ranks(2, "train", "runs/small/config.toml", "--train.run_folder", "new")
+    assert ended.status == 0, ended.text
+    assert losses(tmp_path / "new") == losses(tmp_path / "runs/small")
+    assert same_bits(weights(tmp_path / "new"), weights(tmp_path / "runs/small"))
+    plain = launcher.ranks(2, "train", "runs/small/config.toml")
+    assert "is finished" in plain.out
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_killed_and_resumed_is_bit_for_bit_never_stopped(launcher, small, tmp_path, ranks):
+    """20 steps against some + SIGKILL of every rank + the rest, at the same layout."""
+    whole = launcher.ranks(ranks, "train", "small.toml", "--train.run_folder", "whole")
+    assert whole.status == 0, whole.text
+    slow = ("--model.class_path", "helpers.Slow", "--checkpoint.every_steps", "3")
+    process = launcher.start(
+        *launcher.command(ranks, "train", "small.toml", "--train.run_folder", "cut", *slow), SLOW="0.3"
+    )
+    wait_for(lambda: len(losses(tmp_path / "cut")) >= 10, process)
+    launcher.kill(process)
+    done = len(losses(tmp_path / "cut"))
+    assert 10 <= done < 20
+    resumed = launcher.ranks(ranks, "train", "small.toml", "--train.run_folder", "cut", *slow)
+    assert resumed.status == 0, resumed.text
+    starts = [
+        json.loads(line)
+        for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()
+        if '"start"' in line
+    ]
+    assert [row["resumed_step"] for row in starts] == [0, done // 3 * 3]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_run_of_four_ranks_goes_on_with_three_and_with_one(launcher, small, tmp_path):
+    """The micro-batches stay; only who computes them changes. Tolerance: sums in another order."""
+    schedule = "--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR"
+    words = (
+        "train",
+        "small.toml",
+        *schedule,
+        "--optimizer.schedule.init_args.factor",
+        "1.0",
+        "--train.run_folder",
+    )
+    assert launcher.ranks(4, *words, "whole").status == 0
+    for ranks, steps in ((4, 8), (3, 14), (1, 20)):
+        ended = launcher.ranks(ranks, *words, "cut", "--train.steps", str(steps))
+        assert ended.status == 0, ended.text
+    starts = [row for row in rows(tmp_path / "cut") if row["event"] == "start"]
+    assert [(row["world_size"], row["micro_batches"]) for row in starts] == [(4, 4), (3, 4), (1, 4)]
+    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(whole[step] == cut[step] for step in range(1, 9)), "the same layout: the same bits"
+    assert all(cut[step] == pytest.approx(whole[step], rel=1e-4) for step in whole)
+
+
+def wait_for(condition, process, limit=90):
+    end = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", ["SIGUSR1"])
+def test_a_signal_stops_with_a_checkpoint_and_status_75(launcher, small, tmp_path, number):
+    words = ("train", "small.toml", "--model.class_path", "helpers.Slow")
+    process = launcher.start(*launcher.command(2, *words), SLOW="0.3")
+    wait_for(lambda: len(losses(tmp_path / "runs/small")) >= 3, process)
+    process.send_signal(getattr(signal, number))
+    ended = launcher.finish(process)
+    assert ended.status == 75, ended.text
+    end = rows(tmp_path / "runs/small")[-1]
+    assert (end["event"], end["status"]) == ("end", "stopped")
+    assert number in end["reason"]
+    assert "run the same command again to go on" in ended.out
+    again = launcher.ranks(2, *words)
+    assert again.status == 0
+    assert f"from step {end['step']}" in again.out
+
+
+def test_early_stopping_and_best(launcher, small, tmp_path):
+    words = (
+        "train", "small.toml", "--data.test", "0", "--data.validation", "0.3", "--train.patience", "2",
+        "--train.validate_steps", "1", "--train.steps", "400", "--optimizer.init_args.lr", "0.3",
+        "--checkpoint.every_steps", "1", "--checkpoint.keep", "1",
+    )  # fmt: skip
+    ended = launcher.ranks(2, *words)
+    assert ended.status == 0, ended.text
+    found = rows(tmp_path / "runs/small")
+    end = found[-1]
+    assert "no better loss than" in end["reason"]
+    values = {row["step"]: row["loss"] for row in found if row["event"] == "validate"}
+    best = min(values, key=values.get)
+    assert end["step"] == best + 2 < 400
+    kept = sorted(p.name for p in (tmp_path / "runs/small/checkpoints").iterdir())
+    assert kept == [f"step-{best:08d}", f"step-{end['step']:08d}"]
+    again = launcher.ranks(2, *words)
+    assert again.status == 0
+    assert "is finished (no better loss than" in again.out
+    more = launcher.ranks(2, *words, "--train.steps", "401")
+    assert f"from step {end['step']}" in more.out
+    assert rows(tmp_path / "runs/small")[-1]["step"] > end["step"]
+
+
+def test_the_best_is_kept_whatever_the_cadence(launcher, small, tmp_path):
+    ended = launcher.ranks(
+        2, "train", "small.toml", "--data.test", "0", "--data.validation", "0.3", "--train.validate_steps", "2",
+        "--train.steps", "30", "--optimizer.init_args.lr", "0.3",
+    )  # fmt: skip
+    assert ended.status == 0, ended.text
+    values = {row["step"]: row["loss"] for row in rows(tmp_path / "runs/small") if row["event"] == "validate"}
+    best = min(values, key=values.get)
+    kept = [p.name for p in (tmp_path / "runs/small/checkpoints").iterdir()]
+    assert f"step-{best:08d}" in kept
+    assert "step-00000030" in kept
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder(launcher, small, tmp_path):
+    ended = launcher.ranks(2, "train", "small.toml", "--optimizer.init_args.lr", "1e30")
+    assert ended.status == 1
+    end = rows(tmp_path / "runs/small")[-1]
+    assert (end["event"], end["status"]) == ("end", "failed")
+    assert "the loss is" in end["reason"]
+    again = launcher.ranks(2, "train", "small.toml")
+    assert again.status == 0, again.text
+    assert [row["status"] for row in rows(tmp_path / "runs/small") if row["event"] == "end"] == ["done"]
+
+
+def test_an_end_row_that_a_kill_took_is_written_later(launcher, small, tmp_path):
+    assert launcher.ranks(2, "train", "small.toml").status == 0
+    path = tmp_path / "runs/small/metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"end"' not in line))
+    assert "is finished" in launcher.ranks(2, "train", "small.toml").out
+    assert (rows(path.parent)[-1]["event"], rows(path.parent)[-1]["status"]) == ("end", "done")
