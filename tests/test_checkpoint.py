@@ -38,7 +38,11 @@ def bits(tensor):
 def test_replicated_pieces_are_written_once_and_come_back(world, shared_tmp):
     kept = tensors()
     path = save.save(
-        shared_tmp, 120, [whole(n, t) for n, t in kept.items()], {"step": 120, "note": "é"}, world
+        shared_tmp,
+        120,
+        [whole(n, t) for n, t in kept.items()],
+        {"step": 120, "note": "é", "milestones": {10: 1, 2: 1}, "pair": (1, 2)},
+        world,
     )
     assert path == shared_tmp / "step-00000120"
     stored = load.open_checkpoint(path)

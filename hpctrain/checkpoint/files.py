@@ -37,9 +37,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest, its own entry left out."""
+    """SHA-256 of a manifest, its own entry left out; the same before and after it was written."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    as_read = json.loads(json.dumps(rest))  # integer keys become text, and sort otherwise
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

@@ -97,9 +97,17 @@ def table(metrics: dict[str, Metrics]) -> list[str]:
 
 
 def draw(job: Job, run: RunFolder) -> None:
-    """Draw the pictures; world rank 0 alone."""
+    """Draw the pictures; world rank 0 alone. A picture that fails does not undo the training."""
     if not run.writes:
         return
+    try:
+        draw_all(job, run)
+    except Exception as error:
+        LOGGER.warning("no pictures: %s: %s", type(error).__name__, error)
+
+
+def draw_all(job: Job, run: RunFolder) -> None:
+    """Draw the curves, and the maps where the task has some."""
     metric = job.task.metrics[0] if job.task.metrics else "loss"
     pictures.curves(rows(run.path / "metrics.jsonl"), metric, run.pictures / "curves.png")
     found = job.task.maps(job.engine.outputs)
