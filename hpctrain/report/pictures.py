@@ -1,9 +1,10 @@
 """Pictures of a run: the loss and the metric against the baselines, and one sample on maps."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpctrain.task import Maps
+if TYPE_CHECKING:  # `prepare` runs before MPI and torch may start, and this would start both
+    from hpctrain.task import Maps
 
 
 def prepare() -> None:
@@ -58,7 +59,7 @@ def moving_mean(values: list[float], width: int) -> list[float]:
     ]
 
 
-def maps(found: Maps, path: Path) -> None:
+def maps(found: "Maps", path: Path) -> None:
     """Draw maps beside one another with axes in degrees and one colour bar in their units."""
     import numpy as np
     from matplotlib import pyplot

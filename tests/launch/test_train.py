@@ -148,7 +148,8 @@ def test_threads_are_set_before_torch_starts(launcher, small, tmp_path):
     )
     cores = len(os.sched_getaffinity(0))
     for ranks in (1, 2, 4):
-        words = ("train", "small.toml", "--model.class_path", "of_mine.Mine", "--dry-run")
+        words = ("train", "small.toml", "--model.class_path", "of_mine.Mine", "--train.steps", "1",
+                 "--train.run_folder", "r-#")  # fmt: skip
         ended = launcher.ranks(ranks, *words)
         share = max(1, cores // ranks)
         assert ended.out.count(f"threads {share} {share}") == ranks, ended.text
