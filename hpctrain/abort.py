@@ -45,13 +45,15 @@ def remove(world: MPI.Intracomm, failing: bool = False) -> None:
 
 
 def end_all_ranks(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback with the rank's name and abort the job with status 1."""
+    """Print the traceback, the rank and the place below it, and abort the job with status 1."""
     world = _open[0]
     rank, size = world.rank, world.size
     time.sleep(min(STAGGER_SECONDS * rank, LONGEST_WAIT_SECONDS))
     text = "".join(traceback.format_exception(kind, error, trace))
     ending = f": all {size} ranks are ended" if size > 1 else ""
-    sys.stderr.write(f"r{rank}/{size} | uncaught {kind.__name__}{ending}\n{text}")
+    last = traceback.extract_tb(trace)[-1:]
+    place = "".join(f" at {frame.filename}:{frame.lineno}" for frame in last)
+    sys.stderr.write(f"{text}r{rank}/{size} | uncaught {kind.__name__}{place}{ending}\n")
     sys.stderr.flush()
     if size > 1:
         world.Abort(1)

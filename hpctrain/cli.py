@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,6 +18,8 @@ from hpctrain.version import __version__
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+SINGLETON_WAIT_SECONDS = 2.0
 
 HELP = """\
 Train PyTorch models on HDF5 data with MPI: the same answer on any number of ranks.
@@ -59,10 +62,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HpctrainError as error:
         if launch.speaks(os.environ):
             print_error(error)
+        let_speak()
         return error.status
+    except SystemExit as error:  # argparse has printed what is wrong with the words
+        if error.code:
+            let_speak()
+        raise
     except BrokenPipeError:  # `hpctrain ... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def let_speak() -> None:
+    """Wait until the rank that speaks has printed: mpirun ends all at the first one that fails.
+
+    All ranks fail alike here, most before MPI has started. Collective where there is a world.
+    """
+    meant, _ = launch.meant_ranks(os.environ)
+    if meant == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size > 1:
+        MPI.COMM_WORLD.Barrier()
+    elif not launch.speaks(os.environ):  # singletons have no barrier
+        time.sleep(SINGLETON_WAIT_SECONDS)
 
 
 def show(text: str) -> int:

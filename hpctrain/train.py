@@ -1,6 +1,7 @@
 """The training loop, on one page. It knows all rooms; they do not know one another."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 from mpi4py import MPI
@@ -30,17 +31,16 @@ def train(config: Config, comm: MPI.Intracomm) -> int:
         StopSignals() as signals,
     ):
         log.start(topology)
-        run = RunFolder(Path(config.train.run_folder), writes=topology.world_rank == 0)
-        config, stored = resume(config, run, topology)
-        job = assemble.build(config, topology, learn=stored is None)
-        try:
-            with together(topology.comms.world):
-                check_resume(job, stored, run)
-            if finished(job, stored, run):
-                return DONE
-            return Loop(job, run, stored, signals).run()
-        finally:
-            job.close()
+        with closing(RunFolder(Path(config.train.run_folder), writes=topology.world_rank == 0)) as run:
+            with together(topology.comms.world, name_rank=False):
+                run.hold()
+            config, stored = resume(config, run, topology)
+            with closing(assemble.build(config, topology, learn=stored is None)) as job:
+                with together(topology.comms.world):
+                    check_resume(job, stored, run)
+                if finished(job, stored, run):
+                    return DONE
+                return Loop(job, run, stored, signals).run()
 
 
 def finished(job: Job, stored: loading.Stored | None, run: RunFolder) -> bool:

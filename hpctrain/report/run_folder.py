@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
+from filelock import FileLock, Timeout
 
 from hpctrain.checkpoint.files import write_whole
 from hpctrain.config import Config, to_dict
 from hpctrain.errors import ConfigError
+
+LOCK_SECONDS = 15.0
+"""A job that was killed may hold its folder for some seconds more."""
 
 
 class RunFolder:
@@ -24,6 +28,33 @@ class RunFolder:
     def __init__(self, path: Path, writes: bool) -> None:
         """Take the folder and whether this rank writes."""
         self.path, self.writes = path, writes
+        self._lock: FileLock | None = None
+
+    def hold(self) -> None:
+        """Keep other jobs out of an existing folder until `close` or this process' death. Local.
+
+        Two jobs in one run folder would write into each other's checkpoints. A filesystem that
+        knows no locks is used without one.
+        """
+        if not self.writes or self._lock is not None or not self.path.is_dir():
+            return
+        lock = FileLock(self.path / ".lock", timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"{self.path} is in use by another job that trains into it: wait for its end, or "
+                f"choose another --train.run_folder"
+            ) from None
+        except (OSError, NotImplementedError):  # read-only, or no locks there: writing will tell
+            return
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let other jobs in. Local."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     def checkpoints(self) -> Path:
@@ -46,6 +77,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.hold()
             text = "# The resolved configuration of this run; repeat it with\n"
             text += f"# hpctrain train {self.path / 'config.toml'} --train.run_folder NEW\n\n"
             write_whole(self.path / "config.toml", text + tomlkit.dumps(to_dict(config)))

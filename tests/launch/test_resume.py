@@ -45,6 +45,17 @@ def test_finished_smaller_larger_and_different(launcher, small, tmp_path):
     assert max(losses(tmp_path / "runs/small")) == 24
 
 
+def test_a_second_job_is_kept_out_of_the_folder(launcher, small, tmp_path):
+    slow = ("--model.class_path", "helpers.Slow", "--train.steps", "200")
+    first = launcher.start(*launcher.command(2, "train", "small.toml", *slow), SLOW="0.3")
+    wait_for(lambda: len(losses(tmp_path / "runs/small")) >= 2, first)
+    second = launcher.ranks(2, "train", "small.toml", *slow)
+    assert second.status == 2
+    assert second.text.count("runs/small is in use by another job that trains into it") == 1
+    assert first.poll() is None
+    launcher.kill(first)
+
+
 def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
     assert launcher.ranks(2, "train", "small.toml").status == 0
     ended = launcher.ranks(2, "train", "runs/small/config.toml", "--train.run_folder", "new")
