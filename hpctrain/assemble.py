@@ -153,12 +153,17 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     with together(world):
         spec = train.loss
         loss = construct.build(spec, "train.loss", **loss_arguments(spec))
-        averager = Averager(
-            module,
-            lambda: groups.build(config.optimizer, module),
-            topology.comms.data,
-            int(config.averaging.bucket_mebibytes * 2**20),
-        )
+        optimizer = groups.build(config.optimizer, module)
+    averager = Averager(
+        module,
+        optimizer,
+        topology.comms.data,
+        config.averaging,
+        order.replicas_of(topology.replicas, count),
+        config.optimizer.sharded,
+        topology.crowded,
+    )
+    with together(world):
         names = list(task.input_shapes)
         engine = Engine(topology, module, SummedLoss(loss), averager, names, train.seed, train.autocast)
         scheduler = schedules.build(config, averager, total_steps(config, index))

@@ -62,7 +62,9 @@ class Averaging:
     """How gradients are summed over the replicas."""
 
     bucket_mebibytes: float = 25.0
-    """Gradients are summed in buckets of about this size, one MPI Allreduce each."""
+    """Gradients are summed in buckets of about this size."""
+    invariant: bool = False
+    """The same bits on any number of ranks: sum the step's micro-batches in one fixed tree."""
 
 
 @dataclass
@@ -75,6 +77,9 @@ class Optimizer:
     """Arguments of its constructor, parameters left out."""
     decay_all: bool = False
     """Apply weight decay to biases and norms (tensors of fewer than 2 dimensions) too."""
+    sharded: bool | Literal["auto"] = "auto"
+    """On CPU each rank steps a part, into weights that a node's ranks share; auto: torch's own that
+    work element by element; true: deal out whole tensors of any other; false: each rank steps all."""
     schedule: ClassPath = field(default_factory=lambda: ClassPath("hpctrain.learning_rate.WarmupCosine"))
     """A torch LR scheduler, stepped once a step; total_steps and T_max are filled in."""
 
@@ -155,8 +160,8 @@ class Config:
     """The output."""
 
 
-# Paths and logging: a resume may change them.
-FREE_ON_RESUME = ("data.files", "train.run_folder", "report.")
+# Paths, logging and what changes no bit: a resume may change them.
+FREE_ON_RESUME = ("data.files", "train.run_folder", "report.", "optimizer.sharded")
 
 
 SAMPLE_WEIGHTS = " weights"

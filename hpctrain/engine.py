@@ -69,7 +69,7 @@ class Engine:
     def __post_init__(self) -> None:
         """Learn how forward gets its inputs."""
         self.named = models.by_name(self.module, self.names)
-        self._losses: dict[int, torch.Tensor] = {}
+        self._losses: dict[int, tuple[torch.Tensor, float]] = {}
 
     def step(
         self,
@@ -89,12 +89,12 @@ class Engine:
         """
         began = time.perf_counter()
         failure = step.failure
-        self.averager.begin(len(step.micro_batches))
+        self.averager.begin(step.micro_batches)
         self.module.train()
         if failure is None:
             failure = self.run_micro_batches(number, step)
-        self.averager.tally.errors = int(failure is not None)
-        self.averager.tally.stops, self.averager.tally.saves = int(stop), int(save)
+        flags = self.averager.flags
+        flags.errors, flags.stops, flags.saves = int(failure is not None), int(stop), int(save)
         computed = time.perf_counter()
         result = self.averager.step(clip, lr)
         self.clock.computing += computed - began
@@ -115,6 +115,8 @@ class Engine:
                 batch = step.micro_batches[instruction.micro_batch]
                 if len(batch):
                     self._execute(instruction, number, batch)
+                elif isinstance(instruction, Backward):
+                    self.averager.joined(instruction.micro_batch, 0.0, 0.0)
         except HpctrainError as error:
             return error
         except SystemExit as error:  # this rank would leave and the others wait for it
@@ -129,11 +131,13 @@ class Engine:
         if isinstance(instruction, Forward):
             self._losses[instruction.micro_batch] = self._forward(number, instruction.micro_batch, batch)
         elif isinstance(instruction, Backward):
-            torch.autograd.backward(self._losses.pop(instruction.micro_batch))
+            total, weight = self._losses.pop(instruction.micro_batch)
+            torch.autograd.backward(total)
             if self.on_gradient:
                 self.on_gradient(instruction.micro_batch)
+            self.averager.joined(instruction.micro_batch, float(total.detach()), weight)
 
-    def _forward(self, number: int, micro_batch: int, batch: Batch) -> torch.Tensor:
+    def _forward(self, number: int, micro_batch: int, batch: Batch) -> tuple[torch.Tensor, float]:
         torch.manual_seed(key(self.seed, number, micro_batch) >> 1)
         total, weight = self._loss(batch)
         value = float(total.detach())
@@ -143,9 +147,7 @@ class Engine:
                 f"micro-batch {micro_batch}, samples {listed(batch.samples)}: lower "
                 f"optimizer.init_args.lr, set train.clip, or look at these samples"
             )
-        self.averager.tally.loss += value
-        self.averager.tally.weight += float(weight)
-        return total
+        return total, float(weight)
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = batch.to(self.topology.device)
@@ -166,11 +168,7 @@ class Engine:
                 f"step {number}: all weights of the batch are 0, so it has no mean: "
                 f"look at data.weights and data.missing"
             )
-        bad = [
-            name
-            for name in self.averager.named
-            if not bool(torch.isfinite(self.averager.gradient(name)).all())
-        ]
+        bad = self.averager.not_finite()
         return (
             f"the gradient of {', '.join(bad[:3]) or 'a parameter'} is not finite at step {number} "
             f"(loss {result.loss:.6g}): lower optimizer.init_args.lr or set train.clip"

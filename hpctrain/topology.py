@@ -120,6 +120,8 @@ class Topology:
     local_rank: int
     local_size: int
     threads: int
+    crowded: bool
+    """More threads of ranks than cores on some core: waiting must give the core away."""
     device: str
     comms: Comms
 
@@ -150,6 +152,8 @@ class Topology:
             raise
         place = places[world.rank]
         cores = node.allgather(usable_cores())
+        count = threads or launch.asked_threads(os.environ) or fair_threads(usable_cores(), cores)
+        wanted = sum(node.allgather(count))
         return cls(
             world_rank=world.rank,
             world_size=world.size,
@@ -161,7 +165,8 @@ class Topology:
             nodes=len(set(names)),
             local_rank=place.local_rank,
             local_size=node.size,
-            threads=threads or launch.asked_threads(os.environ) or fair_threads(usable_cores(), cores),
+            threads=count,
+            crowded=wanted > len(set().union(*cores)),
             device=found,
             comms=communicators(world, node, place),
         )

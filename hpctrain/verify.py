@@ -67,12 +67,16 @@ def verify(config: Config, comm: MPI.Intracomm, steps: int = 3) -> int:
 def compare(job: Job, steps: int) -> str | None:
     """Compare `steps` steps; give None if equal, else what differs and where. Collective."""
     world = job.topology.comms.world
+    job.averager.keep = True
     alone: Job | None = None
     device = job.topology.device.split(":")[0]
     failure: Exception | None = None
     try:
         if world.rank == 0:
-            alone = assemble.build(job.config, Topology.build(MPI.COMM_SELF, 1, device, job.topology.threads))
+            plain = replace(job.config.averaging, invariant=False)  # its gradients are read as they add up
+            config = replace(job.config, averaging=plain)
+            alone = assemble.build(config, Topology.build(MPI.COMM_SELF, 1, device, job.topology.threads))
+            alone.averager.keep = True
     except Exception as error:
         failure = error
     raise_together(world, failure)
@@ -210,7 +214,7 @@ def gradient_of(
 ) -> torch.Tensor:
     """Summed gradient of one micro-batch. Local: nothing is averaged."""
     restore(job, weights)
-    job.averager.begin(1)
+    job.averager.begin([micro_batch])
     one = replace(step, micro_batches={micro_batch: step.micro_batches[micro_batch]})
     failure = job.engine.run_micro_batches(number, one)
     if failure is not None:

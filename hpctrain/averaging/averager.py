@@ -1,15 +1,19 @@
-"""One object owns the way from gradients to new weights: begin, ready, step, pieces.
+"""One object owns the way from gradients to new weights: begin, ready, joined, step, pieces.
 
-      begin(m)      zero the buckets; m micro-batches of this replica follow
-      ready(p)      a micro-batch's gradient of parameter p has joined its bucket
-      step(…)       sum over the replicas, divide by the global weight, clip, update the weights
+      begin(m)         zero the gradients; this replica's micro-batches m follow
+      ready(p)         a micro-batch's gradient of parameter p has joined the sum
+      joined(v, …)     micro-batch v is done: its loss and weight
+      step(…)          sum over the replicas, divide by the global weight, clip, update the weights
 
-Weight, loss, error and stop flags ride in the tail of the gradients' own sum: a rank that failed
-still takes part, and all ranks know.
+Loss, weight, errors and flags are exchanged in float64 before the gradients are summed: a rank
+that failed still takes part, and all ranks know before anything is changed.
+
+      one pass     sum a block of gradients · divide · step the block's weights     (it is in the cache)
+      two passes   sum, store, take the norm  ·  clip, step                   (clipping needs the norm first)
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +22,25 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpctrain.averaging import buckets as layout
+from hpctrain.averaging import tree as trees
+from hpctrain.averaging.medium import BLOCK, Medium, Sink, Wire
+from hpctrain.averaging.node import Node
 from hpctrain.averaging.running import RunningStatistics
-from hpctrain.errors import CheckpointError
-from hpctrain.piece import Piece, of_module, whole
+from hpctrain.averaging.space import UNIT, cut, deal
+from hpctrain.averaging.steppers import PLAIN, Adam, Pieces, Shapes, Stepper, elementwise
+from hpctrain.config import Averaging
+from hpctrain.errors import HpctrainError
+from hpctrain.log import LOGGER
+from hpctrain.piece import Piece, of_module
+from hpctrain.wire import raise_together
 
-QUANTITIES = ("weight", "loss", "errors", "stops", "saves", "changed")
+FLAGS = ("errors", "stops", "saves", "changed")
 
 
 @dataclass
-class Tally:
-    """What this rank adds to the sum beside gradients."""
+class Flags:
+    """What this rank tells the others with its step."""
 
-    weight: float = 0.0
-    loss: float = 0.0
     errors: int = 0
     stops: int = 0
     saves: int = 0
@@ -57,184 +66,339 @@ class Result:
 
 
 class Averager:
-    """Gradients in flat buckets, summed by MPI Allreduce; every rank updates all weights."""
+    """Gradients of the replicas of a stage, summed, and the weights they update."""
 
     def __init__(
         self,
         module: nn.Module,
-        optimizer: Callable[[], torch.optim.Optimizer],
+        optimizer: torch.optim.Optimizer,
         comm: MPI.Intracomm,
-        bucket_bytes: int,
+        config: Averaging | None = None,
+        owners: Sequence[int] | None = None,
+        sharded: bool | str = "auto",
+        crowded: bool = False,
+        node_of: Sequence[int] | None = None,
     ) -> None:
-        """Take the module, what makes its optimizer, and the replicas' communicator."""
+        """Take the module, its optimizer, and the replicas' communicator. Collective.
+
+        `owners` gives the replica of each micro-batch of the step (default: one each);
+        `crowded` says that there are more ranks than cores here; `node_of` makes up nodes.
+        """
         self.comm, self.module = comm, module
+        self.config = config or Averaging()
+        self.owners = list(range(comm.size)) if owners is None else list(owners)
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named.values())
+        self.flags = Flags()
+        self.keep = False
+        """Whether `gradient` is asked for after a step: then the mean gradient is kept on all ranks."""
+        self.optimizer = optimizer
+        groups = {id(p): n for n, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        limit = int(self.config.bucket_mebibytes * 2**20)
+        self.spaces = deal(self.named, groups, limit)
+        self._used = torch.zeros(len(self.named), dtype=torch.float64)
+        self._losses = np.zeros((2, len(self.owners)))
+        invariant = self.config.invariant
+        self.growing = trees.Growing(len(self.owners)) if invariant else None
+        slots, tree = self._invariant_plan() if invariant else (1, None)
+        self.sharded = self._choose_sharding(sharded)
+        self.medium = self._choose_medium(slots, tree, crowded, node_of)
         self.running = RunningStatistics(module)
-        self.tally = Tally()
-        self._places = {id(p): at for at, p in enumerate(self.parameters)}
-        self._used = torch.zeros(len(self.parameters))
-        tail = 3 * len(QUANTITIES) + len(self.parameters) + self.running.size
-        self.buckets = layout.fill(self.parameters, bucket_bytes, tail)
-        self._tail = layout.tail_of(self.buckets)
-        self._views = {id(p): v for b in self.buckets for p, v in zip(b.parameters, b.views)}
-        self.optimizer = optimizer()
-        self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.parameters]  # type: ignore[no-untyped-call]
+        self._settle()
+        self.stepper = self._choose_stepper()
+        self._slot = -1
+        self._coming: list[int] = []
+        self._index = {id(p): at for at, p in enumerate(self.named.values())}
+        self._views = [torch.empty(0)] * len(self.named)
+        self._point(0, zero=True)
+        self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.named.values()]  # type: ignore[no-untyped-call]
+
+    # -- building ----------------------------------------------------------------------------
+
+    def _invariant_plan(self) -> tuple[int, trees.Tree]:
+        """Slots that the busiest rank needs, and the tree of (rank, slot)."""
+        count = len(self.owners)
+        slot_of: dict[tuple[int, int], tuple[int, int]] = {}
+        most = 1
+        for rank in range(self.comm.size):
+            mine = [v for v, owner in enumerate(self.owners) if owner == rank]
+            growing = trees.Growing(count)
+            most = max(most, growing.slots(mine))
+            for v in mine:
+                growing.push(v)
+            slot_of.update({(a, b): (rank, slot) for a, b, slot in growing.stack})
+        tree = trees.relabel(trees.shares(count, self.owners), lambda leaf: slot_of[leaf[1], leaf[2]])
+        return most, tree
+
+    def _choose_sharding(self, asked: bool | str) -> bool:
+        on_cpu = all(space.device.type == "cpu" for space in self.spaces)
+        if asked == "auto":
+            return on_cpu and (elementwise(self.optimizer) or Adam.fits(self.optimizer))
+        return bool(asked) and on_cpu
+
+    def _choose_medium(
+        self, slots: int, tree: trees.Tree | None, crowded: bool, node_of: Sequence[int] | None
+    ) -> Medium:
+        on_cpu = all(space.device.type == "cpu" for space in self.spaces)
+        if self.comm.size > 1 and on_cpu:
+            smalls = len(FLAGS) + self._losses.size + len(self.named)
+            try:
+                return Node(self.comm, self.spaces, smalls, crowded, self.sharded, slots, tree, node_of)
+            except OSError as error:
+                LOGGER.warning(
+                    "averaging by MPI alone, which is slower: the node's shared memory can't be used: %s; "
+                    "make /dev/shm larger (containers: --shm-size)",
+                    error,
+                )
+        self.sharded = False
+        return Wire(self.comm, self.spaces, slots, tree)
+
+    def _settle(self) -> None:
+        """Let every parameter be a view of flat memory; the node's first rank fills what is shared."""
+        shared = self.medium.weights
+        fills = shared is None or not isinstance(self.medium, Node) or self.medium.local.rank == 0
+        self.weights = shared or [torch.zeros_like(flat) for flat in self.medium.slots[0]]
+        with torch.no_grad():
+            for space, flat in zip(self.spaces, self.weights):
+                for seat in space.seats:
+                    view = seat.view(flat)
+                    if fills:
+                        view.copy_(seat.parameter)
+                    seat.parameter.data = view
+        self.medium.finish(weights=False)
+
+    def _choose_stepper(self) -> Stepper:
+        everything = Wire(self.comm, [], 0).owned
+        owned = self.medium.owned if self.sharded else everything
+        if Adam.fits(self.optimizer):
+            return Adam(self.optimizer, self.spaces, self.weights, owned)
+        gradients = self.medium.slots[0]
+        if elementwise(self.optimizer):
+            return Pieces(self.optimizer, self.spaces, self.weights, gradients, owned)
+        if not self.sharded:
+            return Pieces(self.optimizer, self.spaces, self.weights, gradients, None)
+        assert isinstance(self.medium, Node)
+        dealt = self._deal(self.medium.local.size)
+        mine = self.medium.local.rank
+        return Pieces(
+            self.optimizer, self.spaces, self.weights, gradients, None, lambda at: dealt[at] == mine
+        )
+
+    def _deal(self, ranks: int) -> list[int]:
+        """Deal whole parameters by size: the largest first, each to the rank with the least."""
+        load = [0] * ranks
+        seats = [seat for space in self.spaces for seat in space.seats]
+        dealt = [0] * len(seats)
+        for seat in sorted(seats, key=lambda s: (-s.numbers, s.index)):
+            dealt[seat.index] = load.index(min(load))
+            load[dealt[seat.index]] += seat.numbers
+        return dealt
 
     def close(self) -> None:
-        """Take the hooks off the user's parameters and give the gradients free."""
+        """Take the hooks off the user's parameters and give them memory of their own. Local."""
         for hook in self._hooks:
             hook.remove()
-        for parameter in self.parameters:
+        self.running.close()
+        for parameter in self.named.values():
             parameter.grad = None
+            parameter.data = parameter.data.clone()
+        self.weights = []
+        self.medium.close()
 
-    def begin(self, micro_batches: int) -> None:
-        """Start a step: gradients are zero; `micro_batches` of this replica follow. Local."""
-        self.tally = Tally()
+    # -- a step ------------------------------------------------------------------------------
+
+    def begin(self, micro_batches: Iterable[int]) -> None:
+        """Start a step: gradients are zero; these micro-batches of this replica follow. Local."""
+        self.flags = Flags()
         self._used.zero_()
+        self._losses[:] = 0.0
         self.running.begin()
-        for bucket in self.buckets:
-            bucket.gradients.zero_()
-            bucket.attach()
+        self._coming = list(micro_batches)
+        self.running.micro_batch = self._coming[0] if self._coming else 0
+        if self.growing:
+            self.growing.stack = []
+        self._point(0, zero=True)
+
+    def _point(self, slot: int, zero: bool) -> None:
+        """Let every gradient be its view of a slot."""
+        flats = self.medium.slots[slot]
+        if slot != self._slot:
+            for space, flat in zip(self.spaces, flats):
+                for seat in space.seats:
+                    self._views[seat.index] = seat.view(flat)
+            self._slot = slot
+        if zero:
+            for flat in flats:
+                flat.zero_()
+        for parameter, view in zip(self.named.values(), self._views):
+            parameter.grad = view
 
     def ready(self, parameter: torch.Tensor) -> None:
         """Note that a micro-batch's gradient of a parameter is complete. Local; called by autograd."""
-        view = self._views[id(parameter)]
+        index = self._index[id(parameter)]
+        view = self._views[index]
         if parameter.grad is not view and parameter.grad is not None:
             # the user's code set .grad to None or to a tensor of its own: bring it home
             if parameter.grad.data_ptr() != view.data_ptr():
                 view.add_(parameter.grad)
             parameter.grad = view
-        self._used[self._places[id(parameter)]] += 1
+        self._used[index] += 1
 
-    def step(self, clip: float, lr: Iterable[float] | None = None) -> Result:
+    def joined(self, micro_batch: int, loss: float, weight: float) -> None:
+        """Note that a micro-batch is done: its summed loss and weight. Local.
+
+        In invariant mode its gradient takes its place in the tree; empty ones join too.
+        """
+        self._losses[:, micro_batch] = loss, weight
+        self._coming = [v for v in self._coming if v != micro_batch]
+        self.running.micro_batch = self._coming[0] if self._coming else 0
+        if self.growing is None:
+            return
+        for left, right in self.growing.push(micro_batch):
+            for into, of in zip(self.medium.slots[left], self.medium.slots[right]):
+                into.add_(of)
+        if self._coming:
+            self._point(self.growing.free(), zero=True)
+
+    def step(self, clip: float = 0.0, lr: Iterable[float] | None = None) -> Result:
         """Sum over the replicas, clip the mean gradient to the norm `clip` (0: not), update.
 
         `lr` is one learning rate a parameter group; None keeps them. Collective over the
-        replicas. With an error on any rank, or a loss or gradient that is not finite, the
-        weights stay as they are.
+        replicas. With an error on any rank, or a loss that is not finite, the weights stay as
+        they are; so they do with a gradient that is not finite where `clip` is set (else it is
+        seen when the step is taken: the norm says so, and the caller must stop).
         """
-        self._fill_tail()
-        for bucket in self.buckets:
-            bucket.sum(self.comm)
-        totals, used, running = self._read_tail()
-        weight, errors = totals["weight"], round(totals["errors"])
-        loss = totals["loss"] / weight if weight else math.nan
+        self.running.restore()
+        self.flags.changed = int(self.running.others_changed)
+        totals = self.medium.exchange(self._pack())
+        flags = dict(zip(FLAGS, (round(value) for value in totals[: len(FLAGS)])))
+        losses, weights = totals[len(FLAGS) :][: self._losses.size].reshape(2, -1)
+        used = totals[len(FLAGS) + self._losses.size :] > 0
+        weight = math.fsum(weights)
+        loss = math.fsum(losses) / weight if weight and np.isfinite(losses).all() else math.nan
         norm = math.nan
-        if not errors:
-            self._finish_buffers(totals, running)
-        if not errors and weight:
-            norm = self._mean_and_norm(weight, clip)
-        if math.isfinite(norm) and math.isfinite(loss):
-            self._update(used, lr)
-        flags = round(totals["stops"]), round(totals["saves"])
-        return Result(weight, loss, norm, errors, *flags)
+        if not flags["errors"]:
+            self.running.apply(self.comm)
+            if flags["changed"] and self.comm.size > 1:
+                self.running.broadcast_others(self.comm)
+        if not flags["errors"] and weight and math.isfinite(loss):
+            for group, rate in zip(self.optimizer.param_groups, lr or (), strict=lr is not None):
+                group["lr"] = rate
+            norm = self._update(used.tolist(), 1.0 / weight, clip)
+        return Result(weight, loss, norm, flags["errors"], flags["stops"], flags["saves"])
 
-    def _fill_tail(self) -> None:
-        tally = self.tally
-        tally.changed = int(self.running.others_changed)
-        values = [d for name in QUANTITIES for d in layout.digits(float(getattr(tally, name)))]
-        share = torch.zeros(0)
-        if self.running.norms:
-            every = np.array(self.comm.allgather(self.running.runs()))
-            self._runs = every.sum(axis=0)
-            share = self.running.share(every[self.comm.rank + 1 :].sum(axis=0), self._runs).float()
-        joined = torch.cat([torch.tensor(values), self._used, share])
-        self._tail.copy_(joined)
+    def _pack(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        flags = [float(getattr(self.flags, name)) for name in FLAGS]
+        return np.concatenate([flags, self._losses.ravel(), self._used.numpy()])
 
-    def _read_tail(self) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
-        tail = self._tail.double().cpu()
-        split = 3 * len(QUANTITIES)
-        sums = tail[:split].view(-1, 3).sum(dim=1).tolist()
-        used, running = tail[split : split + len(self.parameters)], tail[split + len(self.parameters) :]
-        return dict(zip(QUANTITIES, sums)), used, running
-
-    def _finish_buffers(self, totals: dict[str, float], running: torch.Tensor) -> None:
-        if self.running.norms and self.comm.size > 1:
-            self.running.apply(running, self._runs)
-        if totals["changed"] and self.comm.size > 1:
-            self.running.broadcast_others(self.comm)
-
-    def _mean_and_norm(self, weight: float, clip: float) -> float:
-        """Divide by the global weight; give the norm, from one rank where weights depend on it."""
-        square = 0.0
-        for bucket in self.buckets:
-            bucket.body.mul_(1.0 / weight)
-            square += float(torch.linalg.vector_norm(bucket.body, dtype=torch.float64)) ** 2
-        norm = math.sqrt(square)
-        if clip:
-            # its last bits depend on the threads a rank has, and ranks may differ in that
-            norm = self.comm.bcast(norm, root=0)
-            if norm > clip:
-                for bucket in self.buckets:
-                    bucket.body.mul_(clip / (norm + 1e-6))
+    def _update(self, used: list[bool], scale: float, clip: float) -> float:
+        """Average and step; give the norm of the mean gradient before clipping."""
+        medium, stepper = self.medium, self.stepper
+        alone = self.sharded or isinstance(medium, Wire)  # whatever a rank steps it has summed
+        if stepper.blockwise and alone and not clip and not self.keep:
+            stepper.begin(used)
+            medium.sum(self._mean_and(scale, stepper.block))
+            medium.finish(weights=self.sharded)
+            return self._norm()
+        medium.sum(self._mean_and(scale, self._store))
+        medium.finish(weights=False)
+        norm = self._norm()
+        if not math.isfinite(norm):
+            return norm
+        factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0  # torch's clip_grad_norm_
+        stepper.begin(used)
+        self._step_stored(factor, whole=self.keep or not alone)
+        medium.finish(weights=self.sharded)
         return norm
 
-    def _update(self, used: torch.Tensor, lr: Iterable[float] | None) -> None:
-        """Run the optimizer; a parameter that no micro-batch used is left alone, as by torch."""
-        if lr is not None:
-            for group, rate in zip(self.optimizer.param_groups, lr, strict=True):
-                group["lr"] = rate
-        for parameter, times in zip(self.parameters, used.tolist()):
-            parameter.grad = self._views[id(parameter)] if times else None
-        self.optimizer.step()
+    def _mean_and(self, scale: float, then: Sink) -> Sink:
+        units = self.medium.units
+
+        def sink(number: int, start: int, stop: int, total: torch.Tensor) -> None:
+            total.mul_(scale)
+            squares = torch.linalg.vector_norm(total.view(-1, UNIT), dim=1)
+            units[number][start // UNIT : stop // UNIT] = squares
+            then(number, start, stop, total)
+
+        return sink
+
+    def _store(self, number: int, start: int, stop: int, mean: torch.Tensor) -> None:
+        target = self.medium.slots[0][number][start:stop]
+        if target.data_ptr() != mean.data_ptr():
+            target.copy_(mean)
+
+    def _norm(self) -> float:
+        """Add up the units' squares in one order, the same on every rank and layout."""
+        return math.sqrt(sum(float(np.sum(np.square(units.numpy()))) for units in self.medium.units))
+
+    def _step_stored(self, factor: float, whole: bool) -> None:
+        """Clip and step by the mean gradient that lies in slot 0."""
+        own = [[self.medium.owned(b) for b in s.buckets] for s in self.spaces]
+        every = [list(s.buckets) for s in self.spaces]
+        wanted = every if whole else self.stepper.needs()
+        if wanted is not None:
+            self.medium.spread(wanted)
+        gradients = self.medium.slots[0]
+        if factor != 1.0:
+            for flat, ranges in zip(gradients, wanted or own):
+                for start, stop in ranges:
+                    flat[start:stop].mul_(factor)
+        if not self.stepper.blockwise:
+            self.stepper.step()
+        else:
+            for number, ranges in enumerate(own if self.sharded else every):
+                for a, b in (block for ab in ranges for block in cut(*ab, BLOCK)):
+                    self.stepper.block(number, a, b, gradients[number][a:b])
+        if self.keep:
+            self._point(0, zero=False)
 
     def gradient(self, name: str) -> torch.Tensor:
-        """Give the mean gradient that the last step used, of a parameter by name."""
-        return self._views[id(self.named[name])]
+        """Give the gradient of a parameter by name: what has joined so far, or the mean after a step.
+
+        After a step it is there with `keep` only.
+        """
+        return self._views[self._index[id(self.named[name])]]
+
+    def not_finite(self) -> list[str]:
+        """Name the parameters whose mean gradient of the last step is not finite. Collective.
+
+        Units tell where; what a rank itself computed tells which of the unit's parameters.
+        """
+        near = set()
+        for space, units in zip(self.spaces, self.medium.units):
+            bad = set(np.flatnonzero(~np.isfinite(units.numpy())).tolist())
+            for seat in space.seats:
+                last = max(seat.start, seat.stop - 1)
+                if bad & set(range(seat.start // UNIT, last // UNIT + 1)):
+                    near.add(seat.name)
+        mine = [name for name in near if not bool(torch.isfinite(self.gradient(name)).all())]
+        found = set().union(*self.comm.allgather(mine)) or near
+        return [name for name in self.named if name in found]
+
+    # -- state -------------------------------------------------------------------------------
 
     def pieces(self) -> list[Piece]:
-        """Weights, buffers and the optimizer's tensors, whole, the same on every replica."""
-        found = of_module(self.module)
-        for name, parameter in self.named.items():
-            for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
-                if isinstance(value, torch.Tensor):
-                    found.append(whole(f"optimizer.{key}.{name}", value))
-        return found
+        """Weights and buffers, whole; the optimizer's tensors, as far as this rank owns them."""
+        return of_module(self.module) + self.stepper.pieces()
 
     def scalars(self) -> dict[str, Any]:
-        """State that is no tensor: the groups' settings, and numbers the optimizer keeps."""
-        keep = (int, float, bool, str, list, tuple, type(None))
-        for name, parameter in self.named.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                plain = isinstance(value, (torch.Tensor, int, float, bool, str, type(None)))
-                if not plain:
-                    raise CheckpointError(
-                        f"the optimizer keeps {key} of {name} as a {type(value).__name__}: checkpoints "
-                        f"hold tensors and numbers only, so it can't be resumed: take another optimizer"
-                    )
+        """State that is no tensor: the groups' settings, and numbers the optimizer keeps. Collective."""
         groups = [
-            {k: v for k, v in group.items() if k != "params" and isinstance(v, keep)}
+            {k: v for k, v in group.items() if k != "params" and isinstance(v, PLAIN)}
             for group in self.optimizer.param_groups
         ]
-        state = {
-            name: {
-                key: value
-                for key, value in self.optimizer.state.get(parameter, {}).items()
-                if isinstance(value, keep)
-            }
-            for name, parameter in self.named.items()
-        }
-        return {"groups": groups, "state": {name: kept for name, kept in state.items() if kept}}
+        state: dict[str, Any] = {}
+        failure: HpctrainError | None = None
+        try:
+            state = self.stepper.scalars()
+        except HpctrainError as error:
+            failure = error
+        raise_together(self.comm, failure)
+        if self.sharded and not self.stepper.blockwise:
+            state = {name: kept for share in self.comm.allgather(state) for name, kept in share.items()}
+        return {"groups": groups, "state": state}
 
-    def expect(self, scalars: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        """Make room for the optimizer state of a checkpoint, so that `pieces` offers it.
-
-        `tensors` gives shape and dtype name of every stored tensor. Local.
-        """
+    def expect(self, scalars: dict[str, Any], tensors: Shapes) -> None:
+        """Make room for the optimizer state of a checkpoint, so that `pieces` offers it. Local."""
         for group, stored in zip(self.optimizer.param_groups, scalars["groups"], strict=True):
             group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in stored.items()})
-        for name, parameter in self.named.items():
-            state = dict(scalars["state"].get(name, {}))
-            for stored_name, (shape, dtype) in tensors.items():
-                if stored_name.startswith("optimizer.") and stored_name.endswith(f".{name}"):
-                    key = stored_name[len("optimizer.") : -len(name) - 1]
-                    if "." in key:
-                        continue
-                    device = "cpu" if key == "step" and not self._step_on_device() else parameter.device
-                    state[key] = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
-            if state:
-                self.optimizer.state[parameter] = state
-
-    def _step_on_device(self) -> bool:
-        return any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
+        self.stepper.expect(scalars["state"], tensors)

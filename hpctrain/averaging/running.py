@@ -1,36 +1,91 @@
 """BatchNorm's running statistics at any number of replicas, as one process would have them.
 
-One process runs the micro-batches 0 … n-1 in turn; each makes  b ← a·b + (1-a)·s_v.
-Replica r runs only its own n_r of them, from the same b:
+One process runs the micro-batches 0 … V-1 in turn; each call of a BatchNorm makes
 
-      b_r = a^{n_r}·b + c_r            so c_r = b_r - a^{n_r}·b
-      b   ← a^n·b + Σ_r a^{(micro-batches behind r's)}·c_r
+      running ← (1 - momentum) · running + momentum · batch        (momentum None: a plain mean)
 
-The right-hand sum rides in the gradients' sum. With momentum None (a plain mean) the weights
-are all equal: Σ_r (b_r·(m + n_r) - b·m) / (m + n), m the batches tracked before. Any other
-buffer that a step changes is taken from the last replica, whose micro-batches come last.
+A replica runs only its own micro-batches, so every call is watched: for its duration the
+momentum is 1, which leaves the batch's own statistics in the buffers. They are gathered and
+applied on every rank in the order of the micro-batches, by the line above: the same bits on any
+layout, one process included. No forward is run twice.
+
+Any other buffer that a step changes is taken from the last replica, whose micro-batches come last.
 """
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from mpi4py import MPI
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpctrain.batch import broadcast
+
+Record = tuple[int, int, torch.Tensor, torch.Tensor]
+"""Micro-batch, number of the BatchNorm, mean and variance of its batch."""
 
 
 class RunningStatistics:
     """The buffers of a module that a training step changes."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Find BatchNorm modules with running statistics."""
+        """Find BatchNorm modules with running statistics and watch their calls."""
         self.module = module
         self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        self.size = sum(2 * norm.num_features for norm in self.norms)
-        self.before: list[tuple[torch.Tensor, int]] = []
+        self.micro_batch = 0
+        self.records: list[Record] = []
         self.copies: dict[str, torch.Tensor] = {}
+        self._saved: dict[int, Any] = {}
+        self._hooks = [
+            hook
+            for number, norm in enumerate(self.norms)
+            for hook in (
+                norm.register_forward_pre_hook(self._before(number)),
+                norm.register_forward_hook(self._after(number)),
+            )
+        ]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, number: int) -> Callable[..., None]:
+        def before(norm: _BatchNorm, _inputs: Any) -> None:
+            if not norm.training:
+                return
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            self._saved[number] = norm.momentum, norm.running_mean, norm.running_var, tracked(norm)
+            # other tensors, not other values: autograd has saved the ones of an earlier call
+            norm.running_mean = torch.zeros_like(norm.running_mean)
+            norm.running_var = torch.zeros_like(norm.running_var)
+            norm.momentum = 1.0
+
+        return before
+
+    def _after(self, number: int) -> Callable[..., None]:
+        def after(norm: _BatchNorm, _inputs: Any, _outputs: Any) -> None:
+            if number in self._saved:
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                batch = norm.running_mean.cpu(), norm.running_var.cpu()
+                self.records.append((self.micro_batch, number, *batch))
+                self._put_back(number)
+
+        return after
+
+    def _put_back(self, number: int) -> None:
+        norm = self.norms[number]
+        norm.momentum, norm.running_mean, norm.running_var, count = self._saved.pop(number)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(count)
+
+    def restore(self) -> None:
+        """Undo a call that failed half way."""
+        for number in list(self._saved):
+            self._put_back(number)
 
     def others(self) -> dict[str, torch.Tensor]:
         """Buffers that are no BatchNorm's, as they are now: user code may assign new ones."""
@@ -39,7 +94,8 @@ class RunningStatistics:
 
     def begin(self) -> None:
         """Remember the buffers before the step."""
-        self.before = [(self._values(norm), tracked(norm)) for norm in self.norms]
+        self.restore()
+        self.records = []
         self.copies = {name: buffer.clone() for name, buffer in self.others().items()}
 
     @property
@@ -50,57 +106,28 @@ class RunningStatistics:
             for name, buffer in self.others().items()
         )
 
-    def runs(self) -> NDArray[np.int64]:
-        """Count the batches that each BatchNorm has seen in this step: int64, (norms,)."""
-        counts = [tracked(norm) - before for norm, (_, before) in zip(self.norms, self.before)]
-        return np.array(counts, dtype=np.int64)
-
-    def share(self, behind: NDArray[np.int64], total: NDArray[np.int64]) -> torch.Tensor:
-        """Give this replica's term of the sum: float64, (size,).
-
-        By BatchNorm, `behind` batches come after this replica's and `total` are in the step; a
-        frozen or unused one has none, one that is called twice has two a micro-batch.
-        """
-        terms = [torch.zeros(0, dtype=torch.float64)]
-        for at, (norm, (before, tracked_before)) in enumerate(zip(self.norms, self.before)):
-            runs = tracked(norm) - tracked_before
-            now = self._values(norm)
-            if norm.momentum is None:
-                weighted = now * (tracked_before + runs) - before * tracked_before
-                terms.append(weighted / max(1, tracked_before + int(total[at])))
-            else:
-                keep = 1.0 - norm.momentum
-                terms.append(keep ** int(behind[at]) * (now - keep**runs * before))
-        return torch.cat(terms)
-
-    def apply(self, summed: torch.Tensor, total: NDArray[np.int64]) -> None:
-        """Set the statistics after the step from the sum over the replicas."""
-        at = 0
-        for norm, (before, tracked_before), count in zip(self.norms, self.before, total.tolist()):
-            term = summed[at : at + 2 * norm.num_features]
-            at += 2 * norm.num_features
-            if norm.momentum is None:
-                keep = tracked_before / max(1, tracked_before + count)
-            else:
-                keep = (1.0 - norm.momentum) ** count
-            mean, variance = (keep * before + term).chunk(2)
+    @torch.no_grad()
+    def apply(self, comm: MPI.Intracomm) -> None:
+        """Gather what all replicas saw and apply it in the order of the micro-batches. Collective."""
+        if not self.norms:
+            return
+        every = [record for share in comm.allgather(self.records) for record in share]
+        for _, number, mean, variance in sorted(
+            every, key=lambda record: record[0]
+        ):  # stable: calls in order
+            norm = self.norms[number]
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            if count:
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(variance)
             if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.fill_(tracked_before + count)
+                norm.num_batches_tracked.add_(1)
+            factor = norm.momentum if norm.momentum is not None else 1.0 / max(1, tracked(norm))
+            for running, batch in ((norm.running_mean, mean), (norm.running_var, variance)):
+                running.mul_(1.0 - factor).add_(batch.to(running.device) * factor)
 
     def broadcast_others(self, comm: MPI.Intracomm) -> None:
         """Take every other buffer from the last replica. Collective."""
         for buffer in self.others().values():
             broadcast(comm, buffer, comm.size - 1)
-
-    def _values(self, norm: _BatchNorm) -> torch.Tensor:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        return torch.cat([norm.running_mean, norm.running_var]).double().cpu()
 
 
 def tracked(norm: _BatchNorm) -> int:

@@ -136,3 +136,12 @@ def replica_micro_batches(replica: int, replicas: int, count: int) -> range:
     [[0], [1], [2, 3]]
     """
     return range(*block(replica, replicas, count))
+
+
+def replicas_of(replicas: int, count: int) -> list[int]:
+    """Say which replica computes each micro-batch of a step.
+
+    >>> replicas_of(3, 4)
+    [0, 1, 2, 2]
+    """
+    return [r for r in range(replicas) for _ in replica_micro_batches(r, replicas, count)]

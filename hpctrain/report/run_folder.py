@@ -30,13 +30,13 @@ class RunFolder:
         self.path, self.writes = path, writes
         self._lock: FileLock | None = None
 
-    def hold(self) -> None:
-        """Keep other jobs out of an existing folder until `close` or this process' death. Local.
+    def hold(self, new: bool = False) -> None:
+        """Keep other jobs out of a folder that holds a run until `close` or this process' death. Local.
 
         Two jobs in one run folder would write into each other's checkpoints. A filesystem that
         knows no locks is used without one.
         """
-        if not self.writes or self._lock is not None or not self.path.is_dir():
+        if not self.writes or self._lock is not None or not (new or (self.path / "config.toml").is_file()):
             return
         lock = FileLock(self.path / ".lock", timeout=LOCK_SECONDS)
         try:
@@ -77,7 +77,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.hold()
+            self.hold(new=True)
             text = "# The resolved configuration of this run; repeat it with\n"
             text += f"# hpctrain train {self.path / 'config.toml'} --train.run_folder NEW\n\n"
             write_whole(self.path / "config.toml", text + tomlkit.dumps(to_dict(config)))

@@ -15,7 +15,8 @@ def test_a_run_writes_what_others_read(launcher, small, tmp_path):
     assert ended.status == 0, ended.text
     run = tmp_path / "runs" / "small"
     assert f"run folder {run}" in ended.out
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "log.txt", "metrics.jsonl"]
+    names = sorted(p.name for p in run.iterdir() if not p.name.startswith("."))
+    assert names == ["checkpoints", "config.toml", "log.txt", "metrics.jsonl"]
     found = rows(run)
     assert all({"event", "step", "time"} <= row.keys() for row in found)
     start, end = found[0], found[-1]

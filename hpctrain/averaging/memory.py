@@ -1,0 +1,170 @@
+"""Memory that the ranks of a node share, and how they meet there.
+
+The memory is a file in the shared-memory filesystem that loses its name as soon as all ranks
+have mapped it: the kernel gives it back when the last rank ends, however it ends. Every rank
+reserves its own part before use (so a full filesystem is an error now, not a SIGBUS later, and
+the pages lie near the rank's core).
+
+MPI's own windows (Win.Allocate_shared) are as fast, being the same mapping, but freeing them is
+collective, which a rank that fails cannot promise, and they do not reserve.
+
+Meeting: each rank owns a counter in a cache line of its own.
+
+      rank r:  fence · counter[r] ← n · wait until every counter ≥ n · fence
+
+What a rank wrote before the first fence is seen by all behind their second one. The fence is
+MPI_Win_sync, a full memory barrier ("synchronizes the private and public window copies", MPI
+4.1, 12.7; Open MPI: opal_atomic_mb); the counter is one aligned 8-byte store.
+"""
+
+import mmap
+import os
+import time
+import uuid
+from collections.abc import Callable
+
+import torch
+from mpi4py import MPI
+
+from hpctrain.errors import RankError
+
+FOLDER = "/dev/shm"
+LINE = 64
+PAGE = 4096
+SPINS = 2000
+YIELDS = 300
+NAP_SECONDS = 30e-6
+LOOK_SECONDS = 1.0
+
+
+class NodeMemory:
+    """One mapping of all ranks of `comm`: a common part, then one part a rank."""
+
+    def __init__(self, comm: MPI.Intracomm, common: int, each: int) -> None:
+        """Map memory; bytes. Collective over the ranks of one node. Raises OSError on all of them."""
+        self.size, self.rank = comm.size, comm.rank
+        self.common = -(-(common + LINE * comm.size) // PAGE) * PAGE
+        self.each = -(-each // PAGE) * PAGE
+        path = comm.bcast(f"{FOLDER}/hpctrain-{uuid.uuid4().hex}" if comm.rank == 0 else None, root=0)
+        failure, handle = "", -1
+        try:
+            if comm.rank == 0:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                os.posix_fallocate(handle, 0, self.common)
+        except OSError as error:
+            failure = str(error)
+        failure = comm.bcast(failure, root=0)
+        try:
+            if not failure and handle < 0:
+                handle = os.open(path, os.O_RDWR)
+            if not failure and self.each:
+                os.posix_fallocate(handle, self.common + comm.rank * self.each, self.each)
+        except OSError as error:
+            failure = str(error)
+        failures = [text for text in comm.allgather(failure) if text]
+        if not failures:
+            self.map = mmap.mmap(handle, self.common + comm.size * self.each)
+        comm.Barrier()
+        if handle >= 0:
+            os.close(handle)
+            if comm.rank == 0:
+                os.unlink(path)
+        if failures:
+            raise OSError(failures[0])
+
+    def tensor(self, rank: int | None, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """See `count` numbers at a byte offset of a rank's part, or of the common part (None)."""
+        if rank is None:
+            offset += LINE * self.size
+        else:
+            offset += self.common + rank * self.each
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self.map, dtype=dtype, count=count, offset=offset)
+
+    def counters(self) -> memoryview:
+        """See the counters: 8-byte integers, a line apart."""
+        return memoryview(self.map)[: LINE * self.size].cast("q")
+
+
+def make_fence() -> Callable[[], None]:
+    """Give a full memory barrier. Local."""
+    window = MPI.Win.Allocate(LINE, comm=MPI.COMM_SELF)
+    window.Lock(0)
+    return window.Sync
+
+
+_fence: list[Callable[[], None]] = []
+
+
+def fence() -> Callable[[], None]:
+    """Give the process' memory barrier; it is made once and ends with MPI. Local."""
+    if not _fence:
+        _fence.append(make_fence())
+    return _fence[0]
+
+
+class Rendezvous:
+    """Where the ranks of a node wait for one another."""
+
+    def __init__(self, comm: MPI.Intracomm, memory: NodeMemory, crowded: bool) -> None:
+        """Take the node's ranks and memory; `crowded`: more ranks than cores. Collective."""
+        self.counters = memory.counters()
+        self.mine = comm.rank * LINE // 8
+        self.others = [rank * LINE // 8 for rank in range(comm.size) if rank != comm.rank]
+        self.spins = 0 if crowded else SPINS
+        self.fence = fence()
+        self.met = 0
+        namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+        everyone = comm.allgather((os.getpid(), namespace))
+        self.pids = {
+            rank * LINE // 8: (rank, pid if namespace and other == namespace else 0)
+            for rank, (pid, other) in enumerate(everyone)
+        }
+
+    def meet(self) -> None:
+        """Wait until all ranks of the node are here. Collective over them.
+
+        Raises RankError where one of them has died: its counter would never move.
+        """
+        if not self.others:
+            return
+        self.met += 1
+        counters, met = self.counters, self.met
+        self.fence()
+        counters[self.mine] = met
+        for other in self.others:
+            if counters[other] < met:
+                self._wait(other)
+        self.fence()
+
+    def _wait(self, other: int) -> None:
+        counters, met = self.counters, self.met
+        for _ in range(self.spins):
+            if counters[other] >= met:
+                return
+        for _ in range(YIELDS):
+            os.sched_yield()
+            if counters[other] >= met:
+                return
+        look = time.monotonic() + LOOK_SECONDS
+        while counters[other] < met:
+            time.sleep(NAP_SECONDS)
+            if time.monotonic() > look:
+                look = time.monotonic() + LOOK_SECONDS
+                rank, pid = self.pids[other]
+                if pid and not alive(pid) and counters[other] < met:
+                    raise RankError(f"rank {rank} of this node's ranks (process {pid}) has died")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process lives; one that waits to be buried does not. Local.
+
+    >>> alive(os.getpid())
+    True
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rsplit(")", 1)[-1].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
