@@ -128,6 +128,24 @@ def check_classes(config: Config) -> None:
     schedules.arguments(config, total=1)
 
 
+def check_invariant(config: Config, replicas: int) -> None:
+    """Check what the same bits on any layout ask for. Local."""
+    if not config.averaging.invariant:
+        return
+    count = config.parallel.micro_batches
+    if count == "auto":
+        raise ConfigError(
+            f"averaging.invariant sums the step's micro-batches in one fixed tree, so their number must not "
+            f"depend on the ranks: set parallel.micro_batches to an integer, {max(4, replicas)} say"
+        )
+    if count < replicas:
+        raise ConfigError(
+            f"averaging.invariant: {replicas} replicas for parallel.micro_batches = {count} leaves "
+            f"{replicas - count} without work: start at most {count} or set parallel.micro_batches "
+            f"= {replicas}"
+        )
+
+
 def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     """Build the job's parts. Collective; errors are raised on all ranks.
 
@@ -139,6 +157,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     asked = config.parallel.micro_batches
     count = topology.replicas if asked == "auto" else asked
     with together(world):
+        check_invariant(config, topology.replicas)
         check_classes(config)
     index = from_root(world, lambda: indexing.build(config.data))
     reader = Reader(index)

@@ -34,6 +34,7 @@ verbs:
   predict RUN --output FILE [--split test]    predictions of a trained model into HDF5
   checkpoint list RUN | export RUN FILE       look at checkpoints; export a state_dict
   data make digits [--output digits.h5]       make the data of a recipe
+  bench allreduce | step [--json]             measure against the peers and the limit
 
 CONFIG is a TOML file or a recipe: {recipes}. Without a verb: train.
 `hpctrain train --help` explains every key. Exit status: 0 done; 2 the configuration, the
@@ -281,6 +282,27 @@ def checkpoint(words: list[str]) -> int:
     return 0
 
 
+def bench(words: list[str]) -> int:
+    """`hpctrain bench`: on the ranks it was launched on."""
+    parser = ArgumentParser(
+        prog="hpctrain bench", description="Measure against the peers and the physical limit, in turn."
+    )
+    parser.add_argument("what", choices=["allreduce", "step"])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--case", action="append", help="bytes, or a case's name; may be repeated")
+    found = parse_words(parser, words)
+
+    def work(world: "MPI.Intracomm") -> int:
+        from hpctrain.bench import run
+
+        text = run.bench(found.what, found.case, found.json, world)
+        if world.rank == 0:
+            print(text)
+        return 0
+
+    return on_ranks(work)
+
+
 def data(words: list[str]) -> int:
     """`hpctrain data`: one process, no MPI."""
     parser = ArgumentParser(prog="hpctrain data", description="Make the data of a recipe.")
@@ -301,4 +323,5 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": predict,
     "checkpoint": checkpoint,
     "data": data,
+    "bench": bench,
 }

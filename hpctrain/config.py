@@ -64,7 +64,8 @@ class Averaging:
     bucket_mebibytes: float = 25.0
     """Gradients are summed in buckets of about this size."""
     invariant: bool = False
-    """The same bits on any number of ranks: sum the step's micro-batches in one fixed tree."""
+    """The same bits on any number of ranks: sum the step's micro-batches in one fixed tree; wants an
+    integer in parallel.micro_batches, runs 1 thread a rank unless train.threads says more."""
 
 
 @dataclass

@@ -32,6 +32,8 @@ def read_config(words: list[str]) -> Config:
     if "#" in folder:
         folder = free_number(folder)
     config.train.run_folder = folder
+    if config.averaging.invariant and config.train.threads is None:
+        config.train.threads = 1  # kernels cut their sums by threads: a fair share would depend on the ranks
     return config
 
 

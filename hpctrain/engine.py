@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from mpi4py import MPI
 from torch import nn
@@ -26,6 +25,7 @@ from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
 from hpctrain.data.order import key
 from hpctrain.errors import DivergedError, HpctrainError, RankError
+from hpctrain.gradient import StraightIntoPlace
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
 from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
@@ -69,6 +69,7 @@ class Engine:
     def __post_init__(self) -> None:
         """Learn how forward gets its inputs."""
         self.named = models.by_name(self.module, self.names)
+        self.straight = StraightIntoPlace(self.module, self.averager.place, self.averager.filled)
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
 
     def step(
@@ -132,14 +133,16 @@ class Engine:
             self._losses[instruction.micro_batch] = self._forward(number, instruction.micro_batch, batch)
         elif isinstance(instruction, Backward):
             total, weight = self._losses.pop(instruction.micro_batch)
-            torch.autograd.backward(total)
+            with self.straight.accumulating():
+                torch.autograd.backward(total)
             if self.on_gradient:
                 self.on_gradient(instruction.micro_batch)
             self.averager.joined(instruction.micro_batch, float(total.detach()), weight)
 
     def _forward(self, number: int, micro_batch: int, batch: Batch) -> tuple[torch.Tensor, float]:
         torch.manual_seed(key(self.seed, number, micro_batch) >> 1)
-        total, weight = self._loss(batch)
+        with self.straight.forward():
+            total, weight = self._loss(batch)
         value = float(total.detach())
         if not math.isfinite(value):
             raise DivergedError(
@@ -193,7 +196,7 @@ class Engine:
         Gives {name: (numerator, denominator)}, `loss` among them. Collective; ranks may have
         different numbers of batches.
         """
-        sums: dict[str, np.ndarray[Any, Any]] = {}
+        sums: dict[str, list[tuple[float, float]]] = {}
         failure: Exception | None = None
         try:
             for batch in batches:
@@ -201,19 +204,32 @@ class Engine:
                 total, weight = self.loss(outputs, batch)
                 found = {"loss": (float(total), float(weight)), **measure(outputs, batch)}
                 for name, pair in found.items():
-                    sums[name] = sums.get(name, np.zeros(2)) + pair
+                    sums.setdefault(name, []).append((float(pair[0]), float(pair[1])))
         except Exception as error:
             failure = error
         raise_together(self.topology.comms.world, failure)
         return sum_over(self.topology.comms.data, sums)
 
 
-def sum_over(comm: MPI.Intracomm, sums: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Sum pairs by name over the ranks; a rank may lack a name. Collective."""
-    names = sorted(set().union(*comm.allgather(list(sums))))
-    table = np.array([sums.get(name, np.zeros(2)) for name in names], dtype=np.float64)
-    comm.Allreduce(MPI.IN_PLACE, table, op=MPI.SUM)
-    return {name: (float(a), float(b)) for name, (a, b) in zip(names, table)}
+def sum_over(
+    comm: MPI.Intracomm, pairs: dict[str, list[tuple[float, float]]]
+) -> dict[str, tuple[float, float]]:
+    """Sum every batch's pairs by name over the ranks; a rank may lack a name. Collective.
+
+    The sum is exact (Shewchuk 1997, by math.fsum), so it does not depend on who had which batch.
+    """
+    every = comm.allgather(pairs)
+    found = {}
+    for name in sorted(set().union(*every)):
+        columns = list(zip(*(pair for share in every for pair in share.get(name, []))))
+        found[name] = exact_sum(columns[0]), exact_sum(columns[1])
+    return found
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """Add numbers exactly; not a number where one is infinite or none."""
+    listed_values = list(values)
+    return math.fsum(listed_values) if all(map(math.isfinite, listed_values)) else math.nan
 
 
 def to_float(outputs: Any, device: str = "") -> Any:

@@ -49,9 +49,8 @@ class Validator:
             failure = error
         raise_together(self.job.topology.comms.world, failure)
         names = sorted(set().union(*self.job.topology.comms.data.allgather(list(found))))
-        return {
-            name: self._finish(sum_over(self.job.topology.comms.data, found.get(name, {}))) for name in names
-        }
+        pairs = {name: {m: [pair] for m, pair in found.get(name, {}).items()} for name in names}
+        return {name: self._finish(sum_over(self.job.topology.comms.data, pairs[name])) for name in names}
 
     def after_step(self, due: bool) -> bool:
         """Measure where it is due; note the best, and whether patience has run out.

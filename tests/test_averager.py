@@ -74,20 +74,20 @@ def test_every_rank_ends_with_the_same_bits(world):
 
 
 @pytest.mark.mpi
-def test_gradients_are_views_of_the_spaces_and_aligned(world):
+def test_gradients_come_home_to_the_spaces_aligned(world):
     module = seeded(Awkward, 5, 2)
     averager = averager_of(module, world)
     averager.begin([world.rank])
-    for again in range(2):
-        for name, parameter in averager.named.items():
-            view = averager.gradient(name)
-            assert parameter.grad is view
-            assert view.data_ptr() % space.ALIGNMENT == 0
-            assert parameter.data_ptr() % space.ALIGNMENT == 0
-            begin = [flat.data_ptr() for flat in averager.medium.slots[0]]
-            assert any(at <= view.data_ptr() < at + s.nbytes for at, s in zip(begin, averager.spaces))
-        if not again:
-            loss_of(module, 3).backward()
+    loss_of(module, 3).backward()
+    begin = [flat.data_ptr() for flat in averager.medium.slots[0]]
+    for name, parameter in averager.named.items():
+        view, fresh = averager.place(parameter)
+        assert fresh == (name == "unused")
+        assert parameter.grad is (None if fresh else view)
+        assert view.data_ptr() % space.ALIGNMENT == 0
+        assert parameter.data_ptr() % space.ALIGNMENT == 0
+        assert view.stride() == parameter.stride()
+        assert any(at <= view.data_ptr() < at + s.nbytes for at, s in zip(begin, averager.spaces))
 
 
 @pytest.mark.mpi
@@ -277,3 +277,36 @@ def test_optimizer_state_that_no_checkpoint_can_hold_is_refused():
     averager.optimizer.state[parameter]["inner"] = {"m": torch.zeros(2)}
     with pytest.raises(CheckpointError, match=r"the optimizer keeps inner of .* as a dict"):
         averager.scalars()
+
+
+@pytest.mark.mpi
+def test_a_second_step_does_not_see_the_gradients_of_the_first(world):
+    """Gradients are not zeroed: what nothing joins in a step must still count as zero."""
+    module = seeded(Awkward, 5, 2)
+    averager = averager_of(module, world, weight_decay=0.5)
+    for used in (True, False):
+        averager.begin([world.rank])
+        (loss_of(module, 2) + (module.unused.sum() * 3 if used else 0.0)).backward()
+        averager.joined(world.rank, 1.0, 1.0)
+        averager.step()
+        expected = 3.0 if used else 0.0
+        torch.testing.assert_close(averager.gradient("unused"), torch.full((3, 3), expected))
+        kept = module.unused.detach().clone()
+    assert torch.equal(kept, module.unused)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_rank_without_samples_counts_as_zero(world, invariant):
+    module = seeded(Net, 5, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    averager = Averager(module, optimizer, world, Averaging(invariant=invariant))
+    averager.keep = True
+    take(averager, loss_of(module, 3) * 7, 3.0)  # leaves something behind
+    averager.begin([world.rank])
+    if world.rank == 0:
+        module.second.bias.sum().backward()
+    averager.joined(world.rank, 1.0 if world.rank == 0 else 0.0, 2.0 if world.rank == 0 else 0.0)
+    assert averager.step().weight == 2.0
+    torch.testing.assert_close(averager.gradient("second.bias"), torch.full((2,), 0.5))
+    assert not averager.gradient("first.weight").any()

@@ -1,5 +1,7 @@
 """Failures inside a step: all ranks raise, with the failing rank's name, and nothing changes."""
 
+import math
+
 import h5py
 import numpy as np
 import pytest
@@ -127,10 +129,21 @@ def test_masked_targets_are_left_out_exactly(world, topology, files):
 
 @pytest.mark.mpi
 def test_sums_over_ranks_that_lack_a_name(world):
-    mine = {"loss": (1.0, 2.0)} if world.rank == 0 else {"loss": (1.0, 2.0), "other": (3.0, 1.0)}
+    mine = {"loss": [(1.0, 2.0)]}
+    if world.rank:
+        mine["other"] = [(1.0, 0.25), (2.0, 0.75)]
     found = sum_over(world, mine)
     assert found["loss"] == (world.size, 2.0 * world.size)
     assert found.get("other", (0.0, 0.0)) == (3.0 * (world.size - 1), world.size - 1.0)
+
+
+@pytest.mark.mpi
+def test_sums_over_batches_do_not_depend_on_who_had_them(world):
+    """1e16 and -1e16 on the first and the last rank, small numbers between: any other order loses them."""
+    pairs = [(1e16, 1.0), (1.0, 1.0), (0.25, 1.0), (-1e16, 1.0)]
+    first, last = world.rank * 4 // world.size, (world.rank + 1) * 4 // world.size
+    assert sum_over(world, {"loss": pairs[first:last]})["loss"] == (1.25, 4.0)
+    assert math.isnan(sum_over(world, {"loss": [(math.inf, 1.0)]})["loss"][0])
 
 
 def test_outputs_of_16_bits_become_float32_in_trees():

@@ -95,6 +95,52 @@ def test_plain_torch_gives_the_same_losses(topology, files):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+@pytest.mark.parametrize("micro_batches", [4, 7])
+def test_invariant_averaging_gives_the_same_bits_as_one_process(
+    topology, files, model, clip, micro_batches, monkeypatch
+):
+    """Losses, norms, weights, buffers and optimizer state, over an epoch's short last batch."""
+    monkeypatch.setattr("hpctrain.gradient.SMALLEST", 1)
+    config = config_of(files, f"helpers.{model}", clip=clip)
+    config.parallel.micro_batches = micro_batches
+    config.averaging.invariant = True
+    if model == "Unseeded":
+        pytest.skip("its weights come from a stream that no seed reaches: each start is another model")
+    found, alone = (trained(config, t) for t in (topology, Topology.build(MPI.COMM_SELF)))
+    for name, value in alone.items():
+        bits = [t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in (found[name], value)]
+        assert bits[0] == bits[1], name
+    config.averaging.invariant = False
+    other = trained(config, Topology.build(MPI.COMM_SELF))
+    torch.testing.assert_close(other["losses"], alone["losses"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.mpi
+def test_verify_finds_invariant_layouts_equal(topology, files):
+    config = config_of(files, "helpers.Dropping")
+    config.parallel.micro_batches, config.averaging.invariant = 6, True
+    job = assemble.build(config, topology)
+    assert verifying.compare(job, steps=4) is None
+    job.close()
+
+
+@pytest.mark.mpi
+def test_invariant_asks_for_a_fixed_number_of_micro_batches(topology, files):
+    config = config_of(files)
+    config.averaging.invariant = True
+    with pytest.raises(ConfigError, match="set parallel.micro_batches to an integer, 4 say"):
+        assemble.build(config, topology)
+    if topology.replicas > 1:
+        config.parallel.micro_batches = 1
+        with pytest.raises(
+            ConfigError, match=r"replicas for parallel.micro_batches = 1 leaves .* without work"
+        ):
+            assemble.build(config, topology)
+
+
+@pytest.mark.mpi
 def test_layouts_give_the_same_losses_over_epochs(topology, files):
     config = config_of(files, "helpers.Dropping")
     config.parallel.micro_batches = 5

@@ -1,7 +1,8 @@
 """One object owns the way from gradients to new weights: begin, ready, joined, step, pieces.
 
-      begin(m)         zero the gradients; this replica's micro-batches m follow
-      ready(p)         a micro-batch's gradient of parameter p has joined the sum
+      begin(m)         no gradient has joined; this replica's micro-batches m follow
+      ready(p)         a micro-batch's gradient of parameter p has come by autograd; or
+      place(p)         where it is to be computed, and filled(p) that it was
       joined(v, …)     micro-batch v is done: its loss and weight
       step(…)          sum over the replicas, divide by the global weight, clip, update the weights
 
@@ -109,7 +110,8 @@ class Averager:
         self._coming: list[int] = []
         self._index = {id(p): at for at, p in enumerate(self.named.values())}
         self._views = [torch.empty(0)] * len(self.named)
-        self._point(0, zero=True)
+        self._fresh: list[bool] = []
+        self._point(0)
         self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.named.values()]  # type: ignore[no-untyped-call]
 
     # -- building ----------------------------------------------------------------------------
@@ -207,7 +209,7 @@ class Averager:
     # -- a step ------------------------------------------------------------------------------
 
     def begin(self, micro_batches: Iterable[int]) -> None:
-        """Start a step: gradients are zero; these micro-batches of this replica follow. Local."""
+        """Start a step: no gradient has joined; these micro-batches of this replica follow. Local."""
         self.flags = Flags()
         self._used.zero_()
         self._losses[:] = 0.0
@@ -216,32 +218,52 @@ class Averager:
         self.running.micro_batch = self._coming[0] if self._coming else 0
         if self.growing:
             self.growing.stack = []
-        self._point(0, zero=True)
+        self._point(0)
 
-    def _point(self, slot: int, zero: bool) -> None:
-        """Let every gradient be its view of a slot."""
-        flats = self.medium.slots[slot]
+    def _point(self, slot: int) -> None:
+        """Let gradients go to a slot; what lies there is old."""
         if slot != self._slot:
-            for space, flat in zip(self.spaces, flats):
+            for space, flat in zip(self.spaces, self.medium.slots[slot]):
                 for seat in space.seats:
                     self._views[seat.index] = seat.view(flat)
             self._slot = slot
-        if zero:
-            for flat in flats:
-                flat.zero_()
-        for parameter, view in zip(self.named.values(), self._views):
-            parameter.grad = view
+        self._fresh = [True] * len(self.named)
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
+        """Give the memory of a parameter's gradient, and whether nothing has joined it yet. Local."""
+        index = self._index.get(id(parameter))
+        return None if index is None else (self._views[index], self._fresh[index])
+
+    def filled(self, parameter: torch.Tensor) -> None:
+        """Note that a gradient has been added in its place. Local."""
+        index = self._index[id(parameter)]
+        parameter.grad = self._views[index]
+        self._fresh[index] = False
+        self._used[index] += 1
 
     def ready(self, parameter: torch.Tensor) -> None:
-        """Note that a micro-batch's gradient of a parameter is complete. Local; called by autograd."""
+        """Note that a gradient has joined `.grad`, and bring it to its place. Local; autograd's hook."""
         index = self._index[id(parameter)]
-        view = self._views[index]
-        if parameter.grad is not view and parameter.grad is not None:
-            # the user's code set .grad to None or to a tensor of its own: bring it home
-            if parameter.grad.data_ptr() != view.data_ptr():
-                view.add_(parameter.grad)
-            parameter.grad = view
-        self._used[index] += 1
+        view, grad = self._views[index], parameter.grad
+        if grad is None:  # nothing came this way: it was filled in place, or there is none
+            return
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
+        if grad.data_ptr() != view.data_ptr() or not grad.numel():
+            if self._fresh[index]:
+                view.copy_(grad)
+            else:
+                view.add_(grad)
+        self.filled(parameter)
+
+    def _complete(self) -> None:
+        """Zero the gradients that nothing has joined: their memory holds those of an earlier step."""
+        for index, fresh in enumerate(self._fresh):
+            if fresh:
+                self._views[index].zero_()
+                self._fresh[index] = False
 
     def joined(self, micro_batch: int, loss: float, weight: float) -> None:
         """Note that a micro-batch is done: its summed loss and weight. Local.
@@ -253,11 +275,12 @@ class Averager:
         self.running.micro_batch = self._coming[0] if self._coming else 0
         if self.growing is None:
             return
+        self._complete()
         for left, right in self.growing.push(micro_batch):
             for into, of in zip(self.medium.slots[left], self.medium.slots[right]):
                 into.add_(of)
         if self._coming:
-            self._point(self.growing.free(), zero=True)
+            self._point(self.growing.free())
 
     def step(self, clip: float = 0.0, lr: Iterable[float] | None = None) -> Result:
         """Sum over the replicas, clip the mean gradient to the norm `clip` (0: not), update.
@@ -267,6 +290,7 @@ class Averager:
         they are; so they do with a gradient that is not finite where `clip` is set (else it is
         seen when the step is taken: the norm says so, and the caller must stop).
         """
+        self._complete()
         self.running.restore()
         self.flags.changed = int(self.running.others_changed)
         totals = self.medium.exchange(self._pack())
@@ -299,7 +323,7 @@ class Averager:
             medium.sum(self._mean_and(scale, stepper.block))
             medium.finish(weights=self.sharded)
             return self._norm()
-        medium.sum(self._mean_and(scale, self._store))
+        medium.sum(self._mean_and(scale, self._store), stored=True)
         medium.finish(weights=False)
         norm = self._norm()
         if not math.isfinite(norm):
@@ -349,14 +373,19 @@ class Averager:
                 for a, b in (block for ab in ranges for block in cut(*ab, BLOCK)):
                     self.stepper.block(number, a, b, gradients[number][a:b])
         if self.keep:
-            self._point(0, zero=False)
+            self._point(0)
+            self._fresh = [False] * len(self.named)
 
     def gradient(self, name: str) -> torch.Tensor:
         """Give the gradient of a parameter by name: what has joined so far, or the mean after a step.
 
         After a step it is there with `keep` only.
         """
-        return self._views[self._index[id(self.named[name])]]
+        index = self._index[id(self.named[name])]
+        if self._fresh[index]:
+            self._views[index].zero_()
+            self._fresh[index] = False
+        return self._views[index]
 
     def not_finite(self) -> list[str]:
         """Name the parameters whose mean gradient of the last step is not finite. Collective.

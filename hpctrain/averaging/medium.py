@@ -47,8 +47,11 @@ class Medium(Protocol):
     def exchange(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum small numbers over all ranks. Collective; gradients of all ranks are then complete."""
 
-    def sum(self, sink: Sink) -> None:
-        """Give the sum of what this rank owns to the sink. Collective, after `exchange`."""
+    def sum(self, sink: Sink, stored: bool = False) -> None:
+        """Give the sum of what this rank owns to the sink. Collective, after `exchange`.
+
+        With `stored` the sink will store it in slot 0, where it may lie already.
+        """
 
     def spread(self, ranges: Sequence[list[tuple[int, int]]]) -> None:
         """Bring ranges of every space of the sum, as sinks stored it in slot 0, into this rank's slot 0.
@@ -86,7 +89,7 @@ class Wire:
         self.comm.Allreduce(values, total, op=MPI.SUM)
         return total
 
-    def sum(self, sink: Sink) -> None:
+    def sum(self, sink: Sink, stored: bool = False) -> None:
         """Sum each bucket in place, then hand over all of it."""
         for number, space in enumerate(self.spaces):
             for start, stop in space.buckets:

@@ -12,16 +12,15 @@ Meeting: each rank owns a counter in a cache line of its own.
 
       rank r:  fence · counter[r] ← n · wait until every counter ≥ n · fence
 
-What a rank wrote before the first fence is seen by all behind their second one. The fence is
-MPI_Win_sync, a full memory barrier ("synchronizes the private and public window copies", MPI
-4.1, 12.7; Open MPI: opal_atomic_mb); the counter is one aligned 8-byte store.
+What a rank wrote before the first fence is seen by all behind their second one: the counter is
+one aligned 8-byte store, and `Fence` keeps it behind the data and the data's readers behind it.
 """
 
 import mmap
 import os
+import threading
 import time
 import uuid
-from collections.abc import Callable
 
 import torch
 from mpi4py import MPI
@@ -87,21 +86,25 @@ class NodeMemory:
         return memoryview(self.map)[: LINE * self.size].cast("q")
 
 
-def make_fence() -> Callable[[], None]:
-    """Give a full memory barrier. Local."""
-    window = MPI.Win.Allocate(LINE, comm=MPI.COMM_SELF)
-    window.Lock(0)
-    return window.Sync
+class Fence:
+    """A full memory barrier: to give a lock up and take it again.
 
+    POSIX: sem_post and sem_trywait, which Python's locks are made of, "synchronize memory" (IEEE
+    1003.1, 4.12); later Pythons use sequentially consistent exchanges. What was stored or loaded
+    before is ordered before the release, what follows after the acquire, and the acquire after
+    the release of the same lock. MPI_Win_sync would do as well, but every window asks all
+    one-sided components of Open MPI, and that of UCX complains aloud where it finds no network.
+    """
 
-_fence: list[Callable[[], None]] = []
+    def __init__(self) -> None:
+        """Make the lock that nobody else has."""
+        self._lock = threading.Lock()
+        self._lock.acquire()
 
-
-def fence() -> Callable[[], None]:
-    """Give the process' memory barrier; it is made once and ends with MPI. Local."""
-    if not _fence:
-        _fence.append(make_fence())
-    return _fence[0]
+    def __call__(self) -> None:
+        """Order all loads and stores before the call before all after it. Local."""
+        self._lock.release()
+        self._lock.acquire()
 
 
 class Rendezvous:
@@ -113,7 +116,7 @@ class Rendezvous:
         self.mine = comm.rank * LINE // 8
         self.others = [rank * LINE // 8 for rank in range(comm.size) if rank != comm.rank]
         self.spins = 0 if crowded else SPINS
-        self.fence = fence()
+        self.fence = Fence()
         self.met = 0
         namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
         everyone = comm.allgather((os.getpid(), namespace))

@@ -77,6 +77,7 @@ class Node:
         self._lay_out(slots, shared_weights, crowded)
         self._plan(tree, list(node_of))
         self.turn = 0
+        self._programs: dict[bool, list[tuple[int, int, int, trees.Additions, torch.Tensor]]] = {}
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def _lay_out(self, slots: int, shared_weights: bool, crowded: bool) -> None:
@@ -163,17 +164,41 @@ class Node:
         """Give this rank's part."""
         return self.place.mine(bucket)
 
-    def sum(self, sink: Sink) -> None:
+    def sum(self, sink: Sink, stored: bool = False) -> None:
         """Sum within the node, across nodes, and hand over this rank's parts."""
         if self.place.lane is None:
             return
-        for number, space in enumerate(self.spaces):
-            for bucket in space.buckets:
-                if self.place.nodes > 1:
+        if self.place.nodes > 1:
+            for number, space in enumerate(self.spaces):
+                for bucket in space.buckets:
                     self._sum_across(number, space, bucket, sink)
-                    continue
-                for start, stop in cut(*self.owned(bucket), BLOCK):
-                    sink(number, start, stop, self._block(self.within[0], number, space, start, stop))
+            return
+        if stored not in self._programs:
+            self._programs[stored] = [
+                (number, start, stop, *self._program(number, space, start, stop, stored))
+                for number, space in enumerate(self.spaces)
+                if space.dtype == space.wire
+                for bucket in space.buckets
+                for start, stop in cut(*self.owned(bucket), BLOCK)
+            ]
+        for number, start, stop, plan, total in self._programs[stored]:
+            for left, right, into in plan:
+                torch.add(left, right, out=into)
+            sink(number, start, stop, total)
+        for number, space in enumerate(self.spaces):
+            if space.dtype != space.wire:  # 16-bit numbers are widened first, each time anew
+                for bucket in space.buckets:
+                    for start, stop in cut(*self.owned(bucket), BLOCK):
+                        sink(number, start, stop, self._block(self.within[0], number, space, start, stop))
+
+    def _program(
+        self, number: int, space: Space, start: int, stop: int, stored: bool
+    ) -> tuple[trees.Additions, torch.Tensor]:
+        """Plan a block once: its memory stays where it is."""
+        tree = self.within[0]
+        views = {leaf: self.all[leaf[0]][leaf[1]][number][start:stop] for leaf in trees.leaves(tree)}
+        home = views.get((self.local.rank, 0)) if stored else None
+        return trees.additions(tree, views.__getitem__, self.scratch[space.wire], home)
 
     def _block(self, tree: trees.Tree, number: int, space: Space, start: int, stop: int) -> torch.Tensor:
         def read(leaf: tuple[int, int]) -> torch.Tensor:
@@ -278,6 +303,7 @@ class Node:
     def close(self) -> None:
         """Free communicators' memory views; the kernel frees the memory with the last view."""
         self.all, self.slots, self.small, self.units, self.weights = [], [], [], [], None
+        self._programs.clear()
         if sys.exc_info()[0] is None:  # freeing is collective: a rank that fails alone leaves it
             self._free()
 

@@ -93,7 +93,7 @@ def relabel(tree: Tree, name: Callable[[Any], Any]) -> Tree:
 
 
 def depth(tree: Tree) -> int:
-    """Count the scratch blocks that `evaluate` needs.
+    """Count the scratch blocks that a sum needs.
 
     >>> depth(fold([1, 2, 3])), depth(Pair((1, Pair((2, 3)))))
     (1, 2)
@@ -103,19 +103,46 @@ def depth(tree: Tree) -> int:
     return max(1, depth(tree[0]), depth(tree[1]) + 1)
 
 
-def evaluate(
-    tree: Tree, read: Callable[[Any], torch.Tensor], scratch: Sequence[torch.Tensor], at: int = 0
-) -> torch.Tensor:
-    """Add up the tree over one block; `read` gives the block of a leaf, which is not changed.
+Additions = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""What a sum does to one block, in order: (left, right, into)."""
 
-    Each tensor and each scratch block has shape (n,); the result is a scratch block, or the
-    leaf itself where there is but one. Local.
+
+def additions(
+    tree: Tree,
+    read: Callable[[Any], torch.Tensor],
+    scratch: Sequence[torch.Tensor],
+    home: torch.Tensor | None = None,
+) -> tuple[Additions, torch.Tensor]:
+    """Plan the sum of a tree over one block; give the additions and where the sum will be.
+
+    `read` gives the block of a leaf, which is not changed, but for `home`: the leaf in whose
+    memory the sum is to end, once it has been added itself. All have the shape (n,). Local.
     """
-    if not isinstance(tree, Pair):
-        return read(tree)
-    left = evaluate(tree[0], read, scratch, at)
-    right = evaluate(tree[1], read, scratch, at + 1)
-    return torch.add(left, right, out=scratch[at][: len(left)])
+    plan: Additions = []
+
+    def add(part: Tree, at: int) -> torch.Tensor:
+        if not isinstance(part, Pair):
+            return read(part)
+        left = add(part[0], at)
+        right = add(part[1], at + 1)
+        into = scratch[at][: len(left)]
+        if home is not None and (left is home or right is home):
+            into = home
+        plan.append((left, right, into))
+        return into
+
+    total = add(tree, 0)
+    return plan, total
+
+
+def evaluate(
+    tree: Tree, read: Callable[[Any], torch.Tensor], scratch: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Add up the tree over one block; the result is a scratch block, or the only leaf itself. Local."""
+    plan, total = additions(tree, read, scratch)
+    for left, right, into in plan:
+        torch.add(left, right, out=into)
+    return total
 
 
 class Growing:

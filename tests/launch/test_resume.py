@@ -56,6 +56,30 @@ def test_a_second_job_is_kept_out_of_the_folder(launcher, small, tmp_path):
     launcher.kill(first)
 
 
+def test_invariant_runs_are_the_same_bits_on_any_ranks_and_resumed_on_others(launcher, small, tmp_path):
+    """4 ranks; 3 ranks; and 4, then 2, then 1: losses, metrics, weights and optimizer state."""
+    words = ["train", "small.toml", "--averaging.invariant", "true", "--parallel.micro_batches", "4"]
+    words += ["--data.validation", "0.2", "--train.clip", "0.5"]
+    for ranks in (4, 3):
+        ended = launcher.ranks(ranks, *words, "--train.run_folder", f"at{ranks}")
+        assert ended.status == 0, ended.text
+    for ranks, steps in ((4, 6), (2, 13), (1, 20)):
+        ended = launcher.ranks(ranks, *words, "--train.run_folder", "moved", "--train.steps", steps,
+                               "--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR")  # fmt: skip
+        assert ended.status == 0, ended.text
+    plain = launcher.ranks(1, *words, "--train.run_folder", "alone", "--optimizer.schedule.class_path",
+                           "torch.optim.lr_scheduler.ConstantLR")  # fmt: skip
+    assert plain.status == 0, plain.text
+    for a, b in (("at4", "at3"), ("moved", "alone")):
+        assert losses(tmp_path / a) == losses(tmp_path / b)
+        found = [[r["loss"] for r in rows(tmp_path / x) if r["event"] == "validate"] for x in (a, b)]
+        assert found[0][-1] == found[1][-1]
+        assert same_bits(weights(tmp_path / a), weights(tmp_path / b))
+    refused = launcher.ranks(2, "train", "small.toml", "--averaging.invariant", "true")
+    assert refused.status == 2
+    assert refused.text.count("set parallel.micro_batches to an integer") == 1
+
+
 def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
     assert launcher.ranks(2, "train", "small.toml").status == 0
     ended = launcher.ranks(2, "train", "runs/small/config.toml", "--train.run_folder", "new")

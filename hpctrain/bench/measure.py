@@ -1,0 +1,128 @@
+"""Contenders take turns; a case gives each one's median and quartiles, and ratios to ours."""
+
+import json
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+
+from hpctrain.errors import HpctrainError
+from hpctrain.topology import usable_cores
+from hpctrain.version import __version__
+
+Contenders = Mapping[str, Callable[[], None]]
+WARM_UP = 3
+
+
+def alternate(
+    comm: MPI.Intracomm, contenders: Contenders, rounds: int, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Time each contender once a round, in turn; seconds of the slowest rank. Collective.
+
+    What takes microseconds is repeated, and the mean taken: ranks leave a barrier apart.
+    """
+    for _ in range(WARM_UP):
+        for work in contenders.values():
+            comm.Barrier()
+            work()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, work in contenders.items():
+            comm.Barrier()
+            began = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            seconds = (time.perf_counter() - began) / repeats
+            times[name].append(comm.allreduce(seconds, op=MPI.MAX))
+    return times
+
+
+def row(case: str, ranks: int, bytes_: int, times: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Make the row of a case: medians, quartiles, ratios (peer ÷ ours, limit ÷ ours).
+
+    >>> row("x", 2, 8, {"ours": [1.0, 1.0], "gloo": [3.0, 5.0]})["ratio"]
+    {'gloo': 4.0}
+    """
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    quartiles = {
+        name: [statistics.quantiles(found, n=4)[0], statistics.quantiles(found, n=4)[2]]
+        for name, found in times.items()
+    }
+    ratio = {name: value / medians["ours"] for name, value in medians.items() if name != "ours"}
+    return {
+        "case": case,
+        "ranks": ranks,
+        "bytes": bytes_,
+        "seconds": medians,
+        "spread": quartiles,
+        "ratio": ratio,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Say what was measured on."""
+    return {"cores": len(usable_cores()), "cpu": platform.machine(), "host": socket.gethostname()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured."""
+    vendor, number = MPI.get_vendor()
+    mpi = f"{vendor} {'.'.join(map(str, number))}"
+    return {
+        "hpctrain": __version__,
+        "torch": torch.__version__,
+        "mpi": mpi,
+        "python": platform.python_version(),
+    }
+
+
+def document(rows: list[dict[str, Any]]) -> str:
+    """Give the one JSON object that `--json` prints."""
+    return json.dumps({"machine": machine(), "versions": versions(), "rows": rows}, indent=1)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Give rows as text: milliseconds, and each peer's ratio to ours."""
+    lines = []
+    for entry in rows:
+        cells = [f"{name} {1e3 * value:.3f} ms" for name, value in entry["seconds"].items()]
+        ratios = [f"{name} {value:.2f}x" for name, value in entry["ratio"].items()]
+        lines.append(f"{entry['case']:24} {', '.join(cells)}  |  {', '.join(ratios)}")
+    return "\n".join(lines)
+
+
+def start_gloo(comm: MPI.Intracomm) -> None:
+    """Start torch.distributed over the ranks that MPI started, for the peers. Collective.
+
+    On one node it talks over the loopback interface, which needs no name to be resolved.
+    """
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    alone = node.size == comm.size
+    node.Free()
+    if alone:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    host = "127.0.0.1" if alone else socket.gethostname()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address = comm.bcast((host, probe.getsockname()[1]), root=0)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://{address[0]}:{address[1]}", rank=comm.rank, world_size=comm.size
+        )
+    except (RuntimeError, ValueError) as error:
+        raise HpctrainError(f"the peer torch.distributed (Gloo) did not start: {error}") from None
+
+
+def say(comm: MPI.Intracomm, text: str) -> None:
+    """Show progress on standard error: standard output holds only the result."""
+    if comm.rank == 0:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

@@ -1,0 +1,134 @@
+"""`hpctrain bench step`: whole training steps against DistributedDataParallel.
+
+ours         the default: gradients straight into place, summed and stepped by AdamW through the
+             node's memory
+ddp_fused    DDP over Gloo, gradient_as_bucket_view, AdamW(fused=True)
+ddp_foreach  the same with AdamW(foreach=True)
+limit        forward and backward alone: nothing averaged, nothing stepped
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpctrain.averaging.averager import Averager
+from hpctrain.bench.measure import alternate, row, say, start_gloo
+from hpctrain.gradient import StraightIntoPlace
+from hpctrain.topology import Topology
+
+ROUNDS = 25
+
+
+def mlp(*widths: int) -> nn.Module:
+    """Linear layers with ReLU between."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn() -> nn.Module:
+    """A small residual-free CNN on 3 x 32 x 32 images."""
+    widths = (3, 32, 64, 128)
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def transformer() -> nn.Module:
+    """Four encoder layers of width 256 on sequences of 32."""
+    layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "8M batch=16": (lambda: mlp(1024, 2048, 2048, 1024, 256), (16, 1024)),
+    "8M batch=64": (lambda: mlp(1024, 2048, 2048, 1024, 256), (64, 1024)),
+    "17M batch=16": (lambda: mlp(1024, 4096, 2048, 2048, 256), (16, 1024)),
+    "17M batch=64": (lambda: mlp(1024, 4096, 2048, 2048, 256), (64, 1024)),
+    "cnn batch=16": (cnn, (16, 3, 32, 32)),
+    "transformer batch=8": (transformer, (8, 32, 256)),
+}
+
+
+def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure every case. Collective."""
+    comm = topology.comms.world
+    torch.set_num_threads(topology.threads)
+    start_gloo(comm)
+    rows = []
+    for case in cases or CASES:
+        rows.append(one_case(topology, case))
+        say(comm, f"{case} done")
+    dist.destroy_process_group()
+    return rows
+
+
+def one_case(topology: Topology, case: str) -> dict[str, Any]:
+    """Measure one model; the batch is each rank's."""
+    comm = topology.comms.world
+    make, shape = CASES[case]
+    torch.manual_seed(comm.rank + 7)
+    x = torch.randn(shape)
+    models = []
+    for _ in range(4):
+        torch.manual_seed(1)
+        models.append(make())
+    size = sum(p.numel() for p in models[0].parameters())
+    contenders = {
+        "ours": our_step(topology, models[0], x),
+        "ddp_fused": ddp_step(models[1], x, fused=True),
+        "ddp_foreach": ddp_step(models[2], x, foreach=True),
+        "limit": bare_step(models[3], x),
+    }
+    return row(case, comm.size, size * 4, alternate(comm, contenders, ROUNDS))
+
+
+def our_step(topology: Topology, model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """Take a step as the engine does."""
+    comm = topology.comms.data
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    averager = Averager(model, optimizer, comm, crowded=topology.crowded)
+    straight = StraightIntoPlace(model, averager.place, averager.filled)
+
+    def step() -> None:
+        averager.begin([comm.rank])
+        with straight.forward():
+            loss = model(x).square().sum()
+        with straight.accumulating():
+            loss.backward()
+        averager.joined(comm.rank, float(loss.detach()), float(len(x)))
+        averager.step()
+
+    return step
+
+
+def ddp_step(model: nn.Module, x: torch.Tensor, **kind: bool) -> Callable[[], None]:
+    """Take a step as DDP's users do."""
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    fused, foreach = kind.get("fused"), kind.get("foreach")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, foreach=foreach)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def bare_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward, and nothing else."""
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(x).square().mean().backward()
+
+    return step

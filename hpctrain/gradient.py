@@ -1,0 +1,143 @@
+"""Weight gradients computed straight into their place: the memory that is averaged.
+
+Autograd computes a weight's gradient into fresh memory and then adds it to `.grad`, which had
+to be zeroed first: three passes over the memory of the weights. For a linear layer the product
+can be written where it belongs:
+
+      first micro-batch      place ← gᵀ·x          torch.mm(out=place)
+      later ones             place ← place + gᵀ·x  place.addmm_
+
+The user's module is not touched: while the forward runs, a torch-function mode sees each
+`F.linear` whose weight has a place. Everything that could tell the difference takes autograd's
+own way: hooks on the weight, gradients of gradients, `torch.autograd.grad` in the user's code,
+autocast, functorch, small weights.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+SMALLEST = 16384
+"""Elements: below it the product is too short for its passes over memory to matter."""
+
+Place = Callable[[nn.Parameter], tuple[torch.Tensor, bool] | None]
+"""Gives the memory of a weight's gradient and whether nothing has joined it yet; None: not managed."""
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear whose weight gradient may be written into its place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, owner: "StraightIntoPlace"
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.matmul(gradient, weight)
+        if ctx.needs_input_grad[1]:
+            to_weight = ctx.owner.join(ctx.parameter, flat, rows)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            to_bias = flat.sum(dim=0)
+        return to_x, to_weight, to_bias, None
+
+
+class StraightIntoPlace(TorchFunctionMode):
+    """Entered for the forward; `accumulating` is entered for the backward that fills the places."""
+
+    def __init__(self, module: nn.Module, place: Place, filled: Callable[[nn.Parameter], None]) -> None:
+        """Take what gives places, and what is told when one has been filled."""
+        super().__init__()
+        self._place, self._filled = place, filled
+        self._active = False
+        compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+        self.weights = {
+            id(m.weight)
+            for m in module.modules()
+            if isinstance(m, nn.Linear) and m.weight.numel() >= SMALLEST and not compiled
+        }
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Watch the calls of a forward; costs nothing where no layer could gain."""
+        if not self.weights or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            yield
+            return
+        with self:
+            yield
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Let weight gradients go into their places: this backward is the one that is averaged."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Take F.linear of a managed weight; let everything else pass."""
+        if function is functional.linear and torch.is_grad_enabled():
+            x, weight, bias = _linear_arguments(*arguments, **(named or {}))
+            if id(weight) in self.weights and weight.requires_grad and _plain(x, weight):
+                return _Linear.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+        return function(*arguments, **(named or {}))
+
+    def join(self, parameter: nn.Parameter, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """Add gᵀ·x to the parameter's place and give None, or give it to autograd.
+
+        g: (rows, out), x: (rows, in). Local.
+        """
+        own_way = (
+            not self._active
+            or torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated
+            or parameter._backward_hooks  # the user's hooks want to see the gradient
+            or parameter.dtype != g.dtype
+        )
+        found = None if own_way else self._place(parameter)
+        if found is None:
+            return g.t() @ x
+        place, first = found
+        if first:
+            torch.mm(g.t(), x, out=place)
+        else:
+            place.addmm_(g.t(), x)
+        self._filled(parameter)
+        return None
+
+
+def _linear_arguments(
+    input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
+    return input, weight, bias
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether nothing else watches the call itself.
+
+    Functorch's transforms do; so do hooks on saved tensors (recomputed activations expect the
+    same tensors from the second forward, which no mode sees).
+    """
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return (
+        not (inside or hooked)
+        and x.dtype == weight.dtype
+        and x.ndim >= 1
+        and type(x) in (torch.Tensor, nn.Parameter)
+    )

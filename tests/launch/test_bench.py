@@ -1,0 +1,37 @@
+"""`hpctrain bench` on real ranks: one JSON object on standard output, every peer in it."""
+
+import json
+
+
+def test_allreduce_prints_one_object_with_every_peer(launcher):
+    ended = launcher.ranks(2, "bench", "allreduce", "--json", "--case", "4096", "--case", "65536")
+    assert ended.status == 0, ended.text
+    found = json.loads(ended.out)
+    assert set(found) == {"machine", "versions", "rows"}
+    assert [row["bytes"] for row in found["rows"]] == [4096, 65536]
+    for row in found["rows"]:
+        assert row["ranks"] == 2
+        assert set(row["seconds"]) == set(row["spread"]) == {"ours", "openmpi", "gloo", "limit"}
+        for name, value in row["seconds"].items():
+            low, high = row["spread"][name]
+            assert 0 < low <= value <= high
+        assert row["ratio"]["gloo"] == row["seconds"]["gloo"] / row["seconds"]["ours"]
+
+
+def test_step_measures_ddp_beside_ours(launcher):
+    ended = launcher.ranks(2, "bench", "step", "--json", "--case", "cnn batch=16")
+    assert ended.status == 0, ended.text
+    (row,) = json.loads(ended.out)["rows"]
+    assert set(row["seconds"]) == {"ours", "ddp_fused", "ddp_foreach", "limit"}
+    table = launcher.ranks(1, "bench", "step", "--case", "cnn batch=16")
+    assert table.status == 0, table.text
+    assert table.out.startswith("cnn batch=16 ")
+
+
+def test_wrong_cases_are_named(launcher):
+    ended = launcher.ranks(2, "bench", "step", "--case", "17M batch=61")
+    assert ended.status == 2
+    assert ended.text.count("--case '17M batch=61' is no case: did you mean 17M batch=") == 1
+    ended = launcher.ranks(2, "bench", "allreduce", "--case", "1000")
+    assert ended.status == 2
+    assert "--case 1000: bytes, a multiple of 4096, were expected" in ended.err

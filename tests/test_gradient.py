@@ -1,0 +1,172 @@
+"""Straight into place gives autograd's gradients, and steps aside for whoever could tell."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hpctrain import gradient
+from hpctrain.gradient import StraightIntoPlace
+
+
+class Owner:
+    """Places as the averager gives them."""
+
+    def __init__(self, module):
+        self.places = {id(p): torch.full_like(p, 7.0) for p in module.parameters()}
+        self.joined = []
+        for p in module.parameters():
+            p.register_post_accumulate_grad_hook(self.ready)
+
+    def place(self, parameter):
+        return self.places[id(parameter)], id(parameter) not in self.joined
+
+    def ready(self, parameter):
+        place = self.places[id(parameter)]
+        if parameter.grad is not None:
+            if parameter.grad is not place:
+                place.copy_(parameter.grad)
+            self.filled(parameter)
+
+    def filled(self, parameter):
+        parameter.grad = self.places[id(parameter)]
+        self.joined.append(id(parameter))
+
+
+@pytest.fixture(autouse=True)
+def small_weights(monkeypatch):
+    monkeypatch.setattr(gradient, "SMALLEST", 1)
+
+
+class Tied(nn.Module):
+    """One weight in two layers, one of them by a functional call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        return self.b(torch.tanh(nn.functional.linear(torch.tanh(self.a(x)), weight=self.a.weight)))
+
+
+def make(kind=Tied):
+    torch.manual_seed(0)
+    return kind()
+
+
+def run(module, batches, work=None):
+    """Gradients by autograd alone, and straight into place."""
+    owner = Owner(module)
+    straight = StraightIntoPlace(module, owner.place, owner.filled)
+    for x in batches:
+        with straight.forward():
+            loss = (work or (lambda m, x: m(x).square().sum()))(module, x)
+        with straight.accumulating():
+            loss.backward()
+    return {n: owner.places[id(p)] for n, p in module.named_parameters()}, owner
+
+
+def expected(module, batches, work=None):
+    for x in batches:
+        (work or (lambda m, x: m(x).square().sum()))(module, x).backward()
+    return {n: p.grad for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 5, 6), (6,), (1, 6)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_equals_autograd_for_tied_weights_and_accumulation(shape, count):
+    torch.manual_seed(1)
+    batches = [torch.randn(shape) for _ in range(count)]
+    found, owner = run(make(), batches)
+    for name, value in expected(make(), batches).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    tied = next(iter(owner.places))
+    assert owner.joined.count(tied) >= 2 * count, "the weight that is used twice joins twice, in place"
+
+
+def test_the_same_bits_as_autograd_for_one_use():
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    found, _ = run(make(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))), [x])
+    for name, value in expected(
+        make(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))), [x]
+    ).items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_hook_on_the_weight_sees_the_gradient():
+    module, plain = make(), make()
+    for m in (module, plain):
+        m.b.weight.register_hook(lambda g: g * 3)
+    x = torch.randn(4, 6)
+    found, _ = run(module, [x])
+    torch.testing.assert_close(found["b.weight"], expected(plain, [x])["b.weight"])
+
+
+def test_gradients_that_the_users_forward_asks_for_are_given_not_averaged():
+    """A gradient penalty: torch.autograd.grad in the forward, differentiated again."""
+
+    def work(module, x):
+        inner = module(x).square().sum()
+        (g,) = torch.autograd.grad(inner, module.a.weight, create_graph=True)
+        (plain,) = torch.autograd.grad(module(x).sum(), module.b.weight)
+        return inner + g.square().sum() + plain.sum()
+
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+    found, _ = run(make(), [x], work)
+    for name, value in expected(make(), [x], work).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_activations(reentrant):
+    def work(module, x):
+        return checkpoint(module, x.requires_grad_(), use_reentrant=reentrant).square().sum()
+
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(4))
+    found, _ = run(make(), [x.clone()], work)
+    for name, value in expected(make(), [x.clone()], work).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_functorch_autocast_and_evaluation_take_their_own_way():
+    def by_sample(module, x):
+        weights = dict(module.named_parameters())
+
+        def loss(row):
+            return torch.func.functional_call(module, weights, (row,)).square().sum()
+
+        return torch.func.vmap(loss)(x).sum()
+
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
+    found, _ = run(make(), [x], by_sample)
+    for name, value in expected(make(), [x], by_sample).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    module = make()
+    owner = Owner(module)
+    straight = StraightIntoPlace(module, owner.place, owner.filled)
+    with torch.autocast("cpu", dtype=torch.bfloat16), straight.forward():
+        assert module(x).dtype == torch.bfloat16
+    with straight.forward(), torch.no_grad():
+        assert not module(x).requires_grad
+
+
+def test_a_frozen_weight_and_a_frozen_bias():
+    def frozen():
+        module = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+        module[0].weight.requires_grad_(False)
+        module[1].bias.requires_grad_(False)
+        return module
+
+    torch.manual_seed(6)
+    module, x = frozen(), torch.randn(3, 6)
+    straight_module, owner = module, {id(p): torch.zeros_like(p) for p in module.parameters()}
+    straight = StraightIntoPlace(module, lambda p: (owner[id(p)], True), lambda p: None)
+    with straight.forward():
+        loss = straight_module(x).square().sum()
+    with straight.accumulating():
+        loss.backward()
+    (g,) = torch.autograd.grad(module(x).square().sum(), module[1].weight)
+    torch.testing.assert_close(owner[id(module[1].weight)], g)
+    assert module[0].weight.grad is None
+    assert not owner[id(module[0].weight)].any()
+    assert module[1].bias.grad is None
