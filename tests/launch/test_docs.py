@@ -49,7 +49,7 @@ def test_the_readme_counts_right():
 
 
 def test_the_commands_of_your_own_data_and_model(launcher, folder):
-    assert len(REST) == 11
+    assert len(REST) == 13
     outputs = {}
     for command in REST:
         ended = launcher.run(*shlex.split(command))
