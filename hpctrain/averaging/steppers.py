@@ -102,6 +102,8 @@ class Adam:
         ]
         count = sum(len(space.seats) for space in spaces)
         self.steps = [0] * count
+        for group in optimizer.param_groups:
+            group["params"] = []  # its own step has nothing to do, but LR schedulers count it
         self._used: list[bool] = []
         self._plans: dict[tuple[int, int, int], list[Any]] = {}
 
@@ -113,6 +115,7 @@ class Adam:
         for at, was in enumerate(used):
             self.steps[at] += bool(was)
         self._numbers: dict[int, torch.Tensor] = {}
+        self.optimizer.step()
 
     def _number(self, step: int, device: torch.device) -> torch.Tensor:
         if step not in self._numbers:

@@ -15,6 +15,7 @@ def test_a_run_writes_what_others_read(launcher, small, tmp_path):
     assert ended.status == 0, ended.text
     run = tmp_path / "runs" / "small"
     assert f"run folder {run}" in ended.out
+    assert "Warning" not in ended.text
     names = sorted(p.name for p in run.iterdir() if not p.name.startswith("."))
     assert names == ["checkpoints", "config.toml", "log.txt", "metrics.jsonl"]
     found = rows(run)
