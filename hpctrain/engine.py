@@ -248,7 +248,7 @@ def to_float(outputs: Any, device: str = "") -> Any:
 def listed(samples: Any, most: int = 8) -> str:
     """Write sample numbers, the first few.
 
-    >>> listed(np.arange(10), most=3)
+    >>> listed(range(10), most=3)
     '0, 1, 2 and 7 more'
     """
     text = ", ".join(str(int(s)) for s in samples[:most])

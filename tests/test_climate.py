@@ -33,7 +33,8 @@ def test_baselines_are_the_published_ones(job):
 
     found = job.task.baselines(lambda: job.split_batches("test"))
     for name, value in expected.items():
-        sums = sum_over(job.topology.comms.data, found.get(name, {}))
+        mine = {metric: [pair] for metric, pair in found.get(name, {}).items()}
+        sums = sum_over(job.topology.comms.data, mine)
         assert job.task.finish("rmse_kelvin", *sums["rmse_kelvin"]) == pytest.approx(value, abs=0.0006)
 
 

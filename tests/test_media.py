@@ -115,10 +115,12 @@ def test_memory_is_reserved_or_refused_and_leaves_no_name(world, monkeypatch, sh
     )
     world.Barrier()
     assert list(shared_tmp.iterdir()) == []
+    world.Barrier()  # the next file is not made before all have looked
     with pytest.raises(OSError, match=r"space|large|File"):
         NodeMemory(world, 100, 1 << 60)
     world.Barrier()
     assert list(shared_tmp.iterdir()) == []
+    world.Barrier()  # the next file is not made before all have looked
 
 
 @pytest.mark.mpi

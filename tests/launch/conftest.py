@@ -41,6 +41,8 @@ class Launcher:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "PRTE_MCA_hwloc_default_binding_policy": "none",
             "OMPI_MCA_mpi_yield_when_idle": "1",
+            # what a killed rank can't remove stays in the test's folder, not in /dev/shm
+            "OMPI_MCA_btl_sm_backing_directory": str(folder),
         }
         self.environment.pop("OMP_NUM_THREADS", None)
 
@@ -137,3 +139,12 @@ def rows(run):
 def losses(run):
     """{step: loss} of the "train" rows."""
     return {row["step"]: row["loss"] for row in rows(run) if row["event"] == "train"}
+
+
+def wait_for(condition, process, limit=90):
+    """Wait for a condition while a process runs."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)

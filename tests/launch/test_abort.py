@@ -1,10 +1,14 @@
 """A failing rank ends all ranks within seconds, its own message first, however it was started."""
 
+import os
+import signal
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
+from conftest import losses, wait_for
 
 SCRIPT = """
     import sys, threading, time
@@ -90,3 +94,38 @@ def test_an_error_of_one_rank_alone_ends_all_with_its_status(launcher, tmp_path)
     ended = launcher.run("mpirun", "-n", 3, sys.executable, "mine.py", limit=60)
     assert ended.status == 2, ended.text
     assert ended.text.count("r1/3 | error: only here") == 1
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_leaves_no_shared_memory(launcher, small, tmp_path):
+    """SIGKILL of one rank while the others wait for it in the node's shared memory."""
+    before = set(Path("/dev/shm").iterdir())
+    slow = ("--model.class_path", "helpers.Slow", "--train.steps", "200")
+    process = launcher.start(*launcher.command(3, "train", "small.toml", *slow), SLOW="0.2")
+    wait_for(lambda: len(losses(tmp_path / "runs/small")) >= 3, process)
+    victim = next(pid for pid in ranks_in(tmp_path) if environment(pid).get("OMPI_COMM_WORLD_RANK") == "2")
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    ended = launcher.finish(process, limit=60)
+    assert time.monotonic() - began < 20
+    assert ended.status not in (0, 75)
+    assert "process rank 2" in ended.text
+    assert not ranks_in(tmp_path)
+    assert not {path for path in set(Path("/dev/shm").iterdir()) - before if "hpctrain" in path.name}
+
+
+def environment(pid):
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return dict(word.decode(errors="replace").split("=", 1) for word in words if b"=" in word)
+
+
+def ranks_in(folder):
+    """Processes of hpctrain that work in a folder, mpirun left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            here = entry.name.isdigit() and os.readlink(entry / "cwd") == str(folder)
+            if here and "OMPI_COMM_WORLD_RANK" in environment(int(entry.name)):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found

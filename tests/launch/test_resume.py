@@ -2,11 +2,10 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from conftest import losses, rows
+from conftest import losses, rows, wait_for
 
 from hpctrain.use import load_module
 
@@ -136,14 +135,6 @@ def test_a_run_of_four_ranks_goes_on_with_three_and_with_one(launcher, small, tm
     assert whole.keys() == cut.keys()
     assert all(whole[step] == cut[step] for step in range(1, 9)), "the same layout: the same bits"
     assert all(cut[step] == pytest.approx(whole[step], rel=1e-4) for step in whole)
-
-
-def wait_for(condition, process, limit=90):
-    end = time.monotonic() + limit
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", ["SIGUSR1"])
