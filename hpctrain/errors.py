@@ -15,6 +15,8 @@ class HpctrainError(Exception):
     status = FAILED
     agreed = False
     """Whether all ranks raise it: then each can leave in peace, else the job must be aborted."""
+    agreed_on: object = None
+    """The communicator whose ranks agreed on it."""
 
 
 class ConfigError(HpctrainError):

@@ -7,6 +7,7 @@ Plain HDF5 without its MPI driver can't be written by several processes; bytes a
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
     with Topology.build(comm) as topology:
         log.start(topology)
         config, stored = from_root(topology.comms.world, lambda: open_run(run, step))
+        # nothing is averaged here: any number of ranks will do
+        config = replace(config, averaging=replace(config.averaging, invariant=False))
         job = assemble.build(config, topology, learn=False)
         job.restore_weights(stored)
         try:
@@ -58,15 +61,30 @@ def write(job: Job, split: str, output: Path, world: MPI.Intracomm) -> None:
 
     offsets, dtypes = from_root(world, begin)
     kinds = dict(zip(offsets, dtypes))
+    shapes = {wanted.name: tuple(wanted.shape) for wanted in job.task.predictions()}
     with together(world), open(temporary, "rb+") as file:
         blocks = job.split_blocks(split)
         for (start, _), batch in zip(blocks, job.split_batches(split)):
             found = job.task.predict(job.engine.outputs(batch), batch)
             for name, values in found.items():
-                rows = np.ascontiguousarray(values, dtype=kinds[name])
+                rows = np.ascontiguousarray(values, dtype=kinds.get(name))
+                check_rows(name, rows, len(batch), shapes)
                 os.pwrite(file.fileno(), rows.tobytes(), offsets[name] + start * rows[0].nbytes)
         os.fsync(file.fileno())
     from_root(world, lambda: temporary.replace(output))
+
+
+def check_rows(name: str, rows: Any, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse what would be written over other rows: a task's prediction of another shape. Local."""
+    if name not in shapes:
+        raise ConfigError(
+            f"the task predicts {name}, which its predictions() does not list: {sorted(shapes)}"
+        )
+    if rows.shape != (count, *shapes[name]):
+        raise ConfigError(
+            f"the task predicts {name} as {rows.shape} for {count} samples, its predictions() says "
+            f"{(count, *shapes[name])}: make them agree"
+        )
 
 
 def create(job: Job, split: str, path: Path) -> tuple[Offsets, list[str]]:

@@ -51,13 +51,18 @@ def finished(job: Job, stored: loading.Stored | None, run: RunFolder) -> bool:
     if stored.step < job.total_steps and not stopped_early:
         return False
     why = stored.state["ended"] or f"step {stored.step} of {job.total_steps}"
-    done = [row for row in rows(run.path / "metrics.jsonl") if row["event"] == "end"]
-    if not done or done[-1]["status"] != "done":  # a kill came between the checkpoint and the row
-        run.row("end", stored.step, status="done", reason=why)
+    if not from_root(job.topology.comms.world, lambda: has_ended(run, stored.step)):
+        return False  # it stopped after its last checkpoint: the last numbers and pictures are still to come
     LOGGER.info("%s is finished (%s); nothing was changed", run.path, why)
     LOGGER.info("to go on: a larger --train.epochs or --train.steps")
     LOGGER.info("to start afresh: --train.run_folder NEW (runs/name-# takes the next free number)")
     return True
+
+
+def has_ended(run: RunFolder, step: int) -> bool:
+    """Whether the "end" row of this step says done. Local."""
+    ends = [row for row in rows(run.path / "metrics.jsonl") if row["event"] == "end"]
+    return any(row["status"] == "done" and row["step"] == step for row in ends)
 
 
 class Loop:
@@ -69,13 +74,14 @@ class Loop:
         self.at = Progress.of(stored)
         if stored is not None and stored.state["total_steps"] != job.total_steps:
             LOGGER.info("the total grows from %d to %d steps", stored.state["total_steps"], job.total_steps)
-        if self.at.ended:
+        if self.at.ended and stored is not None and job.total_steps > stored.state["total_steps"]:
             self.at.ended, self.at.waited = "", 0  # the total has grown since patience ran out
         self.resumed_step = self.at.step
         if stored is not None:
             job.restore(stored, stored.state["total_steps"] != job.total_steps)
         self.validator = Validator(job, run, self.at)
-        self.last_saved, self.saved_step = time.monotonic(), -1
+        self.last_saved = time.monotonic()
+        self.saved_step = -1 if stored is None else stored.step
 
     def run(self) -> int:
         """Train to the end; an error that all ranks agree on is written into the "end" row."""

@@ -29,6 +29,8 @@ def together(comm: MPI.Intracomm, name_rank: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if getattr(error, "agreed_on", None) is comm:
+            raise  # from a collective call inside: every rank has raised it already
         failure = error
     except SystemExit as error:  # this rank would leave and the others wait for it
         failure = RankError(f"sys.exit({error.code}) was called")
@@ -50,7 +52,7 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
     if comm.size > 1 and name_rank:
         text = f"rank {first} of {comm.size}: {text}" if alone else text
     error = getattr(errors, kind, RankError)(text)
-    error.agreed = True
+    error.agreed, error.agreed_on = True, comm
     raise error from (failure if comm.rank == first else None)
 
 

@@ -132,7 +132,7 @@ def test_no_checkpoint_and_unreadable_manifests(world, shared_tmp):
     if world.rank == 0:
         manifest = json.loads((path / "manifest.json").read_text())
         (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-        with pytest.raises(CheckpointError, match="has format 99, this hpctrain reads 1"):
+        with pytest.raises(CheckpointError, match="has format 99, this hpctrain reads 2"):
             load.open_checkpoint(path)
         (path / "manifest.json").write_text("{")
         found, passed_over = load.newest(shared_tmp)

@@ -124,6 +124,21 @@ def test_memory_is_reserved_or_refused_and_leaves_no_name(world, monkeypatch, sh
 
 
 @pytest.mark.mpi
+def test_memory_that_one_rank_cannot_map_is_refused_on_all(world, monkeypatch, shared_tmp):
+    monkeypatch.setattr(memory, "FOLDER", str(shared_tmp))
+
+    def no_memory(*arguments):
+        raise OSError("cannot allocate memory")
+
+    if world.rank == world.size - 1:
+        monkeypatch.setattr(memory.mmap, "mmap", no_memory)
+    with pytest.raises(OSError, match="cannot allocate memory"):
+        NodeMemory(world, 100, 200)
+    world.Barrier()
+    assert list(shared_tmp.iterdir()) == []
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("crowded", [False, True])
 def test_what_was_written_before_a_meeting_is_seen_behind_it(world, crowded):
     """Each round every rank writes a new number into its memory and reads those of the others."""

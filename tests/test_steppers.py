@@ -9,6 +9,7 @@ from torch import nn
 from hpctrain.averaging import memory
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.steppers import Adam, Pieces
+from hpctrain.errors import CheckpointError
 
 
 class Model(nn.Module):
@@ -49,6 +50,7 @@ OPTIMIZERS = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
     "Adam": lambda groups: torch.optim.Adam(groups, lr=0.01, fused=True),
     "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=0.01, amsgrad=True, fused=True),
+    "decoupled": lambda groups: torch.optim.Adam(groups, lr=0.01, fused=True, decoupled_weight_decay=True),
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
     "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.01, initial_accumulator_value=0.1),
     "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, centered=True, momentum=0.5),
@@ -147,6 +149,39 @@ def test_without_shared_memory_the_answer_is_the_same(world, monkeypatch):
     assert all(math.isfinite(norm) for norm in norms)
     for a, b in zip(usual, fallback):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=5e-4)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_16_bit_parameters(world, dtype, clip):
+    """A norm that float16 can't hold; the same bits whoever steps."""
+    found = []
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(64, 40).to(dtype)
+        averager = Averager(
+            module, torch.optim.AdamW(module.parameters(), lr=0.01, fused=True), world, sharded=sharded
+        )
+        for step in range(3):
+            averager.begin([world.rank])
+            (module(torch.full((2, 64), 1.0 + step + world.rank, dtype=dtype)).sum() * 2000).backward()
+            averager.joined(world.rank, 1.0, 2.0)
+            norm = averager.step(clip).norm
+            assert math.isfinite(norm)
+            assert norm > 65504, "more than the largest float16"
+        found.append([p.detach().clone() for p in module.parameters()])
+        averager.close()
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert not torch.equal(found[0][0], nn.Linear(64, 40).to(dtype).weight)
+
+
+@pytest.mark.mpi
+def test_settings_that_no_checkpoint_can_hold_are_refused(world):
+    module = nn.Linear(3, 2)
+    averager = Averager(module, torch.optim.SGD(module.parameters(), lr=torch.tensor(0.1)), world)
+    with pytest.raises(CheckpointError, match="the optimizer keeps lr of a parameter group as a Tensor"):
+        averager.scalars()
 
 
 @pytest.mark.mpi

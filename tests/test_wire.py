@@ -57,3 +57,14 @@ def test_sys_exit_on_one_rank_is_a_failure_of_all(world):
     with pytest.raises(RankError, match=r"sys.exit\(3\) was called"), together(world):
         if world.rank == world.size - 1:
             raise SystemExit(3)
+
+
+@pytest.mark.mpi
+def test_a_failure_beside_a_collective_call_inside_ends_all_ranks_alike(world):
+    """The last rank fails before the collective call in which the others agree: one agreement, not two."""
+    with pytest.raises((RankError, ConfigError)), together(world):
+        if world.rank == world.size - 1:
+            raise ConfigError("mine alone")
+        with together(world):
+            pass
+    assert world.allreduce(1) == world.size

@@ -28,7 +28,7 @@ from hpctrain.averaging.medium import BLOCK, Medium, Sink, Wire
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.running import RunningStatistics
 from hpctrain.averaging.space import UNIT, cut, deal
-from hpctrain.averaging.steppers import PLAIN, Adam, Pieces, Shapes, Stepper, elementwise
+from hpctrain.averaging.steppers import Adam, Pieces, Shapes, Stepper, elementwise, group_settings
 from hpctrain.config import Averaging
 from hpctrain.errors import HpctrainError
 from hpctrain.log import LOGGER
@@ -339,8 +339,9 @@ class Averager:
 
         def sink(number: int, start: int, stop: int, total: torch.Tensor) -> None:
             total.mul_(scale)
-            squares = torch.linalg.vector_norm(total.view(-1, UNIT), dim=1)
-            units[number][start // UNIT : stop // UNIT] = squares
+            units[number][start // UNIT : stop // UNIT] = torch.linalg.vector_norm(
+                total.view(-1, UNIT), dim=1
+            )
             then(number, start, stop, total)
 
         return sink
@@ -411,13 +412,10 @@ class Averager:
 
     def scalars(self) -> dict[str, Any]:
         """State that is no tensor: the groups' settings, and numbers the optimizer keeps. Collective."""
-        groups = [
-            {k: v for k, v in group.items() if k != "params" and isinstance(v, PLAIN)}
-            for group in self.optimizer.param_groups
-        ]
         state: dict[str, Any] = {}
         failure: HpctrainError | None = None
         try:
+            groups = [group_settings(group) for group in self.optimizer.param_groups]
             state = self.stepper.scalars()
         except HpctrainError as error:
             failure = error

@@ -93,22 +93,22 @@ class Wire:
         """Sum each bucket in place, then hand over all of it."""
         for number, space in enumerate(self.spaces):
             for start, stop in space.buckets:
-                for a, b in cut(start, stop, MESSAGE):
-                    self._sum(number, space, a, b)
-                block = BLOCK if space.device.type == "cpu" else stop - start
-                for a, b in cut(start, stop, block):
-                    sink(number, a, b, self.slots[0][number][a:b])
+                for begin, end in cut(start, stop, MESSAGE):
+                    total = self._sum(number, space, begin, end)
+                    block = BLOCK if space.device.type == "cpu" else end - begin
+                    for a, b in cut(begin, end, block):
+                        sink(number, a, b, total[a - begin : b - begin])
 
-    def _sum(self, number: int, space: Space, start: int, stop: int) -> None:
+    def _sum(self, number: int, space: Space, start: int, stop: int) -> torch.Tensor:
+        """Sum a range, in the precision of sums; in place where that is the gradients' own."""
         gradients = self.slots[0][number][start:stop]
         if self.tree is not None:
-            gradients.copy_(self._by_tree(number, space, start, stop, self.tree))
-        elif self.comm.size > 1:
-            direct = space.device.type == "cpu" and space.dtype == space.wire
-            buffer = gradients if direct else gradients.to("cpu", space.wire)
-            self.comm.Allreduce(MPI.IN_PLACE, buffer.numpy(), op=MPI.SUM)
-            if not direct:
-                gradients.copy_(buffer)
+            return self._by_tree(number, space, start, stop, self.tree).to(space.device)
+        if self.comm.size == 1:
+            return gradients.to(space.wire)
+        buffer = gradients.to("cpu", space.wire)
+        self.comm.Allreduce(MPI.IN_PLACE, buffer.numpy(), op=MPI.SUM)
+        return buffer.to(space.device)
 
     def _by_tree(self, number: int, space: Space, start: int, stop: int, tree: trees.Tree) -> torch.Tensor:
         """Gather every rank's partial sums of a range and add them in the order of the tree."""

@@ -60,10 +60,13 @@ class NodeMemory:
                 os.posix_fallocate(handle, self.common + comm.rank * self.each, self.each)
         except OSError as error:
             failure = str(error)
-        failures = [text for text in comm.allgather(failure) if text]
-        if not failures:
-            self.map = mmap.mmap(handle, self.common + comm.size * self.each)
-        comm.Barrier()
+        failures = [text for text in comm.allgather(failure) if text]  # all parts are there, or none is used
+        try:
+            if not failures:
+                self.map = mmap.mmap(handle, self.common + comm.size * self.each)
+        except (OSError, ValueError, OverflowError) as error:
+            failure = str(error)
+        failures = failures or [text for text in comm.allgather(failure) if text]
         if handle >= 0:
             os.close(handle)
             if comm.rank == 0:

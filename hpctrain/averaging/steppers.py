@@ -43,6 +43,17 @@ def elementwise(optimizer: torch.optim.Optimizer) -> bool:
     return kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE
 
 
+def group_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Give a parameter group's settings for a checkpoint. Raises CheckpointError for what can't be kept."""
+    for key, value in group.items():
+        if key != "params" and not isinstance(value, PLAIN):
+            raise CheckpointError(
+                f"the optimizer keeps {key} of a parameter group as a {type(value).__name__}: checkpoints "
+                f"hold numbers and texts there, so it can't be resumed: give {key} as a plain number"
+            )
+    return {key: value for key, value in group.items() if key != "params"}
+
+
 class Stepper(Protocol):
     """Steps the weights that a rank owns."""
 
@@ -95,7 +106,6 @@ class Adam:
         """Take the optimizer for its groups' settings, the flat weights and what this rank owns."""
         self.optimizer, self.spaces, self.weights = optimizer, spaces, weights
         self.parts = [[owned(bucket) for bucket in space.buckets] for space in spaces]
-        self.kernel = torch._fused_adamw_ if type(optimizer) is torch.optim.AdamW else torch._fused_adam_
         self.moments = [
             [[aligned(b - a, s.dtype, s.device) for a, b in parts] for s, parts in zip(spaces, self.parts)]
             for _ in ("exp_avg", "exp_avg_sq")
@@ -127,10 +137,13 @@ class Adam:
         key = (number, start, stop)
         if key not in self._plans:
             self._plans[key] = self._plan(number, start, stop)
+        gradient = gradient.to(self.spaces[number].dtype)  # the sum of 16-bit gradients comes in float32
         for group, weights, means, squares, cuts, seats in self._plans[key]:
             settings = self.optimizer.param_groups[group]
             device = gradient.device
-            self.kernel(
+            decoupled = settings["decoupled_weight_decay"]
+            kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+            kernel(
                 weights,
                 [gradient[a:b] for a, b in cuts],
                 means,

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import losses, rows, wait_for
 
-from hpctrain.use import load_module
+from hpctrain.checkpoint.load import newest
 
 
 def weights(run):
-    return {n: t.clone() for n, t in load_module(Path(run)).state_dict().items()}
+    """All tensors of the newest checkpoint: the module's and the optimizer's."""
+    stored, _ = newest(Path(run) / "checkpoints")
+    return {name: stored.read(name) for name in stored.tensors}
 
 
 def same_bits(a, b):
@@ -58,7 +60,7 @@ def test_a_second_job_is_kept_out_of_the_folder(launcher, small, tmp_path):
 def test_invariant_runs_are_the_same_bits_on_any_ranks_and_resumed_on_others(launcher, small, tmp_path):
     """4 ranks; 3 ranks; and 4, then 2, then 1: losses, metrics, weights and optimizer state."""
     words = ["train", "small.toml", "--averaging.invariant", "true", "--parallel.micro_batches", "4"]
-    words += ["--data.validation", "0.2", "--train.clip", "0.5"]
+    words += ["--data.validation", "0.2", "--train.clip", "0.5", "--model.init_args.width", "600"]
     for ranks in (4, 3):
         ended = launcher.ranks(ranks, *words, "--train.run_folder", f"at{ranks}")
         assert ended.status == 0, ended.text
@@ -92,9 +94,10 @@ def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_killed_and_resumed_is_bit_for_bit_never_stopped(launcher, small, tmp_path, ranks):
     """20 steps against some + SIGKILL of every rank + the rest, at the same layout."""
-    whole = launcher.ranks(ranks, "train", "small.toml", "--train.run_folder", "whole")
+    wide = ("--model.init_args.width", "600")  # several units: optimizer state is cut between ranks
+    whole = launcher.ranks(ranks, "train", "small.toml", "--train.run_folder", "whole", *wide)
     assert whole.status == 0, whole.text
-    slow = ("--model.class_path", "helpers.Slow", "--checkpoint.every_steps", "3")
+    slow = ("--model.class_path", "helpers.Slow", "--checkpoint.every_steps", "3", *wide)
     process = launcher.start(
         *launcher.command(ranks, "train", "small.toml", "--train.run_folder", "cut", *slow), SLOW="0.3"
     )
@@ -205,6 +208,26 @@ def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder
 def test_an_end_row_that_a_kill_took_is_written_later(launcher, small, tmp_path):
     assert launcher.ranks(2, "train", "small.toml").status == 0
     path = tmp_path / "runs/small/metrics.jsonl"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"end"' not in line))
+    found = rows(path.parent)
+    last = next(row for row in found if row["event"] == "validate" and row["step"] == 20)
+    keep = [line for line in path.read_text().splitlines(True) if '"end"' not in line]
+    path.write_text("".join(line for line in keep if '"validate", "step": 20' not in line))
+    assert len(rows(path.parent)) == len(found) - 2
+    again = launcher.ranks(2, "train", "small.toml")
+    assert "done: all 20 steps done" in again.out
+    again = rows(path.parent)
+    assert (again[-1]["event"], again[-1]["status"]) == ("end", "done")
+    measured = next(row for row in again if row["event"] == "validate" and row["step"] == 20)
+    assert measured["loss"] == last["loss"]
     assert "is finished" in launcher.ranks(2, "train", "small.toml").out
-    assert (rows(path.parent)[-1]["event"], rows(path.parent)[-1]["status"]) == ("end", "done")
+
+
+def test_checkpoints_by_the_clock(launcher, small, tmp_path):
+    """The default cadence: rank 0's clock asks, all ranks write."""
+    words = ["--checkpoint.every_minutes", "0.0001", "--checkpoint.keep", "100"]
+    assert launcher.ranks(2, "train", "small.toml", *words).status == 0
+    saved = [row["step"] for row in rows(tmp_path / "runs/small") if row["event"] == "checkpoint"]
+    assert saved[-1] == 20
+    assert len(saved) > 5
+    assert launcher.ranks(2, "train", "small.toml", "--train.run_folder", "none").status == 0
+    assert [row["step"] for row in rows(tmp_path / "none") if row["event"] == "checkpoint"] == [20]

@@ -143,3 +143,32 @@ def test_climate_a_few_steps_and_its_predictions(launcher, tmp_path):
         area = np.cos(np.deg2rad(data["lat"][:]))[:, None]
         error = np.sqrt((((found["tas"][:] - truth) ** 2) * area).mean() / area.mean())
         assert error == pytest.approx(last["rmse_kelvin"], rel=1e-4)
+
+
+def test_a_prediction_of_another_shape_than_declared_is_refused(launcher, small, tmp_path):
+    """It would be written over the rows of others."""
+    (tmp_path / "of_mine.py").write_text(
+        "import numpy as np\nfrom hpctrain.recipes.samples import Samples\n"
+        "class Wide(Samples):\n    def predict(self, outputs, batch):\n"
+        "        found = super().predict(outputs, batch)\n"
+        "        return {name: np.concatenate([v, v], axis=1) for name, v in found.items()}\n"
+        "class Other(Samples):\n    def predict(self, outputs, batch):\n"
+        "        return {'else': next(iter(super().predict(outputs, batch).values()))}\n"
+    )
+    for kind, message in (
+        ("Wide", "4) for"),
+        ("Other", "predicts else, which its predictions() does not list"),
+    ):
+        words = ["--data.task.class_path", f"of_mine.{kind}", "--train.run_folder", kind]
+        assert launcher.ranks(2, "train", "small.toml", *words).status == 0
+        ended = launcher.ranks(2, "predict", kind, "--output", "out.h5")
+        assert ended.status == 2, ended.text
+        assert ended.text.count(message) == 1
+        assert not (tmp_path / "out.h5").exists()
+
+
+def test_predict_of_an_invariant_run_on_more_ranks_than_micro_batches(launcher, small, tmp_path):
+    words = ["--averaging.invariant", "true", "--parallel.micro_batches", "2"]
+    assert launcher.ranks(2, "train", "small.toml", *words).status == 0
+    ended = launcher.ranks(3, "predict", "runs/small", "--output", "out.h5")
+    assert ended.status == 0, ended.text
