@@ -231,10 +231,10 @@ def test_state_comes_back_through_pieces(world, kind, sharded):
     def steps(averager, module, count, begin):
         for at in range(begin, begin + count):
             torch.manual_seed(at + world.rank)
-            take(averager, (module(torch.randn(3, 5)) ** 2).sum(), 3.0, clip=1.0)
+            take(averager, (module(torch.randn(3, 500)) ** 2).sum(), 3.0, clip=1.0)
 
     def make(sharded):
-        module = seeded(Normed, 5, 2)
+        module = seeded(Normed, 500, 2)
         more = {"fused": True} if kind == "AdamW" else {}
         optimizer = getattr(torch.optim, kind)(module.parameters(), lr=0.01, **more)
         return module, Averager(module, optimizer, world, Averaging(100 / 2**20), sharded=sharded)
@@ -254,8 +254,10 @@ def test_state_comes_back_through_pieces(world, kind, sharded):
     scalars = json.loads(json.dumps(averager.scalars()))
     assert {"model.first.weight", "model.norm.running_mean"} <= set(kept)
     state = {"AdamW": "exp_avg", "RMSprop": "square_avg", "Adagrad": "sum"}[kind]
-    assert kept[f"optimizer.{state}.first.weight"][0] == (8, 5)
+    assert kept[f"optimizer.{state}.first.weight"][0] == (8, 500)
     assert not any(flat.isnan().any() for _, flat in kept.values()), "each element is on some rank"
+    cut = any(0 < p.stop - p.start < math.prod(p.shape) for p in averager.pieces())
+    assert any(world.allgather(cut)) == (sharded and world.size > 1), "state lies on several ranks"
     fresh, other = make(not sharded)
     other.expect(scalars, {n: (s, str(t.dtype).removeprefix("torch.")) for n, (s, t) in kept.items()})
     for piece in other.pieces():

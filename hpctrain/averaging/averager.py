@@ -169,8 +169,7 @@ class Averager:
         self.medium.finish(weights=False)
 
     def _choose_stepper(self) -> Stepper:
-        everything = Wire(self.comm, [], 0).owned
-        owned = self.medium.owned if self.sharded else everything
+        owned = self.medium.owned if self.sharded else (lambda bucket: bucket)
         if Adam.fits(self.optimizer):
             return Adam(self.optimizer, self.spaces, self.weights, owned)
         gradients = self.medium.slots[0]

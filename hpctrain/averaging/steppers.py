@@ -261,7 +261,7 @@ class Pieces:
         With `owned`, parameters are cut where this rank's parts end; without, whole parameters
         for which `mine(index)` holds are stepped.
         """
-        self.optimizer, self.spaces, self.gradients = optimizer, spaces, gradients
+        self.optimizer, self.spaces = optimizer, spaces
         self.cuts: list[tuple[Seat, int, int, int, nn.Parameter, torch.Tensor]] = []
         self.owned = owned
         for number, space in enumerate(spaces):
