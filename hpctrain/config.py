@@ -61,11 +61,13 @@ class Parallel:
 class Averaging:
     """How gradients are summed over the replicas."""
 
-    bucket_mebibytes: float = 25.0
-    """Gradients are summed in buckets of about this size."""
     invariant: bool = False
     """The same bits on any number of ranks: sum the step's micro-batches in one fixed tree; wants an
     integer in parallel.micro_batches, runs 1 thread a rank unless train.threads says more."""
+    wire: Literal["exact", "bf16"] = "exact"
+    """What travels between nodes: gradients as they are, or rounded to bfloat16 (8 bits of mantissa), and
+    likewise what a step adds to the weights. It halves the bytes and changes the results a little;
+    sums are float32, all ranks keep the same bits, within a node nothing is rounded."""
 
 
 @dataclass

@@ -215,7 +215,6 @@ def check_values(config: Config) -> None:
         ("checkpoint.every_steps", checkpoint.every_steps, 0),
         ("checkpoint.every_minutes", checkpoint.every_minutes, 0),
         ("checkpoint.keep", checkpoint.keep, 1),
-        ("averaging.bucket_mebibytes", config.averaging.bucket_mebibytes, 0),
         ("parallel.stages", config.parallel.stages, 1),
     ]
     count = config.parallel.micro_batches

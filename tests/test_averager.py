@@ -16,7 +16,7 @@ from hpctrain.errors import CheckpointError
 
 def averager_of(module, comm, lr=0.1, bucket_bytes=200, **options):
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr, **options)
-    averager = Averager(module, optimizer, comm, Averaging(bucket_bytes / 2**20))
+    averager = Averager(module, optimizer, comm, shelf_bytes=bucket_bytes)
     averager.keep = True
     return averager
 
@@ -237,7 +237,7 @@ def test_state_comes_back_through_pieces(world, kind, sharded):
         module = seeded(Normed, 500, 2)
         more = {"fused": True} if kind == "AdamW" else {}
         optimizer = getattr(torch.optim, kind)(module.parameters(), lr=0.01, **more)
-        return module, Averager(module, optimizer, world, Averaging(100 / 2**20), sharded=sharded)
+        return module, Averager(module, optimizer, world, sharded=sharded, shelf_bytes=100)
 
     def all_pieces(averager):
         """{name: flat tensor} put together from what every rank offers."""

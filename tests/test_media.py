@@ -11,7 +11,6 @@ from hpctrain.averaging.medium import BLOCK, Wire
 from hpctrain.averaging.memory import NodeMemory, Rendezvous, alive
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.space import UNIT, Space
-from hpctrain.config import Averaging
 
 WAYS = ["wire", "node", "2 nodes", "3 nodes", "uneven nodes", "wire tree", "node tree", "2 nodes tree"]
 
@@ -49,6 +48,7 @@ def test_a_sum_is_a_float64_sum_within_its_bound_and_equal_on_all_ranks(world, w
     spaces = [space(units, dtype), space(0, torch.float32)]
     medium = build(way, world, spaces)
     for again in range(2):
+        medium.begin()
         for flat in medium.slots[0]:
             flat.copy_(numbers(world.rank + again, len(flat), flat.dtype))
 
@@ -77,6 +77,7 @@ def test_the_sum_repeats_bit_for_bit(world, way):
     spaces = [space(9, torch.float32)]
     medium, results = build(way, world, spaces), []
     for _ in range(3):
+        medium.begin()
         medium.slots[0][0].copy_(numbers(world.rank, spaces[0].size, torch.float32))
         medium.exchange(np.zeros(3))
         parts = []
@@ -173,11 +174,11 @@ def test_a_dead_process_is_known_even_before_it_is_buried():
 def test_bucket_size_has_no_effect_on_results(world):
     """One bucket or one a parameter: the order of each element's additions is the same."""
     found = []
-    for mebibytes in (1e-9, 25.0):
+    for size in (1, 25 << 20):
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(40, 60), torch.nn.Linear(60, 3))
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
-        averager = Averager(module, optimizer, world, Averaging(mebibytes))
+        averager = Averager(module, optimizer, world, shelf_bytes=size)
         averager.begin([world.rank])
         module(torch.full((2, 40), 1.0 + world.rank)).sum().backward()
         averager.joined(world.rank, 1.0, 2.0)

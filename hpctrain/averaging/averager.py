@@ -14,6 +14,7 @@ that failed still takes part, and all ranks know before anything is changed.
 """
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
 from torch import nn
 
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.medium import BLOCK, Medium, Sink, Wire
 from hpctrain.averaging.node import Node
+from hpctrain.averaging.overlap import Overlap
+from hpctrain.averaging.places import Places
 from hpctrain.averaging.running import RunningStatistics
-from hpctrain.averaging.space import UNIT, cut, deal
+from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal, deal_whole
 from hpctrain.averaging.steppers import Adam, Pieces, Shapes, Stepper, elementwise, group_settings
 from hpctrain.config import Averaging
 from hpctrain.errors import HpctrainError
@@ -36,6 +40,7 @@ from hpctrain.piece import Piece, of_module
 from hpctrain.wire import raise_together
 
 FLAGS = ("errors", "stops", "saves", "changed")
+TIMES = ("reading", "computing", "transfer")
 
 
 @dataclass
@@ -46,6 +51,22 @@ class Flags:
     stops: int = 0
     saves: int = 0
     changed: int = 0
+    reading: float = 0.0
+    """Seconds."""
+    computing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds by replica; shape (replicas,) each."""
+
+    reading: NDArray[np.float64]
+    computing: NDArray[np.float64]
+    """Forward and backward, to the moment when the last bucket was full."""
+    waiting: NDArray[np.float64]
+    """From there until the slowest was as far: it can't be seen in the length of a collective call."""
+    transfer: NDArray[np.float64]
+    """Averaging and update without waiting; of the step before, as this one's is not over."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,8 @@ class Result:
     """Ranks that were asked to stop."""
     saves: int
     """Ranks whose clock asks for a checkpoint."""
+    times: Times
+    """Who waited for whom."""
 
 
 class Averager:
@@ -79,57 +102,37 @@ class Averager:
         sharded: bool | str = "auto",
         crowded: bool = False,
         node_of: Sequence[int] | None = None,
+        shelf_bytes: int = SHELF_BYTES,
     ) -> None:
         """Take the module, its optimizer, and the replicas' communicator. Collective.
 
         `owners` gives the replica of each micro-batch of the step (default: one each);
         `crowded` says that there are more ranks than cores here; `node_of` makes up nodes.
         """
-        self.comm, self.module = comm, module
+        self.comm, self.module, self.optimizer = comm, module, optimizer
         self.config = config or Averaging()
         self.owners = list(range(comm.size)) if owners is None else list(owners)
-        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.flags = Flags()
         self.keep = False
         """Whether `gradient` is asked for after a step: then the mean gradient is kept on all ranks."""
-        self.optimizer = optimizer
-        groups = {id(p): n for n, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-        limit = int(self.config.bucket_mebibytes * 2**20)
-        self.spaces = deal(self.named, groups, limit)
-        self._used = torch.zeros(len(self.named), dtype=torch.float64)
-        self._losses = np.zeros((2, len(self.owners)))
-        invariant = self.config.invariant
-        self.growing = trees.Growing(len(self.owners)) if invariant else None
-        slots, tree = self._invariant_plan() if invariant else (1, None)
+        self.named = named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        groups = {id(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.spaces = deal(named, groups, shelf_bytes)
+        self.growing = trees.Growing(len(self.owners)) if self.config.invariant else None
         self.sharded = self._choose_sharding(sharded)
-        self.medium = self._choose_medium(slots, tree, crowded, node_of)
+        self.medium = self._choose_medium(len(named), crowded, node_of)
         self.running = RunningStatistics(module)
         self._settle()
         self.stepper = self._choose_stepper()
-        self._slot = -1
+        self.places = Places(named, self.spaces)
+        self.overlap = self._choose_overlap()
+        self._losses = np.zeros((2, len(self.owners)))
         self._coming: list[int] = []
-        self._index = {id(p): at for at, p in enumerate(self.named.values())}
-        self._views = [torch.empty(0)] * len(self.named)
-        self._fresh: list[bool] = []
-        self._point(0)
-        self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.named.values()]  # type: ignore[no-untyped-call]
+        self._begun = False
+        self._began = self._transfer = 0.0
+        self.places.point(0, self.medium.slots[0])
 
     # -- building ----------------------------------------------------------------------------
-
-    def _invariant_plan(self) -> tuple[int, trees.Tree]:
-        """Slots that the busiest rank needs, and the tree of (rank, slot)."""
-        count = len(self.owners)
-        slot_of: dict[tuple[int, int], tuple[int, int]] = {}
-        most = 1
-        for rank in range(self.comm.size):
-            mine = [v for v, owner in enumerate(self.owners) if owner == rank]
-            growing = trees.Growing(count)
-            most = max(most, growing.slots(mine))
-            for v in mine:
-                growing.push(v)
-            slot_of.update({(a, b): (rank, slot) for a, b, slot in growing.stack})
-        tree = trees.relabel(trees.shares(count, self.owners), lambda leaf: slot_of[leaf[1], leaf[2]])
-        return most, tree
 
     def _choose_sharding(self, asked: bool | str) -> bool:
         on_cpu = all(space.device.type == "cpu" for space in self.spaces)
@@ -137,14 +140,18 @@ class Averager:
             return on_cpu and (elementwise(self.optimizer) or Adam.fits(self.optimizer))
         return bool(asked) and on_cpu
 
-    def _choose_medium(
-        self, slots: int, tree: trees.Tree | None, crowded: bool, node_of: Sequence[int] | None
-    ) -> Medium:
+    def _choose_medium(self, parameters: int, crowded: bool, node_of: Sequence[int] | None) -> Medium:
+        slots, tree = 1, None
+        if self.config.invariant:
+            slots, tree = trees.deal(self.comm.size, self.owners)
         on_cpu = all(space.device.type == "cpu" for space in self.spaces)
         if self.comm.size > 1 and on_cpu:
-            smalls = len(FLAGS) + self._losses.size + len(self.named)
+            smalls = len(FLAGS) + 2 * len(self.owners) + parameters + len(TIMES) * self.comm.size
+            short = self.config.wire == "bf16"
             try:
-                return Node(self.comm, self.spaces, smalls, crowded, self.sharded, slots, tree, node_of)
+                return Node(
+                    self.comm, self.spaces, smalls, crowded, self.sharded, slots, tree, node_of, short
+                )
             except OSError as error:
                 LOGGER.warning(
                     "averaging by MPI alone, which is slower: the node's shared memory can't be used: %s; "
@@ -178,26 +185,25 @@ class Averager:
         if not self.sharded:
             return Pieces(self.optimizer, self.spaces, self.weights, gradients, None)
         assert isinstance(self.medium, Node)
-        dealt = self._deal(self.medium.local.size)
+        dealt = deal_whole(self.spaces, self.medium.local.size)
         mine = self.medium.local.rank
         return Pieces(
             self.optimizer, self.spaces, self.weights, gradients, None, lambda at: dealt[at] == mine
         )
 
-    def _deal(self, ranks: int) -> list[int]:
-        """Deal whole parameters by size: the largest first, each to the rank with the least."""
-        load = [0] * ranks
-        seats = [seat for space in self.spaces for seat in space.seats]
-        dealt = [0] * len(seats)
-        for seat in sorted(seats, key=lambda s: (-s.numbers, s.index)):
-            dealt[seat.index] = load.index(min(load))
-            load[dealt[seat.index]] += seat.numbers
-        return dealt
+    def _choose_overlap(self) -> Overlap | None:
+        """Between nodes gradients are sent while backward goes on, unless a tree adds micro-batches first."""
+        medium = self.medium
+        if not isinstance(medium, Node) or medium.place.nodes == 1 or self.growing:
+            return None
+        self.places.watch(medium.buckets)
+        return Overlap(medium, self.places)
 
     def close(self) -> None:
         """Take the hooks off the user's parameters and give them memory of their own. Local."""
-        for hook in self._hooks:
-            hook.remove()
+        if self.overlap:
+            self.overlap.close()
+        self.places.close()
         self.running.close()
         for parameter in self.named.values():
             parameter.grad = None
@@ -209,60 +215,27 @@ class Averager:
 
     def begin(self, micro_batches: Iterable[int]) -> None:
         """Start a step: no gradient has joined; these micro-batches of this replica follow. Local."""
+        self._began, self._begun = time.perf_counter(), True
         self.flags = Flags()
-        self._used.zero_()
         self._losses[:] = 0.0
         self.running.begin()
         self._coming = list(micro_batches)
         self.running.micro_batch = self._coming[0] if self._coming else 0
         if self.growing:
             self.growing.stack = []
-        self._point(0)
-
-    def _point(self, slot: int) -> None:
-        """Let gradients go to a slot; what lies there is old."""
-        if slot != self._slot:
-            for space, flat in zip(self.spaces, self.medium.slots[slot]):
-                for seat in space.seats:
-                    self._views[seat.index] = seat.view(flat)
-            self._slot = slot
-        self._fresh = [True] * len(self.named)
-        for parameter in self.named.values():
-            parameter.grad = None
+        self.places.begin()
+        self.places.point(0, self.medium.slots[0])
+        self.medium.begin()
+        if self.overlap and len(self._coming) == 1:
+            self.overlap.last()
 
     def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
         """Give the memory of a parameter's gradient, and whether nothing has joined it yet. Local."""
-        index = self._index.get(id(parameter))
-        return None if index is None else (self._views[index], self._fresh[index])
+        return self.places.place(parameter)
 
     def filled(self, parameter: torch.Tensor) -> None:
         """Note that a gradient has been added in its place. Local."""
-        index = self._index[id(parameter)]
-        parameter.grad = self._views[index]
-        self._fresh[index] = False
-        self._used[index] += 1
-
-    def ready(self, parameter: torch.Tensor) -> None:
-        """Note that a gradient has joined `.grad`, and bring it to its place. Local; autograd's hook."""
-        index = self._index[id(parameter)]
-        view, grad = self._views[index], parameter.grad
-        if grad is None:  # nothing came this way: it was filled in place, or there is none
-            return
-        if grad.layout != torch.strided:
-            grad = grad.to_dense()
-        if grad.data_ptr() != view.data_ptr() or not grad.numel():
-            if self._fresh[index]:
-                view.copy_(grad)
-            else:
-                view.add_(grad)
-        self.filled(parameter)
-
-    def _complete(self) -> None:
-        """Zero the gradients that nothing has joined: their memory holds those of an earlier step."""
-        for index, fresh in enumerate(self._fresh):
-            if fresh:
-                self._views[index].zero_()
-                self._fresh[index] = False
+        self.places.filled(parameter)
 
     def joined(self, micro_batch: int, loss: float, weight: float) -> None:
         """Note that a micro-batch is done: its summed loss and weight. Local.
@@ -272,14 +245,17 @@ class Averager:
         self._losses[:, micro_batch] = loss, weight
         self._coming = [v for v in self._coming if v != micro_batch]
         self.running.micro_batch = self._coming[0] if self._coming else 0
+        if self.overlap and len(self._coming) == 1:
+            self.overlap.last()
         if self.growing is None:
             return
-        self._complete()
+        self.places.complete()
         for left, right in self.growing.push(micro_batch):
             for into, of in zip(self.medium.slots[left], self.medium.slots[right]):
                 into.add_(of)
         if self._coming:
-            self._point(self.growing.free())
+            free = self.growing.free()
+            self.places.point(free, self.medium.slots[free])
 
     def step(self, clip: float = 0.0, lr: Iterable[float] | None = None) -> Result:
         """Sum over the replicas, clip the mean gradient to the norm `clip` (0: not), update.
@@ -288,16 +264,29 @@ class Averager:
         replicas. With an error on any rank, or a loss that is not finite, the weights stay as
         they are; so they do with a gradient that is not finite where `clip` is set (else it is
         seen when the step is taken: the norm says so, and the caller must stop).
+
+        Raises HpctrainError where no step has begun since the last one.
         """
-        self._complete()
+        if not self._begun:
+            raise HpctrainError(
+                "averager.step was called a second time: no gradient has come since; call begin first"
+            )
+        self._begun = False
+        entered = time.perf_counter()
+        self.flags.computing = self.flags.computing or entered - self._began
+        if self.overlap:
+            self.overlap.take_over()
+        self.places.complete()
         self.running.restore()
         self.flags.changed = int(self.running.others_changed)
         totals = self.medium.exchange(self._pack())
-        flags = dict(zip(FLAGS, (round(value) for value in totals[: len(FLAGS)])))
-        losses, weights = totals[len(FLAGS) :][: self._losses.size].reshape(2, -1)
-        used = totals[len(FLAGS) + self._losses.size :] > 0
+        cuts = np.cumsum([len(FLAGS), self._losses.size, len(self.places.used)])
+        flag_sums, losses, used, seconds = np.split(totals, cuts)
+        flags = dict(zip(FLAGS, (round(value) for value in flag_sums)))
+        losses, weights = losses.reshape(2, -1)
         weight = math.fsum(weights)
         loss = math.fsum(losses) / weight if weight and np.isfinite(losses).all() else math.nan
+        times = self._times(seconds.reshape(len(TIMES), -1))
         norm = math.nan
         if not flags["errors"]:
             self.running.apply(self.comm)
@@ -306,12 +295,26 @@ class Averager:
         if not flags["errors"] and weight and math.isfinite(loss):
             for group, rate in zip(self.optimizer.param_groups, lr or (), strict=lr is not None):
                 group["lr"] = rate
-            norm = self._update(used.tolist(), 1.0 / weight, clip)
-        return Result(weight, loss, norm, flags["errors"], flags["stops"], flags["saves"])
+            norm = self._update((used > 0).tolist(), 1.0 / weight, clip)
+        else:
+            self.medium.skip()
+        if self.overlap:
+            self.overlap.note(time.perf_counter() - self._began)
+        waited = float(times.waiting[self.comm.rank])
+        self._transfer = max(0.0, time.perf_counter() - entered - waited)
+        return Result(weight, loss, norm, flags["errors"], flags["stops"], flags["saves"], times)
 
-    def _pack(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _times(self, seconds: NDArray[np.float64]) -> Times:
+        """Replicas began this step together: who took longest is whom the others waited for."""
+        reading, computing, transfer = seconds
+        busy = reading + computing
+        return Times(reading, computing, busy.max() - busy, transfer)
+
+    def _pack(self) -> NDArray[np.float64]:
         flags = [float(getattr(self.flags, name)) for name in FLAGS]
-        return np.concatenate([flags, self._losses.ravel(), self._used.numpy()])
+        seconds = np.zeros((len(TIMES), self.comm.size))
+        seconds[:, self.comm.rank] = self.flags.reading, self.flags.computing, self._transfer
+        return np.concatenate([flags, self._losses.ravel(), self.places.used.numpy(), seconds.ravel()])
 
     def _update(self, used: list[bool], scale: float, clip: float) -> float:
         """Average and step; give the norm of the mean gradient before clipping."""
@@ -329,8 +332,12 @@ class Averager:
             return norm
         factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0  # torch's clip_grad_norm_
         stepper.begin(used)
+        # an optimizer of whole tensors is dealt out within the node: every node steps all
+        travels = self.sharded and stepper.needs() is None
+        if travels:
+            medium.before_step()
         self._step_stored(factor, whole=self.keep or not alone)
-        medium.finish(weights=self.sharded)
+        medium.finish(weights=travels)
         return norm
 
     def _mean_and(self, scale: float, then: Sink) -> Sink:
@@ -373,19 +380,15 @@ class Averager:
                 for a, b in (block for ab in ranges for block in cut(*ab, BLOCK)):
                     self.stepper.block(number, a, b, gradients[number][a:b])
         if self.keep:
-            self._point(0)
-            self._fresh = [False] * len(self.named)
+            self.places.point(0, gradients)
+            self.places.keep()
 
     def gradient(self, name: str) -> torch.Tensor:
         """Give the gradient of a parameter by name: what has joined so far, or the mean after a step.
 
         After a step it is there with `keep` only.
         """
-        index = self._index[id(self.named[name])]
-        if self._fresh[index]:
-            self._views[index].zero_()
-            self._fresh[index] = False
-        return self._views[index]
+        return self.places.gradient(name)
 
     def not_finite(self) -> list[str]:
         """Name the parameters whose mean gradient of the last step is not finite. Collective.

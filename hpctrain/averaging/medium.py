@@ -44,6 +44,9 @@ class Medium(Protocol):
     units: list[torch.Tensor]
     """By space: the 2-norm of every unit of the mean gradient, float64; own units are filled in."""
 
+    def begin(self) -> None:
+        """Start a step: no gradient is complete. Local."""
+
     def exchange(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum small numbers over all ranks. Collective; gradients of all ranks are then complete."""
 
@@ -61,6 +64,12 @@ class Medium(Protocol):
 
     def finish(self, weights: bool) -> None:
         """Make norms, and with `weights` the shared weights, those of all. Collective."""
+
+    def skip(self) -> None:
+        """Let a step end without its sum. Collective."""
+
+    def before_step(self) -> None:
+        """Hear that the weights which this rank owns are about to change. Local."""
 
     def owned(self, bucket: tuple[int, int]) -> tuple[int, int]:
         """Numbers [start, stop) of a bucket that this rank sums. Local."""
@@ -80,6 +89,9 @@ class Wire:
         self.slots = [[aligned(s.size, s.dtype, s.device) for s in spaces] for _ in range(slots)]
         self.weights: list[torch.Tensor] | None = None
         self.units = [torch.zeros(s.size // UNIT, dtype=torch.float64) for s in spaces]
+
+    def begin(self) -> None:
+        """Nothing is sent before it is asked for."""
 
     def exchange(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum by one small Allreduce."""
@@ -128,6 +140,12 @@ class Wire:
 
     def finish(self, weights: bool) -> None:
         """Every rank has all already."""
+
+    def skip(self) -> None:
+        """Nothing is on its way."""
+
+    def before_step(self) -> None:
+        """Weights don't travel."""
 
     def owned(self, bucket: tuple[int, int]) -> tuple[int, int]:
         """All of it."""

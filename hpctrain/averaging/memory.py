@@ -144,6 +144,29 @@ class Rendezvous:
                 self._wait(other)
         self.fence()
 
+    def announce(self, count: int) -> None:
+        """Say that this rank has got as far as `count`; it never falls. Local."""
+        self.fence()
+        self.counters[self.mine + 1] = count
+
+    def announced(self, count: int) -> bool:
+        """Whether all ranks of the node have got as far as `count`. Local."""
+        counters = self.counters
+        if counters[self.mine + 1] < count or any(counters[other + 1] < count for other in self.others):
+            return False
+        self.fence()
+        return True
+
+    def look(self) -> None:
+        """Raise RankError where a rank of this node has died. Local."""
+        for other in self.others:
+            self._look(other)
+
+    def _look(self, other: int) -> None:
+        rank, pid = self.pids[other]
+        if pid and not alive(pid):
+            raise RankError(f"rank {rank} of this node's ranks (process {pid}) has died")
+
     def _wait(self, other: int) -> None:
         counters, met = self.counters, self.met
         for _ in range(self.spins):
@@ -158,9 +181,8 @@ class Rendezvous:
             time.sleep(NAP_SECONDS)
             if time.monotonic() > look:
                 look = time.monotonic() + LOOK_SECONDS
-                rank, pid = self.pids[other]
-                if pid and not alive(pid) and counters[other] < met:
-                    raise RankError(f"rank {rank} of this node's ranks (process {pid}) has died")
+                if counters[other] < met:
+                    self._look(other)
 
 
 def alive(pid: int) -> bool:

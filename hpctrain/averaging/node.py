@@ -2,40 +2,31 @@
 
       one node    meet · each rank sums its part of all ranks' gradients, block by block, straight
                   from their memory, and steps its part of the weights · meet
-      nodes       each lane sums its slice within the node, sends every other node its part
-                  (Alltoallv), sums what it gets in the order of the nodes, steps, and gathers the
-                  weights of its slice (Allgatherv): 2·S·(N-1)/N bytes a node, the least possible
-                  (Patarasuk and Yuan 2009)
+      nodes       each lane sums its slice within the node and trades parts with the other nodes,
+                  bucket by bucket, while backward goes on (`across.py`)
 
 The order of every sum is fixed by ranks and nodes, never by arrival: the same bits on each run.
 """
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from hpctrain.averaging import links
 from hpctrain.averaging import tree as trees
+from hpctrain.averaging.across import Across, Bucket, unit_type
 from hpctrain.averaging.lanes import Lanes, lanes_of
 from hpctrain.averaging.medium import BLOCK, Sink
 from hpctrain.averaging.memory import NodeMemory, Rendezvous
 from hpctrain.averaging.space import ALIGNMENT, UNIT, Space, cut, up
+from hpctrain.log import LOGGER
 from hpctrain.topology import named
 
 FLOAT = 8
-_units: dict[int, MPI.Datatype] = {}
-
-
-def unit_type(dtype: torch.dtype) -> MPI.Datatype:
-    """Give the MPI type of one unit: counts and places in units fit into 32-bit integers."""
-    width = dtype.itemsize * UNIT
-    if width not in _units:
-        _units[width] = MPI.BYTE.Create_contiguous(width).Commit()
-    return _units[width]
 
 
 def added(rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -59,11 +50,13 @@ class Node:
         slots: int = 1,
         tree: trees.Tree | None = None,
         node_of: Sequence[int] | None = None,
+        bf16: bool = False,
     ) -> None:
         """Map the node's memory. Collective; raises OSError on all ranks where it is too small.
 
         `smalls`: numbers of one exchange. `tree`: the invariant sum, its leaves (rank, slot).
-        `node_of` makes up the node of each rank, for tests.
+        `node_of` makes up the node of each rank, for tests. `bf16`: what crosses between nodes.
+        Where there are several nodes the spaces are cut into buckets that suit the link.
         """
         self.comm, self.spaces, self.smalls = comm, spaces, smalls
         if node_of is None:
@@ -73,12 +66,47 @@ class Node:
         self.place: Lanes = lanes_of(node_of, comm.rank)
         self.local = named(comm.Split(self.place.node, comm.rank), "local")
         lane = MPI.UNDEFINED if self.place.lane is None else self.place.lane
-        self.across = comm.Split(lane, comm.rank)
+        self.lane: MPI.Intracomm = comm.Split(lane, self.place.node)  # type: ignore[assignment]  # the rank there is the node's number
+        if self.place.nodes > 1:
+            self._cut_buckets()
         self._lay_out(slots, shared_weights, crowded)
         self._plan(tree, list(node_of))
         self.turn = 0
         self._programs: dict[bool, list[tuple[int, int, int, trees.Additions, torch.Tensor]]] = {}
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self.buckets = [Bucket(n, *ab) for n, space in enumerate(spaces) for ab in space.buckets]
+        self.across: Across | None = None
+        self._homes: dict[Bucket, torch.Tensor] = {}
+        self._steps = self._announced = 0
+        if self.place.nodes > 1 and self.place.lane is not None:
+            self.across = Across(
+                self.lane,
+                self.place,
+                spaces,
+                self.buckets,
+                self.counts,
+                self.across_tree,
+                bf16,
+                self._full,
+                self._inside,
+                self._home,
+                self.rendezvous.look,
+                self.weights,
+            )
+
+    def _cut_buckets(self) -> None:
+        """Cut the spaces as the measured link asks for."""
+        self.latency, self.bandwidth = links.measure(self.comm, self.lane)
+        total = sum(space.nbytes for space in self.spaces)
+        size = links.bucket_bytes(total, self.place.parts, self.latency, self.bandwidth)
+        for space in self.spaces:
+            space.cut(size)
+        LOGGER.info(
+            "between nodes: latency %.0f us, %.0f Mbit/s a lane, %d lanes; buckets of %.1f MiB",
+            1e6 * self.latency,
+            8e-6 * self.bandwidth,
+            self.place.lanes,
+            size / 2**20,
+        )
 
     def _lay_out(self, slots: int, shared_weights: bool, crowded: bool) -> None:
         """Map memory; everything in it lies at offsets that all ranks compute alike."""
@@ -155,7 +183,7 @@ class Node:
             return added(small)
         if self.local.rank == 0:
             total = added(small)
-            self.across.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
+            self.lane.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
             self.total[:] = total
         self.rendezvous.meet()
         return self.total.copy()
@@ -164,14 +192,75 @@ class Node:
         """Give this rank's part."""
         return self.place.mine(bucket)
 
+    # -- buckets -----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start a step: no bucket is full. Local."""
+        self._announced = 0
+        if self.across is not None:
+            self.across.begin()
+
+    def announce(self, count: int) -> None:
+        """Say that this rank has filled the first `count` buckets of the order. Local."""
+        if self.place.nodes > 1 and count > self._announced:
+            self._announced = count
+            self.rendezvous.announce(self._steps * len(self.buckets) + count)
+
+    def poll(self) -> bool:
+        """Move what can move between nodes; say whether all buckets are added up. Local."""
+        return self.across is None or self.across.poll()
+
+    def learn(self, order: list[int]) -> None:
+        """Take the order in which buckets are filled, the same on all ranks; none is on its way."""
+        if self.across is not None:
+            self.across.order = order
+
+    def _full(self, turn: int) -> bool:
+        return self.rendezvous.announced(self._steps * len(self.buckets) + turn + 1)
+
+    def _inside(self, partial: int, bucket: Bucket, a: int, b: int) -> torch.Tensor:
+        return self._block(self.within[partial], bucket.space, self.spaces[bucket.space], a, b)
+
+    def _home(self, bucket: Bucket) -> torch.Tensor:
+        """Give the place of the sum of this rank's part: its own gradients', which only this rank reads."""
+        if bucket not in self._homes:
+            space, (a, b) = self.spaces[bucket.space], self.owned(bucket.range)
+            short = space.dtype != space.wire
+            slot = self.slots[0][bucket.space][a:b]
+            self._homes[bucket] = torch.empty(b - a, dtype=space.wire) if short else slot
+        return self._homes[bucket]
+
+    def skip(self) -> None:
+        """Let a step end without its sum: what is on its way must arrive. Collective."""
+        if self.place.nodes > 1:
+            self._sum_across(lambda *_: None, weights=False)
+            self.rendezvous.meet()
+
+    def _sum_across(self, sink: Sink, weights: bool) -> None:
+        """Hand over this rank's parts as they are added up, and start to send new weights."""
+        self.announce(len(self.buckets))
+        across = self.across
+        for turn, index in enumerate(across.order if across is not None else ()):
+            assert across is not None
+            bucket = self.buckets[index]
+            across.wait(turn)
+            if weights:
+                across.remember(turn)
+            start, stop = self.owned(bucket.range)
+            home = self._home(bucket)
+            for a, b in cut(start, stop, BLOCK):
+                sink(bucket.space, a, b, home[a - start : b - start])
+            if weights:
+                across.gather(turn)
+                across.poll()
+        self._steps += 1
+
+    # -- a step ------------------------------------------------------------------------------
+
     def sum(self, sink: Sink, stored: bool = False) -> None:
         """Sum within the node, across nodes, and hand over this rank's parts."""
-        if self.place.lane is None:
-            return
         if self.place.nodes > 1:
-            for number, space in enumerate(self.spaces):
-                for bucket in space.buckets:
-                    self._sum_across(number, space, bucket, sink)
+            self._sum_across(sink, weights=not stored and self.weights is not None)
             return
         if stored not in self._programs:
             self._programs[stored] = [
@@ -207,47 +296,6 @@ class Node:
 
         return trees.evaluate(tree, read, self.scratch[space.wire])
 
-    def _sum_across(self, number: int, space: Space, bucket: tuple[int, int], sink: Sink) -> None:
-        """Send every node its part of this node's sums; add what comes, in the order of the tree."""
-        assert self.place.lane is not None
-        parts = [self.place.part(bucket, self.place.lane, node) for node in range(self.place.nodes)]
-        mine = self.counts[self.place.node]
-        sizes = [stop - start for start, stop in parts]
-        here = sizes[self.place.node]
-        send = self._buffer("send", space.wire, mine * sum(sizes))
-        received = self._buffer("received", space.wire, sum(self.counts) * here)
-        at = 0
-        for start, stop in parts:
-            for tree in self.within:
-                for a, b in cut(start, stop, BLOCK):
-                    send[at + a - start : at + b - start] = self._block(tree, number, space, a, b)
-                at += stop - start
-        unit = unit_type(space.wire)
-        self.across.Alltoallv(
-            [send.numpy(), [mine * size // UNIT for size in sizes], unit],
-            [received.numpy(), [count * here // UNIT for count in self.counts], unit],
-        )
-        begin = np.concatenate([[0], np.cumsum(self.counts)])
-        start, stop = parts[self.place.node]
-        for a, b in cut(start, stop, BLOCK):
-            sink(number, a, b, self._cross_block(received, begin, here, a - start, b - start, space))
-
-    def _buffer(self, name: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """Give memory that is kept from step to step: fresh pages cost as much as the sum."""
-        kept = self._buffers.get((name, dtype))
-        if kept is None or len(kept) < count:
-            kept = self._buffers[name, dtype] = torch.empty(count, dtype=dtype)
-        return kept[:count]
-
-    def _cross_block(
-        self, received: torch.Tensor, begin: Any, here: int, a: int, b: int, space: Space
-    ) -> torch.Tensor:
-        def read(leaf: tuple[int, int]) -> torch.Tensor:
-            base = int(begin[leaf[0]] + leaf[1]) * here
-            return received[base + a : base + b]
-
-        return trees.evaluate(self.across_tree, read, self.scratch[space.wire])
-
     def _gather_lanes(self, arrays: list[torch.Tensor]) -> None:
         """Give every node the parts of the others, lane by lane. Collective over the lanes."""
         if self.place.nodes == 1 or self.place.lane is None:
@@ -260,7 +308,7 @@ class Node:
                 counts = [(b - a) // UNIT for a, b in parts]
                 begins = [(a - begin) // UNIT for a, _ in parts]
                 slice_ = array[begin:end].view(torch.uint8).numpy()
-                self.across.Allgatherv(MPI.IN_PLACE, [slice_, counts, begins, unit])
+                self.lane.Allgatherv(MPI.IN_PLACE, [slice_, counts, begins, unit])
 
     def spread(self, ranges: Sequence[list[tuple[int, int]]]) -> None:
         """Gather across nodes, meet, and copy from the ranks of the node that summed."""
@@ -279,12 +327,20 @@ class Node:
                             target[a:b] = self.all[lane][0][number][a:b]
         self.rendezvous.meet()  # nobody changes what another still copies
 
+    def before_step(self) -> None:
+        """Remember this rank's weights where only what a step adds to them will travel. Local."""
+        for turn in range(len(self.buckets) if self.across is not None else 0):
+            self.across.remember(turn)  # type: ignore[union-attr]
+
     def finish(self, weights: bool) -> None:
         """Add up norms over the nodes, gather weights over the lanes, meet."""
+        if self.across is not None and weights and self.weights is not None:
+            for turn in range(len(self.buckets)):
+                self.across.gather(turn)
         if self.place.nodes > 1:
             self._share_units()
-            if weights and self.weights is not None:
-                self._gather_lanes(self.weights)
+        if self.across is not None:
+            self.across.gathered()
         self.rendezvous.meet()
 
     def _share_units(self) -> None:
@@ -297,7 +353,7 @@ class Node:
                     for lane in range(self.place.lanes):
                         a, b = (x // UNIT for x in self.place.part(bucket, lane, self.place.node))
                         mine[a:b] = units[a:b]
-                self.across.Allreduce(MPI.IN_PLACE, mine.numpy(), op=MPI.SUM)
+                self.lane.Allreduce(MPI.IN_PLACE, mine.numpy(), op=MPI.SUM)
                 units.copy_(mine)
 
     def close(self) -> None:
@@ -308,6 +364,8 @@ class Node:
             self._free()
 
     def _free(self) -> None:
+        if getattr(self, "across", None) is not None:
+            self.across.close()  # type: ignore[union-attr]
         self.local.Free()
-        if self.across != MPI.COMM_NULL:
-            self.across.Free()
+        if self.lane != MPI.COMM_NULL:
+            self.lane.Free()

@@ -1,13 +1,16 @@
 """Where every gradient and weight lies: flat memory, one space for each dtype and device.
 
       space    │ head.weight │ pad │ head.bias │ pad │  body.weight │ pad │ …      64-byte views
-      buckets  └──────────── bucket 0 ──────────────┘ └─── bucket 1 ──────┘        whole units
+      shelves  └──────────── shelf 0 ───────────────┘ └─── shelf 1 ───────┘        25 MiB
+      buckets  └─── bucket 0 ──┘└── bucket 1 ──┘└── bucket 2 ──┘                   whole units
       units    ├──────┼──────┼──────┼──────┼──────┼──────┼──────┼──────┤           1,024 numbers
 
-Parameters are laid in reverse order, as backward is likely to finish them; in a bucket those of
-one optimizer group stand together. The same layout serves gradients, weights and optimizer
-state. A rank's share of a bucket is a run of whole units, so that shares, and the sums of
-squares of the norm, do not depend on who computes them.
+Parameters are laid in reverse order, as backward is likely to finish them; on a shelf those of
+one optimizer group stand together. Buckets are what is summed at once: the shelves, or smaller
+cuts of them where a link asks for it. Where the numbers lie does not depend on that cut. The
+same layout serves gradients, weights and optimizer state. A rank's share of a bucket is a run of
+whole units, so that shares, and the sums of squares of the norm, do not depend on who computes
+them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,6 +24,9 @@ ALIGNMENT = 64
 
 UNIT = 1024
 """Numbers: the smallest share of a rank, and what one partial sum of the norm covers."""
+
+SHELF_BYTES = 25 << 20
+"""Parameters that are laid together, those of one optimizer group side by side."""
 
 _WIRE = {
     torch.float32: torch.float32,
@@ -79,8 +85,13 @@ class Space:
         """Bytes of one copy."""
         return self.size * self.dtype.itemsize
 
+    def cut(self, limit_bytes: int) -> None:
+        """Cut the space into buckets of whole units, of about `limit_bytes`; it holds all its parameters."""
+        step = max(1, limit_bytes // self.dtype.itemsize // UNIT) * UNIT
+        self.buckets = list(cut(0, self.size, step))
+
     def add(self, parameters: list[tuple[str, int, nn.Parameter, int]]) -> None:
-        """Append a bucket: (name, index, parameter, group) each."""
+        """Append a shelf, for now a bucket: (name, index, parameter, group) each."""
         step = ALIGNMENT // self.dtype.itemsize
         begin = end = self.size
         for name, index, parameter, group in sorted(parameters, key=lambda entry: entry[3]):
@@ -106,7 +117,7 @@ def numbers(parameter: torch.Tensor) -> int:
 
 
 def deal(named: Mapping[str, nn.Parameter], groups: Mapping[int, int], limit_bytes: int) -> list[Space]:
-    """Deal parameters, in reverse order, into spaces and buckets of about `limit_bytes`.
+    """Deal parameters, in reverse order, into spaces and shelves of about `limit_bytes`.
 
     `groups` gives the optimizer group of a parameter by its id.
     """
@@ -125,6 +136,17 @@ def deal(named: Mapping[str, nn.Parameter], groups: Mapping[int, int], limit_byt
     for kind, bucket in waiting.items():
         spaces[kind].add(bucket)
     return list(spaces.values())
+
+
+def deal_whole(spaces: list[Space], ranks: int) -> list[int]:
+    """Deal whole parameters by size: the largest first, each to the rank with the least. Pure."""
+    load = [0] * ranks
+    seats = [seat for space in spaces for seat in space.seats]
+    dealt = [0] * len(seats)
+    for seat in sorted(seats, key=lambda s: (-s.numbers, s.index)):
+        dealt[seat.index] = load.index(min(load))
+        load[dealt[seat.index]] += seat.numbers
+    return dealt
 
 
 def aligned(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

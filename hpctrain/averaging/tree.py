@@ -189,3 +189,21 @@ class Growing:
             most = max(most, trial.free() + 1)
             trial.push(micro_batch)
         return most
+
+
+def deal(ranks: int, owners: Sequence[int]) -> tuple[int, Tree]:
+    """Give the slots that the busiest rank needs, and the tree of (rank, slot) over its partial sums.
+
+    >>> deal(2, [0, 0, 1])
+    (2, ((0, 0), (1, 0)))
+    """
+    count, most = len(owners), 1
+    slot_of: dict[tuple[int, int], tuple[int, int]] = {}
+    for rank in range(ranks):
+        mine = [v for v, owner in enumerate(owners) if owner == rank]
+        growing = Growing(count)
+        most = max(most, growing.slots(mine))
+        for v in mine:
+            growing.push(v)
+        slot_of.update({(a, b): (rank, slot) for a, b, slot in growing.stack})
+    return most, relabel(shares(count, owners), lambda leaf: slot_of[leaf[1], leaf[2]])

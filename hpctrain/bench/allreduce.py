@@ -56,6 +56,7 @@ def one_size(topology: Topology, size: int) -> dict[str, Any]:
             own[start:stop].copy_(total)
 
     def ours() -> None:
+        medium.begin()
         medium.exchange(small)
         medium.sum(store, stored=True)
         medium.finish(weights=False)

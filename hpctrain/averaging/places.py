@@ -1,0 +1,175 @@
+"""Where each gradient of this rank goes, and which have come.
+
+      place(p)    where the gradient of p is to be computed, and filled(p) that it was; or
+      ready(p)    autograd's hook: p has all its gradient of this backward, in `.grad` or in place
+      complete()  what nothing has joined is zero
+
+In the last backward of a step a bucket is full when every parameter that lies in it is ready;
+buckets are told in their order, so that all ranks mean the same ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from hpctrain.averaging.across import Bucket
+from hpctrain.averaging.space import Space
+from hpctrain.errors import HpctrainError
+
+
+class Places:
+    """The views of one slot that gradients join."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], spaces: list[Space]) -> None:
+        """Take the trained parameters and their spaces; hooks on them bring gradients here."""
+        self.named, self.spaces = dict(named), spaces
+        self.used = torch.zeros(len(named), dtype=torch.float64)
+        """How many gradients have joined, by parameter."""
+        self._index = {id(p): at for at, p in enumerate(self.named.values())}
+        self._views = [torch.empty(0)] * len(self.named)
+        self._fresh = [True] * len(self.named)
+        self._slot = -1
+        self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.named.values()]  # type: ignore[no-untyped-call]
+        self._telling: Callable[[int], None] | None = None
+        self._buckets_of: list[list[int]] = [[] for _ in self.named]
+        self._order: list[int] = []
+        self._told = 0
+        self._missing: list[int] = []
+        self._came: dict[int, int] = {}
+        self.repeats = False
+        """Whether one backward has brought a parameter's gradient in several portions."""
+
+    def watch(self, buckets: Sequence[Bucket]) -> None:
+        """Take the buckets; their order is that of the list until another is learnt. Local."""
+        for at, (space, start, stop) in enumerate(buckets):
+            for seat in self.spaces[space].seats:
+                if seat.start < stop and seat.stop > start:
+                    self._buckets_of[seat.index].append(at)
+        self._order = list(range(len(buckets)))
+
+    def learn(self, order: list[int]) -> None:
+        """Take the order in which buckets are told. Local."""
+        self._order = order
+
+    def filling_order(self) -> list[int]:
+        """Order the buckets by the last backward: as their last parameters came; those that waited last."""
+        last = [-1] * len(self._order)
+        for index, buckets in enumerate(self._buckets_of):
+            for at in buckets:
+                last[at] = max(last[at], self._came.get(index, len(self.named)))
+        return sorted(range(len(last)), key=lambda at: (last[at], at))
+
+    def begin(self) -> None:
+        """Start a step: no gradient has joined. Local."""
+        self.used.zero_()
+        self._telling, self._missing = None, []
+
+    def last_backward(self, tell: Callable[[int], None] | None) -> None:
+        """Note that what comes now is final; `tell(n)` hears that n buckets of the order are full. Local."""
+        self._telling, self._told = tell, 0
+        self._came = {}
+        counts = [0] * len(self._order)
+        for buckets in self._buckets_of:
+            for at in buckets:
+                counts[at] += 1
+        self._missing = counts
+
+    def point(self, slot: int, flats: list[torch.Tensor]) -> None:
+        """Let gradients go to a slot's memory; what lies there is old. Local."""
+        if slot != self._slot:
+            for space, flat in zip(self.spaces, flats):
+                for seat in space.seats:
+                    self._views[seat.index] = seat.view(flat)
+            self._slot = slot
+        self._fresh = [True] * len(self.named)
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def keep(self) -> None:
+        """Say that what lies in the memory is to be kept: it is no old gradient. Local."""
+        self._fresh = [False] * len(self.named)
+
+    def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
+        """Give the memory of a parameter's gradient, and whether nothing has joined it yet. Local."""
+        index = self._index.get(id(parameter))
+        if index is None:
+            return None
+        self._not_late(index)
+        return self._views[index], self._fresh[index]
+
+    def filled(self, parameter: torch.Tensor) -> None:
+        """Note that a gradient has been added in its place. Local."""
+        index = self._index[id(parameter)]
+        parameter.grad = self._views[index]
+        self._fresh[index] = False
+        self.used[index] += 1
+
+    def ready(self, parameter: torch.Tensor) -> None:
+        """Note that autograd has brought a parameter's gradient of this backward. Local."""
+        index = self._index[id(parameter)]
+        view, grad = self._views[index], parameter.grad
+        if grad is not None:  # else nothing came this way: it was filled in place, or there is none
+            self._not_late(index)
+            if grad.layout != torch.strided:
+                grad = grad.to_dense()
+            if grad.data_ptr() != view.data_ptr() or not grad.numel():
+                if self._fresh[index]:
+                    view.copy_(grad)
+                else:
+                    view.add_(grad)
+            self.filled(parameter)
+        if self._missing:
+            self._note(index)
+
+    def _note(self, index: int) -> None:
+        if index in self._came:
+            self.repeats = True
+            return
+        self._came[index] = len(self._came)
+        if self._telling is None:
+            return
+        if self._fresh[index]:
+            self._clear(index)
+        for at in self._buckets_of[index]:
+            self._missing[at] -= 1
+        told = self._told
+        while told < len(self._order) and not self._missing[self._order[told]]:
+            told += 1
+        if told > self._told:
+            self._told = told
+            self._telling(told)
+
+    def _not_late(self, index: int) -> None:
+        """Refuse a gradient of a bucket that is on its way."""
+        if self._telling is None or index not in self._came:
+            return
+        if any(at in self._order[: self._told] for at in self._buckets_of[index]):
+            name = list(self.named)[index]
+            raise HpctrainError(
+                f"a gradient of {name} came after its bucket was sent: one backward brings it in several "
+                f"portions, which the first steps did not show; does the model recompute activations by "
+                f"torch.utils.checkpoint? then with use_reentrant=False"
+            )
+
+    def complete(self) -> None:
+        """Zero the gradients that nothing has joined: their memory holds those of an earlier step. Local."""
+        for index, fresh in enumerate(self._fresh):
+            if fresh:
+                self._clear(index)
+
+    def _clear(self, index: int) -> None:
+        self._views[index].zero_()
+        self._fresh[index] = False
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """Give what has joined the gradient of a parameter; zeros where nothing has. Local."""
+        index = self._index[id(self.named[name])]
+        if self._fresh[index]:
+            self._clear(index)
+        return self._views[index]
+
+    def close(self) -> None:
+        """Take the hooks off the user's parameters. Local."""
+        for hook in self._hooks:
+            hook.remove()
