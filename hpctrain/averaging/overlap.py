@@ -90,15 +90,20 @@ class Choice:
         several = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         return cls(comm, WAYS if several else WAYS[:2])
 
+    @property
+    def settled(self) -> bool:
+        """Whether the trial is over."""
+        return self._step > self._last
+
     def note(self, seconds: float) -> None:
         """Take the time of a step that all ranks have taken; decide when all ways are timed. Collective."""
-        if self._step > self._last:
+        if self.settled:
             return
         # step 0 is warm-up and shows the order of the buckets; ways then take turns
         if self._step:
             self.seconds[self.way].append(seconds)
         self._step += 1
-        if self._step <= self._last:
+        if not self.settled:
             self.way = self.ways[(self._step - 1) % len(self.ways)]
             return
         medians = [statistics.median(self.seconds[way][1:]) for way in self.ways]

@@ -1,0 +1,93 @@
+"""Several hosts with a link between them: bytes that cross it, the same bits however they are sent.
+
+Bytes are counted by the kernel on each host's own network interface, headers included.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "vhosts.sh"
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("apt-get"), reason="needs root and Debian"),
+]
+
+
+@pytest.fixture(scope="module")
+def vhosts(tmp_path_factory):
+    """Three hosts joined at 1 Gbit/s; a function that runs the worker on them and gives its rows."""
+    folder = tmp_path_factory.mktemp("vhosts")
+    environment = {
+        **os.environ,
+        "VHOSTS_DIR": str(folder),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(HERE.parent.parent),
+    }
+
+    def script(*arguments, limit=120):
+        done = subprocess.run(
+            [SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=limit, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def run(hosts, steps, ways, wire="exact"):
+        ranks = sum(int(host.split(":")[1]) for host in hosts.split(","))
+        worker = [sys.executable, str(HERE / "steps_worker.py"), str(steps), ways, "", wire]
+        line = script("run", str(ranks), hosts, "-x", "PYTHONPATH", *worker)
+        return rows(line)
+
+    try:
+        script("up", "3")
+        script("shape", "1gbit")
+        yield run
+    finally:
+        script("down")
+
+
+def rows(text):
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def on_one_host(ranks, node_of, steps):
+    """The same worker on this machine, with nodes that are made up."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMPI_MCA_mpi_yield_when_idle": "1"}
+    worker = [sys.executable, str(HERE / "steps_worker.py"), str(steps), "after", node_of, "exact"]
+    mpirun = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), *worker]
+    done = subprocess.run(mpirun, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return rows(done.stdout)[0]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "node_of"), [("h0:2,h1:2", "0011"), ("h0:2,h1:1,h2:1", "0012"), ("h0:1,h1:1,h2:1", "012")]
+)
+def test_bytes_are_the_fewest_possible_and_bits_do_not_depend_on_how_they_are_sent(vhosts, hosts, node_of):
+    """2·S·(N-1)/N a host, gradients one way and new weights the other; 2 percent for headers and flags."""
+    expected = on_one_host(len(node_of), node_of, 6)
+    nodes = len(set(node_of))
+    ways = ("after", "between", "thread")
+    for way, row in zip(ways, vhosts(hosts, 6, ",".join(ways)), strict=True):
+        assert row["way"] == way
+        assert row["digests"] == expected["digests"]
+        assert len(set(row["digests"])) == 1
+        best = 2 * row["size"] * (nodes - 1) / nodes
+        assert all(0.99 * best < sent < 1.02 * best for sent in row["sent"]), (row["sent"], best)
+
+
+def test_ways_are_tried_and_bfloat16_halves_the_bytes(vhosts):
+    tried, exact = vhosts("h0:2,h1:2", 20, "trial,between")
+    assert tried["way"] in ("after", "between", "thread")
+    assert tried["digests"] == exact["digests"]
+    (short,) = vhosts("h0:2,h1:2", 20, "between", "bf16")
+    assert len(set(short["digests"])) == 1
+    assert short["digests"] != exact["digests"]
+    for sent, all_sent in zip(short["sent"], exact["sent"]):
+        assert sent == pytest.approx(all_sent / 2, rel=0.02)
