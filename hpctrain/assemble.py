@@ -3,6 +3,7 @@
 With `train.py` the only place that knows all rooms.
 """
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,8 @@ class Job:
     engine: Engine
     loader: Loader[Batch]
     scheduler: Any
+    peers: list[tuple[int, str]]
+    """World rank and host of each replica of this stage."""
 
     @property
     def averager(self) -> Averager:
@@ -195,7 +198,8 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         task.batch,
     )
     resolved = replace(config, model=model, parallel=replace(config.parallel, micro_batches=count))
-    return Job(resolved, topology, index, reader, task, engine, loader, scheduler)
+    peers = topology.comms.data.allgather((topology.world_rank, platform.node()))
+    return Job(resolved, topology, index, reader, task, engine, loader, scheduler, peers)
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

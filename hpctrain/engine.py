@@ -10,6 +10,7 @@ its kernels do not depend on the layout.
 """
 
 import math
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -42,11 +43,19 @@ class Clock:
 
     reading: float = 0.0
     computing: float = 0.0
+    waiting: float = 0.0
+    """For slower ranks."""
     averaging: float = 0.0
+    """Sums and update, waiting set apart."""
+
+    @property
+    def total(self) -> float:
+        """Seconds in all."""
+        return self.reading + self.computing + self.waiting + self.averaging
 
     def shares(self) -> dict[str, float]:
         """Give each part's share of the sum."""
-        total = self.reading + self.computing + self.averaging
+        total = self.total
         return {name: value / total if total else 0.0 for name, value in vars(self).items()}
 
 
@@ -71,6 +80,9 @@ class Engine:
         self.named = models.by_name(self.module, self.names)
         self.straight = StraightIntoPlace(self.module, self.averager.place, self.averager.filled)
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
+        self._read, self._stepped = 0.0, False
+        self.activation_bytes = 0
+        """Pages that the forward of a micro-batch of the first step has added."""
 
     def step(
         self,
@@ -97,9 +109,14 @@ class Engine:
         flags = self.averager.flags
         flags.errors, flags.stops, flags.saves = int(failure is not None), int(stop), int(save)
         computed = time.perf_counter()
+        flags.reading, flags.computing = self.clock.reading - self._read, computed - began
         result = self.averager.step(clip, lr)
+        self._read, self._stepped = self.clock.reading, True
+        averaging = time.perf_counter() - computed
+        waiting = min(averaging, float(result.times.waiting[self.topology.replica]))
         self.clock.computing += computed - began
-        self.clock.averaging += time.perf_counter() - computed
+        self.clock.waiting += waiting
+        self.clock.averaging += averaging - waiting
         if result.errors:
             raise_together(self.topology.comms.world, failure)
         if not (math.isfinite(result.loss) and math.isfinite(result.norm)):
@@ -141,8 +158,11 @@ class Engine:
 
     def _forward(self, number: int, micro_batch: int, batch: Batch) -> tuple[torch.Tensor, float]:
         torch.manual_seed(key(self.seed, number, micro_batch) >> 1)
+        resident = 0 if self._stepped else resident_bytes()
         with self.straight.forward():
             total, weight = self._loss(batch)
+        if resident:
+            self.activation_bytes = max(self.activation_bytes, resident_bytes() - resident)
         value = float(total.detach())
         if not math.isfinite(value):
             raise DivergedError(
@@ -209,6 +229,15 @@ class Engine:
             failure = error
         raise_together(self.topology.comms.world, failure)
         return sum_over(self.topology.comms.data, sums)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def sum_over(

@@ -39,6 +39,10 @@ class DivergedError(HpctrainError):
     """The loss or the gradient is no longer a number."""
 
 
+class DriftError(HpctrainError):
+    """Replicas that must hold the same bits hold different ones."""
+
+
 class RankError(HpctrainError):
     """A rank failed with an error of the user's code or of a library; the text is its traceback."""
 

@@ -8,15 +8,18 @@ from mpi4py import MPI
 
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
+from hpctrain.averaging.averager import Result
+from hpctrain.averaging.sentinel import EVERY_STEPS
 from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint import save as saving
 from hpctrain.config import Config
 from hpctrain.data import order
 from hpctrain.errors import DONE, STOPPED_EARLY, HpctrainError
 from hpctrain.log import LOGGER
-from hpctrain.report import summary
+from hpctrain.report import memory, summary
 from hpctrain.report.progress import ProgressView
 from hpctrain.report.run_folder import RunFolder, rows
+from hpctrain.report.waiting import Waiting
 from hpctrain.resilience.signals import StopSignals
 from hpctrain.resume import Progress, check_resume, resume
 from hpctrain.topology import Topology
@@ -80,6 +83,7 @@ class Loop:
         if stored is not None:
             job.restore(stored, stored.state["total_steps"] != job.total_steps)
         self.validator = Validator(job, run, self.at)
+        self.waiting = Waiting(job.peers)
         self.last_saved = time.monotonic()
         self.saved_step = -1 if stored is None else stored.step
 
@@ -117,15 +121,23 @@ class Loop:
                 self.at.step += 1
                 self.at.position = step.next_position
                 rate = (step.next_position - step.position) / (time.perf_counter() - began)
-                shares = job.engine.clock.shares()
-                summary.step(self.run_folder, self.at.step, self.epoch(), result, rate, rates[0], shares)
-                view.step(self.at.step, result.loss, rate, shares)
+                self.after_step(result, rate, rates[0], view)
                 stopped = result.stops > 0
                 better = self.validator.after_step(self.validation_due())
                 every = job.config.checkpoint.every_steps
                 if better or result.saves or (every and self.at.step % every == 0):
                     self.save()
         return self.end(stopped, baselines)
+
+    def after_step(self, result: Result, rate: float, lr: float, view: ProgressView) -> None:
+        """Write and show what the step gave; now and then compare the ranks' weights. Collective."""
+        shares, waited = self.job.engine.clock.shares(), self.waiting.row(result.times)
+        summary.step(self.run_folder, self.at.step, self.epoch(), result, rate, lr, shares, waited)
+        view.step(self.at.step, result.loss, rate, shares)
+        if self.at.step == self.resumed_step + 1:
+            memory.say(self.job)
+        if self.at.step % EVERY_STEPS == 0:
+            self.job.averager.check_drift(self.at.step)
 
     def epoch(self) -> float:
         """Passes over the training samples so far."""
@@ -151,6 +163,7 @@ class Loop:
             return
         began = time.perf_counter()
         job, world = self.job, self.job.topology.comms.world
+        job.averager.check_drift(self.at.step)  # no checkpoint of weights that the ranks don't agree on
         state = {
             **self.at.state(),
             "total_steps": job.total_steps,
@@ -180,6 +193,9 @@ class Loop:
         self.save()
         reason = self.at.ended or f"all {job.total_steps} steps done"
         self.run_folder.row("end", self.at.step, status="done", reason=reason)
+        waited = self.waiting.line(job.engine.clock.total)
+        if waited:
+            LOGGER.info("%s", waited)
         if job.config.report.pictures:
             summary.draw(job, self.run_folder)
         summary.end(job, self.run_folder, reason, found, baselines)

@@ -25,6 +25,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import nn
 
+from hpctrain.averaging import sentinel
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.medium import BLOCK, Medium, Sink, Wire
 from hpctrain.averaging.node import Node
@@ -405,6 +406,29 @@ class Averager:
         mine = [name for name in near if not bool(torch.isfinite(self.gradient(name)).all())]
         found = set().union(*self.comm.allgather(mine)) or near
         return [name for name in self.named if name in found]
+
+    def check_drift(self, step: int) -> None:
+        """Compare the bits of weights and buffers over the ranks. Collective; raises DriftError on all.
+
+        Ranks that share one copy of a weight look at it in turns.
+        """
+        if self.comm.size == 1:
+            return
+        pieces, shared = of_module(self.module), self.medium.weights is not None
+        trained = {f"model.{name}" for name in self.named}
+        lanes = self.medium.place.lanes if isinstance(self.medium, Node) else 1
+        turn = self.medium.local.rank if isinstance(self.medium, Node) else 0
+        looks = [not (shared and p.name in trained) or at % lanes == turn for at, p in enumerate(pieces)]
+        sentinel.check(self.comm, pieces, looks, step)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's memory by use; what a node shares is its first rank's. Local."""
+        weights = sum(flat.nbytes for flat in self.weights)
+        if self.medium.weights is not None and isinstance(self.medium, Node) and self.medium.local.rank:
+            weights = 0
+        gradients = sum(flat.nbytes for slot in self.medium.slots for flat in slot)
+        optimizer = sum(piece.tensor.nbytes for piece in self.stepper.pieces())
+        return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
     # -- state -------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class Choice:
         if self._step:
             self.seconds[self.way].append(seconds)
         self._step += 1
-        if not self.settled:
+        if self._step <= self._last:
             self.way = self.ways[(self._step - 1) % len(self.ways)]
             return
         medians = [statistics.median(self.seconds[way][1:]) for way in self.ways]

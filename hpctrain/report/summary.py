@@ -65,7 +65,14 @@ def versions() -> dict[str, str]:
 
 
 def step(
-    run: RunFolder, at: int, epoch: float, result: Result, rate: float, lr: float, shares: Metrics
+    run: RunFolder,
+    at: int,
+    epoch: float,
+    result: Result,
+    rate: float,
+    lr: float,
+    shares: Metrics,
+    waiting: dict[str, Any],
 ) -> None:
     """Write the "train" row of a step."""
     run.row(
@@ -77,6 +84,7 @@ def step(
         lr=lr,
         samples_per_second=round(rate, 2),
         **{f"{name}_share": round(share, 4) for name, share in shares.items()},
+        **waiting,
     )
 
 

@@ -60,7 +60,8 @@ def take(steps, way, node_of, wire):
     if world.rank == 0:
         chosen = averager.overlap.choice.way if averager.overlap else ""
         row = {"size": size, "sent": [c / steps for c in counted], "digests": digests, "way": chosen}
-        print(json.dumps(row), flush=True)
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
     averager.close()
 
 
