@@ -7,8 +7,12 @@ can be written where it belongs:
       first micro-batch      place ← gᵀ·x          torch.mm(out=place)
       later ones             place ← place + gᵀ·x  place.addmm_
 
+and for an embedding only the rows that were looked up are added, place[i] ← place[i] + g, where
+autograd makes a whole table of mostly zeros. Convolutions and norms have no kernel that writes
+where it is told: theirs are copied, which is little beside their own work.
+
 The user's module is not touched: while the forward runs, a torch-function mode sees each
-`F.linear` whose weight has a place. Everything that could tell the difference takes autograd's
+`F.linear` and `F.embedding` whose weight has a place. Everything that could tell the difference takes autograd's
 own way: hooks on the weight, gradients of gradients, `torch.autograd.grad` in the user's code,
 autocast, functorch, small weights.
 """
@@ -55,6 +59,30 @@ class _Linear(torch.autograd.Function):
         return to_x, to_weight, to_bias, None
 
 
+class _Embedding(torch.autograd.Function):
+    """F.embedding whose gradient may be added to the rows in its place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: nn.Parameter, indices: torch.Tensor, padding: int, owner: "StraightIntoPlace"
+    ) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        ctx.owner, ctx.parameter, ctx.padding = owner, weight, padding
+        return torch.embedding(weight, indices, padding)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        weight = ctx.parameter
+        if torch.is_grad_enabled() or not ctx.owner.fills(weight, gradient.dtype):
+            table = torch.ops.aten.embedding_dense_backward(
+                gradient, indices, len(weight), ctx.padding, False
+            )
+            return table, None, None, None
+        ctx.owner.add_rows(weight, indices.reshape(-1), gradient.reshape(-1, weight.shape[1]), ctx.padding)
+        return None, None, None, None
+
+
 class StraightIntoPlace(TorchFunctionMode):
     """Entered for the forward; `accumulating` is entered for the backward that fills the places."""
 
@@ -67,7 +95,7 @@ class StraightIntoPlace(TorchFunctionMode):
         self.weights = {
             id(m.weight)
             for m in module.modules()
-            if isinstance(m, nn.Linear) and m.weight.numel() >= SMALLEST and not compiled
+            if isinstance(m, (nn.Linear, nn.Embedding)) and m.weight.numel() >= SMALLEST and not compiled
         }
 
     @contextmanager
@@ -91,25 +119,49 @@ class StraightIntoPlace(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
-        """Take F.linear of a managed weight; let everything else pass."""
+        """Take F.linear and F.embedding of a managed weight; let everything else pass."""
         if function is functional.linear and torch.is_grad_enabled():
             x, weight, bias = _linear_arguments(*arguments, **(named or {}))
             if id(weight) in self.weights and weight.requires_grad and _plain(x, weight):
                 return _Linear.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+        if function is functional.embedding and torch.is_grad_enabled():
+            indices, weight, padding, special = _embedding_arguments(*arguments, **(named or {}))
+            managed = id(weight) in self.weights and weight.requires_grad
+            if managed and not special and _plain(weight, weight):
+                return _Embedding.apply(weight, indices, padding, self)  # type: ignore[no-untyped-call]
         return function(*arguments, **(named or {}))
+
+    def fills(self, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+        """Whether a gradient of this backward goes straight into its place. Local."""
+        own_way = (
+            not self._active
+            or torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated
+            or parameter._backward_hooks  # the user's hooks want to see the gradient
+            or parameter.dtype != dtype
+        )
+        return not own_way and self._place(parameter) is not None
+
+    def add_rows(
+        self, parameter: nn.Parameter, indices: torch.Tensor, g: torch.Tensor, padding: int
+    ) -> None:
+        """Add rows g: (n, width) to rows `indices`: (n,) of the parameter's place, in that order. Local."""
+        found = self._place(parameter)
+        assert found is not None
+        place, first = found
+        if first:
+            place.zero_()
+        if padding >= 0:
+            kept = indices != padding
+            indices, g = indices[kept], g[kept]
+        place.index_add_(0, indices, g)
+        self._filled(parameter)
 
     def join(self, parameter: nn.Parameter, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """Add gᵀ·x to the parameter's place and give None, or give it to autograd.
 
         g: (rows, out), x: (rows, in). Local.
         """
-        own_way = (
-            not self._active
-            or torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated
-            or parameter._backward_hooks  # the user's hooks want to see the gradient
-            or parameter.dtype != g.dtype
-        )
-        found = None if own_way else self._place(parameter)
+        found = self._place(parameter) if self.fills(parameter, g.dtype) else None
         if found is None:
             return g.t() @ x
         place, first = found
@@ -125,6 +177,22 @@ def _linear_arguments(
     input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
     return input, weight, bias
+
+
+def _embedding_arguments(
+    input: torch.Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[torch.Tensor, Any, int, bool]:
+    """Give indices, weight, the padding row (-1: none) and whether the call is a special one."""
+    special = max_norm is not None or scale_grad_by_freq or sparse
+    if padding_idx is None:
+        return input, weight, -1, special
+    return input, weight, padding_idx % len(weight), special or not -len(weight) <= padding_idx < len(weight)
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -24,8 +24,9 @@ class Owner:
     def ready(self, parameter):
         place = self.places[id(parameter)]
         if parameter.grad is not None:
+            dense = parameter.grad if parameter.grad.layout == torch.strided else parameter.grad.to_dense()
             if parameter.grad is not place:
-                place.copy_(parameter.grad)
+                place.copy_(dense)
             self.filled(parameter)
 
     def filled(self, parameter):
@@ -170,3 +171,64 @@ def test_a_frozen_weight_and_a_frozen_bias():
     assert module[0].weight.grad is None
     assert not owner[id(module[0].weight)].any()
     assert module[1].bias.grad is None
+
+
+class Words(nn.Module):
+    """A table that is looked up twice in a forward, one row of it padding; maybe tied to the head."""
+
+    def __init__(self, tied=False, padding=None, **options):
+        super().__init__()
+        self.table = nn.Embedding(11, 4, padding_idx=padding, **options)
+        self.head = nn.Linear(4, 11, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.table(x))) + self.table(x.flip(0)).sum(-1, keepdim=True)
+
+
+def lookups(count, kind=torch.int64):
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(0, 11, (5, 3), generator=generator).to(kind) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_embedding_adds_its_rows_in_place(kind, padding, tied, count):
+    batches = lookups(count, kind)
+    found, owner = run(make(lambda: Words(tied, padding)), batches)
+    for name, value in expected(make(lambda: Words(tied, padding)), batches).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    table = next(iter(owner.places))
+    assert owner.joined.count(table) >= 2 * count, "two lookups join twice, in place"
+
+
+def test_an_embedding_looked_up_once_has_autograds_bits():
+    def once():
+        return make(lambda: nn.Sequential(nn.Embedding(7, 300), nn.Tanh(), nn.Linear(300, 2)))
+
+    x = torch.randint(0, 7, (40, 9), generator=torch.Generator().manual_seed(1))
+    found, _ = run(once(), [x])
+    for name, value in expected(once(), [x]).items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+def test_special_embeddings_take_their_own_way_or_agree(options):
+    found, owner = run(make(lambda: Words(**options)), lookups(1))
+    for name, value in expected(make(lambda: Words(**options)), lookups(1)).items():
+        value = value.to_dense() if value.layout != torch.strided else value
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_gradient_of_an_embeddings_gradient():
+    def work(module, x):
+        inner = module(x).square().sum()
+        (g,) = torch.autograd.grad(inner, module.table.weight, create_graph=True)
+        return inner + g.square().sum()
+
+    found, _ = run(make(Words), lookups(1), work)
+    for name, value in expected(make(Words), lookups(1), work).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
