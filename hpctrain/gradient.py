@@ -12,9 +12,9 @@ autograd makes a whole table of mostly zeros. Convolutions and norms have no ker
 where it is told: theirs are copied, which is little beside their own work.
 
 The user's module is not touched: while the forward runs, a torch-function mode sees each
-`F.linear` and `F.embedding` whose weight has a place. Everything that could tell the difference takes autograd's
-own way: hooks on the weight, gradients of gradients, `torch.autograd.grad` in the user's code,
-autocast, functorch, small weights.
+`F.linear` and `F.embedding` whose weight has a place. Everything that could tell the difference
+takes autograd's own way: hooks on the weight, gradients of gradients, `torch.autograd.grad` in
+the user's code, autocast, functorch, small weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -141,9 +141,7 @@ class StraightIntoPlace(TorchFunctionMode):
         )
         return not own_way and self._place(parameter) is not None
 
-    def add_rows(
-        self, parameter: nn.Parameter, indices: torch.Tensor, g: torch.Tensor, padding: int
-    ) -> None:
+    def add_rows(self, parameter: nn.Parameter, indices: torch.Tensor, g: torch.Tensor, padding: int) -> None:
         """Add rows g: (n, width) to rows `indices`: (n,) of the parameter's place, in that order. Local."""
         found = self._place(parameter)
         assert found is not None

@@ -217,7 +217,7 @@ def test_an_embedding_looked_up_once_has_autograds_bits():
 
 @pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}])
 def test_special_embeddings_take_their_own_way_or_agree(options):
-    found, owner = run(make(lambda: Words(**options)), lookups(1))
+    found, _ = run(make(lambda: Words(**options)), lookups(1))
     for name, value in expected(make(lambda: Words(**options)), lookups(1)).items():
         value = value.to_dense() if value.layout != torch.strided else value
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -1,0 +1,318 @@
+"""Buckets between nodes: told in time, in a learnt order, moved in three ways with the same bits.
+
+Nodes are made up, so that the ranks of one machine stand on several.
+"""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hpctrain.averaging import links
+from hpctrain.averaging.across import Bucket
+from hpctrain.averaging.averager import Averager
+from hpctrain.averaging.overlap import TURNS, WAYS, Choice, Mover
+from hpctrain.averaging.places import Places
+from hpctrain.averaging.space import UNIT, deal
+from hpctrain.config import Averaging
+from hpctrain.errors import HpctrainError
+from hpctrain.gradient import StraightIntoPlace
+
+
+class Net(nn.Module):
+    """Layers in another order than they are used, one of them on some steps only, one tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(90, 40)
+        self.first = nn.Linear(40, 90)
+        self.sometimes = nn.Linear(90, 90)
+        self.never = nn.Linear(5, 5)
+
+    def forward(self, x, use=True):
+        x = torch.tanh(self.first(x))
+        x = torch.tanh(self.sometimes(x)) if use else x
+        return self.last(x) + x @ self.first.weight
+
+
+def steps(world, way, count=8, node_of=None, mine=1, bf16=False, work=None, sharded="auto"):
+    """Train; gives weights, norms and the averager. `mine`: micro-batches of each rank."""
+    torch.manual_seed(0)
+    module = Net()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, fused=True)
+    owners = [v // mine for v in range(world.size * mine)]
+    nodes = node_of or [r % 2 for r in range(world.size)]
+    config = Averaging(wire="bf16" if bf16 else "exact")
+    averager = Averager(module, optimizer, world, config, owners, node_of=nodes, sharded=sharded)
+    if averager.overlap:
+        averager.overlap.choice = Choice(world, (way,))
+    straight = StraightIntoPlace(module, averager.place, averager.filled)
+    norms = []
+    for step in range(count):
+        own = [v for v, owner in enumerate(owners) if owner == world.rank]
+        averager.begin(own)
+        for v in own:
+            generator = torch.Generator().manual_seed(100 * step + v)
+            x = torch.randn(3 + v, 40, generator=generator)
+            with straight.forward():
+                loss = work(module, x) if work else module(x, use=step % 3 != 1).square().sum()
+            with straight.accumulating():
+                loss.backward()
+            averager.joined(v, float(loss.detach()), float(len(x)))
+        norms.append(averager.step(0.5 if step % 2 else 0.0).norm)
+    weights = [p.detach().clone() for p in module.parameters()]
+    averager.close()
+    return weights, norms, averager
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    """Several buckets even in a small model."""
+    monkeypatch.setattr(links, "bucket_bytes", lambda total, parts, latency, bandwidth: 4 * UNIT * 2)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("mine", [1, 3])
+def test_three_ways_give_the_same_bits(world, mine):
+    expected, norms, _ = steps(world, "after", mine=mine)
+    for way in WAYS[1:]:
+        for sharded in ("auto", False):
+            found, other, _ = steps(world, way, mine=mine, sharded=sharded)
+            assert other == norms
+            assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    bits = [w.numpy().tobytes() for w in expected]
+    assert all(share == bits for share in world.allgather(bits))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_buckets_leave_before_backward_is_over(world, way, monkeypatch):
+    """What is told during backward, in a learnt order; the one with unused parameters comes at the end."""
+    told = []
+    from hpctrain.averaging.overlap import Overlap
+
+    usual = Overlap._tell
+    monkeypatch.setattr(Overlap, "_tell", lambda self, n: (told.append(n), usual(self, n))[1])
+    _, _, averager = steps(world, way, count=4)
+    if world.size == 1:
+        assert averager.overlap is None
+        return
+    count = len(averager.medium.buckets)
+    assert count >= 4
+    assert told
+    assert max(told) >= count // 2
+    assert max(told) < count, "the bucket of a parameter without gradient must wait for the end"
+    order = averager.places._order
+    assert sorted(order) == list(range(count))
+    assert order != list(range(count)), "layers are used in another order than they are registered"
+
+
+@pytest.mark.mpi
+def test_a_recomputed_portion_is_noticed_and_nothing_leaves_early(world):
+    """Re-entrant recomputation runs a backward in the backward: a parameter is ready several times."""
+
+    def work(module, x):
+        halves = [checkpoint(module, part.requires_grad_(), use_reentrant=True) for part in x.split(2)]
+        return torch.cat(halves).square().sum()
+
+    expected, norms, _ = steps(world, "after", work=work)
+    found, other, averager = steps(world, "between", work=work)
+    assert norms == other
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert world.size == 1 or averager.places.repeats
+
+
+def places_of(*sizes):
+    module = nn.ParameterList([nn.Parameter(torch.zeros(n)) for n in sizes])
+    named = dict(module.named_parameters())
+    spaces = deal(named, {id(p): 0 for p in named.values()}, 1)
+    places = Places(named, spaces)
+    places.watch([Bucket(0, *b) for b in spaces[0].buckets])
+    places.point(0, [torch.zeros(s.size) for s in spaces])
+    return list(named.values()), places
+
+
+def test_a_portion_that_comes_late_is_refused_by_name():
+    (first, second), places = places_of(UNIT, UNIT)
+    told = []
+    places.begin()
+    places.last_backward(told.append)
+    second.grad = torch.ones(UNIT)
+    places.ready(second)
+    assert told == [1]
+    second.grad = torch.ones(UNIT)
+    with pytest.raises(
+        HpctrainError, match="gradient of 1 came after its bucket was sent.*use_reentrant=False"
+    ):
+        places.ready(second)
+    first.grad = torch.ones(UNIT)
+    places.ready(first)
+    assert told == [1, 2]
+
+
+def test_an_undefined_gradient_is_zeros_before_its_bucket_leaves():
+    (only,), places = places_of(UNIT)
+    flat = torch.full((UNIT,), 9.0)
+    places.point(1, [flat])
+    places.begin()
+    seen = []
+    places.last_backward(lambda n: seen.append(float(flat.sum())))
+    only.grad = None
+    places.ready(only)
+    assert seen == [0.0]
+    assert places.used.tolist() == [0.0]
+
+
+def test_the_order_is_that_of_the_last_parameter_of_each_bucket():
+    (a, b, c), places = places_of(UNIT, UNIT, UNIT)  # buckets: c, b, a
+    places.begin()
+    places.last_backward(None)
+    for parameter in (a, c):
+        parameter.grad = torch.ones(UNIT)
+        places.ready(parameter)
+    assert places.filling_order() == [2, 0, 1]
+    assert b.grad is None
+
+
+@pytest.mark.mpi
+def test_a_choice_tries_all_ways_and_keeps_the_fastest_of_the_slowest_rank(world):
+    choice, taken = Choice(world, WAYS), []
+    slow = {"after": 0.5, "between": 0.3, "thread": 0.1 if world.rank else 0.4}
+    if world.size == 1:
+        slow["thread"] = 0.4
+    while not choice.settled:
+        taken.append(choice.way)
+        choice.note(slow[choice.way])
+    assert taken[0] == "after"
+    assert all(taken[1:].count(way) == TURNS + 1 for way in WAYS)
+    assert choice.way == "between"
+    choice.note(99.0)
+    assert choice.way == "between"
+
+
+def test_a_mover_polls_only_between_start_and_stop_and_hands_over_failures():
+    count, threads = [], set()
+
+    def poll():
+        count.append(1)
+        threads.add(threading.current_thread())
+        if len(count) == 5:
+            raise ValueError("from the thread")
+        return False
+
+    mover = Mover(poll)
+    mover.stop()
+    mover.start()
+    end = time.monotonic() + 20
+    while len(count) < 5 and time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="from the thread"):
+        mover.stop()
+    before = len(count)
+    time.sleep(0.02)
+    assert len(count) == before == 5
+    assert threading.current_thread() not in threads
+    mover.start()
+    while len(count) == before and time.monotonic() < end:
+        time.sleep(0.01)
+    mover.stop()
+    mover.close()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("sharded", ["auto", False])
+def test_bfloat16_between_nodes_is_near_and_the_same_on_all_ranks(world, sharded):
+    """8 bits of mantissa: gradients are off by up to 2^-9 each, updates of 0.01 a step as well."""
+    exact, _, _ = steps(world, "between", count=6)
+    found, _, averager = steps(world, "between", count=6, bf16=True, sharded=sharded)
+    bits = [w.numpy().tobytes() for w in found]
+    assert all(share == bits for share in world.allgather(bits))
+    for a, b in zip(found, exact):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=6 * 0.01)
+    if averager.overlap:
+        assert any(not torch.equal(a, b) for a, b in zip(found, exact)), "bfloat16 was not used"
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(found, exact))
+
+
+@pytest.mark.mpi
+def test_interleaved_and_uneven_nodes_agree_in_every_way(world):
+    for node_of in ([(r + 1) // 2 % 2 for r in range(world.size)], [0] + [1] * (world.size - 1)):
+        expected, _, _ = steps(world, "after", count=4, node_of=node_of)
+        found, _, _ = steps(world, "thread", count=4, node_of=node_of)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        bits = [w.numpy().tobytes() for w in found]
+        assert all(share == bits for share in world.allgather(bits))
+
+
+@pytest.mark.mpi
+def test_after_an_error_the_next_step_is_right(world):
+    """A rank that fails in the middle: the others' buckets are on their way and must arrive."""
+    if world.size == 1:
+        return
+    torch.manual_seed(0)
+    module = Net()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, fused=True)
+    averager = Averager(module, optimizer, world, node_of=[r % 2 for r in range(world.size)])
+    averager.overlap.choice = Choice(world, ("thread",))
+    before = [p.detach().clone() for p in module.parameters()]
+    for step in range(4):
+        averager.begin([world.rank])
+        failing = step == 2 and world.rank == world.size - 1
+        if not failing:
+            module(torch.ones(2, 40)).square().sum().backward()
+        averager.joined(world.rank, 1.0, 2.0)
+        averager.flags.errors = int(failing)
+        result = averager.step()
+        changed = any(not torch.equal(a, p) for a, p in zip(before, module.parameters()))
+        assert changed == (step != 2)
+        assert (result.errors > 0) == (step == 2)
+        before = [p.detach().clone() for p in module.parameters()]
+    bits = [w.numpy().tobytes() for w in before]
+    assert all(share == bits for share in world.allgather(bits))
+    averager.close()
+
+
+@pytest.mark.mpi
+def test_the_link_is_measured_alike_on_all_ranks(world):
+    latency, bandwidth = links.measure(world, world)
+    assert (latency > 0) == (world.size > 1)
+    assert bandwidth > 0
+    assert len(set(world.allgather((latency, bandwidth)))) == 1
+    assert links.measure(world, MPI.COMM_NULL if world.size == 1 else world)[1] > 0
+
+
+@pytest.mark.mpi
+def test_a_second_step_without_begin_is_refused(world):
+    module = nn.Linear(3, 2)
+    averager = Averager(module, torch.optim.SGD(module.parameters(), lr=0.1), world)
+    averager.begin([world.rank])
+    module(torch.ones(1, 3)).sum().backward()
+    averager.joined(world.rank, 1.0, 1.0)
+    averager.step()
+    with pytest.raises(HpctrainError, match="called a second time"):
+        averager.step()
+    averager.close()
+
+
+@pytest.mark.mpi
+def test_times_name_the_slowest(world):
+    module = nn.Linear(3, 2)
+    averager = Averager(module, torch.optim.SGD(module.parameters(), lr=0.1), world)
+    for _ in range(2):
+        averager.begin([world.rank])
+        module(torch.ones(1, 3)).sum().backward()
+        averager.joined(world.rank, 1.0, 1.0)
+        averager.flags.reading, averager.flags.computing = 0.25, 1.0 + world.rank
+        times = averager.step().times
+    assert times.computing.tolist() == [1.0 + r for r in range(world.size)]
+    assert times.waiting.tolist() == [float(world.size - 1 - r) for r in range(world.size)]
+    assert times.reading.tolist() == [0.25] * world.size
+    assert np.isfinite(times.transfer).all()
+    averager.close()
