@@ -27,6 +27,7 @@ from hpctrain.data.loader import Loader
 from hpctrain.data.read import Reader
 from hpctrain.engine import Engine
 from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.models import build as models
 from hpctrain.piece import Piece, of_module
@@ -149,6 +150,27 @@ def check_invariant(config: Config, replicas: int) -> None:
         )
 
 
+def processor() -> str:
+    """Name this processor and the vector instructions that torch uses on it. Local."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def warn_of_unlike_processors(config: Config, comm: MPI.Intracomm) -> None:
+    """Say so where the same bits are asked of processors that differ. Collective."""
+    kinds = sorted(set(comm.allgather(processor())))
+    if config.averaging.invariant and len(kinds) > 1:
+        LOGGER.warning(
+            "averaging.invariant: the processors differ (%s), and BLAS chooses its kernels by them: for the "
+            "same bits set on all nodes MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2",
+            "; ".join(kinds),
+        )
+
+
 def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     """Build the job's parts. Collective; errors are raised on all ranks.
 
@@ -162,6 +184,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     with together(world):
         check_invariant(config, topology.replicas)
         check_classes(config)
+    warn_of_unlike_processors(config, world)
     index = from_root(world, lambda: indexing.build(config.data))
     reader = Reader(index)
     with together(world):

@@ -7,12 +7,14 @@ import pytest
 from PIL import Image
 
 from hpctrain import log
+from hpctrain.averaging.averager import Times
 from hpctrain.config import Config
 from hpctrain.config_file import free_number
 from hpctrain.errors import ConfigError
 from hpctrain.report import pictures, progress
 from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.report.summary import table
+from hpctrain.report.waiting import Waiting
 from hpctrain.task import Maps, Panel
 
 
@@ -132,3 +134,25 @@ def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="train.run_folder = .*file/run can't be written"):
         RunFolder(tmp_path / "file" / "run", writes=True).create(Config())
+
+
+def times(busy):
+    computing = np.array(busy)
+    zeros = np.zeros(len(busy))
+    return Times(zeros, computing, computing.max() - computing, zeros + 0.5)
+
+
+def test_who_was_waited_for_is_named():
+    waiting = Waiting([(0, "a"), (1, "a"), (4, "b")])
+    assert waiting.line(1.0) == ""
+    row = waiting.row(times([1.0, 2.0, 1.5]))
+    assert row["waited_for"] == 1
+    assert row["compute_seconds"] == {"min": 1.0, "median": 1.5, "max": 2.0, "rank": 1, "host": "a"}
+    assert row["wait_seconds"] == {"min": 0.0, "median": 0.5, "max": 1.0, "rank": 0, "host": "a"}
+    assert row["transfer_seconds"]["max"] == 0.5
+    for _ in range(3):
+        assert waiting.row(times([1.0, 1.0, 4.0]))["waited_for"] == 4
+    line = waiting.line(20.0)  # waited: 0.5 once, 2.0 three times, in the mean of three ranks
+    assert "waited 32.5% of the time" in line
+    assert "rank 4 on b (75% of the steps; 33% would be even)" in line
+    assert Waiting([(0, "a")]).line(1.0) == ""
