@@ -238,6 +238,10 @@ class Averager:
         """Note that a gradient has been added in its place. Local."""
         self.places.filled(parameter)
 
+    def ready(self, parameter: torch.Tensor) -> None:
+        """Note that autograd has brought a parameter's gradient of this backward. Local."""
+        self.places.ready(parameter)
+
     def joined(self, micro_batch: int, loss: float, weight: float) -> None:
         """Note that a micro-batch is done: its summed loss and weight. Local.
 

@@ -21,7 +21,7 @@ from hpctrain.bench.measure import alternate, row, say, start_gloo
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.topology import Topology
 
-ROUNDS = 15
+ROUNDS = 25
 
 
 def mlp(*widths: int) -> nn.Module:
