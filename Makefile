@@ -3,7 +3,7 @@
 #   make setup                    .venv with everything, lint tools too
 #   make train [RANKS=4]          train the default recipe on real data
 #   make test                     the test suite at 1, 2, 3 and 4 ranks
-#   make test-cluster             a real Slurm on this machine (root, Debian)
+#   make test-cluster             a real Slurm and virtual hosts on this machine (root, Debian)
 #   make test-long                what takes long
 #   make lint                     format, lint, types, layers, spelling, scripts
 #

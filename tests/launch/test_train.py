@@ -1,6 +1,7 @@
 """Training as a user starts it: what is written, what is refused."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,8 +34,44 @@ def test_a_run_writes_what_others_read(launcher, small, tmp_path):
     assert [row["step"] for row in tested] == [7, 14, 20]
     assert all({"loss", "rmse", "split"} <= row.keys() for row in tested)
     assert [row["step"] for row in found if row["event"] == "checkpoint"] == [20]
+    parts = ("read_seconds", "compute_seconds", "wait_seconds", "transfer_seconds")
+    assert all(
+        {"min", "median", "max", "rank", "host"} == row[part].keys() for row in train for part in parts
+    )
     log = (run / "log.txt").read_text()
     assert all(line.startswith("r0/3 | ") for line in log.splitlines())
+    assert re.search(
+        r"memory of a node: weights 0.0 MiB, gradients 0.0 MiB, optimizer 0.0 MiB, activations", log
+    )
+
+
+def test_a_slow_rank_is_named_and_a_drifting_one_ends_the_run(launcher, small, tmp_path):
+    """Rank 1 takes 50 ms longer at each forward; with its own copy of the weights it flips a bit at step 9."""
+    Path(tmp_path, "of_mine.py").write_text(
+        "import time\nimport torch\nfrom mpi4py import MPI\nfrom helpers import Net\n"
+        "class Slow(Net):\n    calls = 0\n    def forward(self, x):\n"
+        "        if MPI.COMM_WORLD.rank == 1 and self.training:\n            time.sleep(0.05)\n"
+        "            Slow.calls += 1\n            if Slow.calls == FLIP:\n"
+        "                with torch.no_grad():\n"
+        "                    next(self.parameters()).view(-1).view(torch.int32)[0] ^= 1\n"
+        "        return super().forward(x)\n".replace("FLIP", "int(__import__('os').environ['FLIP'])")
+    )
+    words = ["train", "small.toml", "--model.class_path", "of_mine.Slow", "--optimizer.sharded", "false"]
+    words += ["--train.steps", "12", "--checkpoint.every_steps", "6"]
+    ended = launcher.ranks(3, *words, FLIP="0")
+    assert ended.status == 0, ended.text
+    assert re.search(r"a rank waited \d.*most often for rank 1 on ", ended.out)
+    train = [row for row in rows(tmp_path / "runs" / "small") if row["event"] == "train"]
+    assert sum(row["waited_for"] == 1 for row in train) >= 10
+    assert all(row["wait_seconds"]["max"] > 0.02 for row in train if row["waited_for"] == 1)
+
+    ended = launcher.ranks(3, *words, "--train.run_folder", "drift", FLIP="9")
+    assert ended.status == 1, ended.text
+    assert "after step 12 the ranks hold different bits of model." in ended.text
+    assert "ranks 1 against ranks 0, 2" in ended.text
+    found = rows(tmp_path / "drift")
+    assert [row["step"] for row in found if row["event"] == "checkpoint"] == [6]
+    assert found[-1]["status"] == "failed"
 
 
 def test_numbered_folders(launcher, small, tmp_path):
