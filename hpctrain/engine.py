@@ -118,7 +118,7 @@ class Engine:
         self.clock.waiting += waiting
         self.clock.averaging += averaging - waiting
         if result.errors:
-            raise_together(self.topology.comms.world, failure)
+            raise_together(self.topology.comms.world, failure or result.failure)
         if not (math.isfinite(result.loss) and math.isfinite(result.norm)):
             diverged = DivergedError(self._explain(number, result))
             diverged.agreed = True  # every rank has the same sums

@@ -101,7 +101,7 @@ class StraightIntoPlace(TorchFunctionMode):
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Watch the calls of a forward; costs nothing where no layer could gain."""
-        if not self.weights or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        if not self.weights:
             yield
             return
         with self:
@@ -199,6 +199,8 @@ def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
     Functorch's transforms do; so do hooks on saved tensors (recomputed activations expect the
     same tensors from the second forward, which no mode sees).
     """
+    if torch.is_autocast_enabled(x.device.type):  # it casts inside the call
+        return False
     inside = torch._C._functorch.peek_interpreter_stack() is not None
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return (

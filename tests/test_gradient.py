@@ -232,3 +232,20 @@ def test_a_gradient_of_an_embeddings_gradient():
     found, _ = run(make(Words), lookups(1), work)
     for name, value in expected(make(Words), lookups(1), work).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_autocast_that_begins_inside_the_forward_takes_its_own_way():
+    """As the engine does it: the mode is entered first."""
+
+    def work(module, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = module(x)
+        return out.float().square().sum()
+
+    def two():
+        return make(lambda: nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)))
+
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    found, _ = run(two(), [x], work)
+    for name, value in expected(two(), [x], work).items():
+        assert torch.equal(found[name], value), name

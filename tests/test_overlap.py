@@ -3,6 +3,7 @@
 Nodes are made up, so that the ranks of one machine stand on several.
 """
 
+import sys
 import threading
 import time
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hpctrain.averaging import links
 from hpctrain.averaging.across import Bucket
 from hpctrain.averaging.averager import Averager
+from hpctrain.averaging.memory import NodeMemory, Rendezvous
 from hpctrain.averaging.overlap import TURNS, WAYS, Choice, Mover
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.space import UNIT, deal
@@ -225,6 +227,75 @@ def test_a_mover_polls_only_between_start_and_stop_and_hands_over_failures():
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_a_mover_ends_though_its_last_poll_ends_after_close_began():
+    entered, go = threading.Event(), threading.Event()
+
+    def poll():
+        entered.set()
+        go.wait(20)
+        return True
+
+    mover = Mover(poll)
+    mover.start()
+    assert entered.wait(20)
+    closing = threading.Thread(target=mover.close, daemon=True)
+    closing.start()
+    time.sleep(0.1)
+    go.set()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
+@pytest.mark.mpi
+def test_two_threads_announce_and_look_at_once(world):
+    """The mover looks while the backward announces: neither may trip over the other's fence."""
+    memory = NodeMemory(world, 0, 64)
+    place, failures, ends = Rendezvous(world, memory, True), [], threading.Event()
+
+    def look():
+        try:
+            while not ends.is_set():
+                place.announced(0)
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=look)
+        thread.start()
+        for number in range(60_000):
+            place.announce(number)
+            if failures:
+                break
+    finally:
+        ends.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert not failures
+    world.Barrier()
+
+
+@pytest.mark.mpi
+def test_a_failure_of_the_mover_is_told_to_all_before_it_is_raised(world):
+    if world.size == 1:
+        return
+    module = Net()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, fused=True)
+    averager = Averager(module, optimizer, world, node_of=[r % 2 for r in range(world.size)])
+    before = [p.detach().clone() for p in module.parameters()]
+    averager.begin([world.rank])
+    module(torch.ones(2, 40)).square().sum().backward()
+    averager.joined(world.rank, 1.0, 2.0)
+    if world.rank == 1:
+        averager.overlap.mover._failure = ValueError("from the thread")
+    result = averager.step()
+    assert result.errors == 1
+    assert (result.failure is not None) == (world.rank == 1)
+    assert all(torch.equal(a, p) for a, p in zip(before, module.parameters()))
+    averager.close()
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("sharded", ["auto", False])
 def test_bfloat16_between_nodes_is_near_and_the_same_on_all_ranks(world, sharded):
@@ -296,7 +367,7 @@ def test_a_second_step_without_begin_is_refused(world):
     module(torch.ones(1, 3)).sum().backward()
     averager.joined(world.rank, 1.0, 1.0)
     averager.step()
-    with pytest.raises(HpctrainError, match="called a second time"):
+    with pytest.raises(HpctrainError, match="no gradient has come; call begin first"):
         averager.step()
     averager.close()
 

@@ -69,3 +69,7 @@ def test_a_digest_sees_order_and_sign():
     assert sentinel.digest(a) != sentinel.digest(torch.tensor([1.0, 2.0, -0.0]))
     assert sentinel.digest(torch.ones(2, 3).t()) == sentinel.digest(torch.ones(3, 2))
     assert sentinel.digest(torch.empty(0)) == 0
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    assert sentinel.digest(z.conj()) == sentinel.digest(torch.tensor([1 - 2j, 3 + 1j]))
+    assert sentinel.digest(z.conj().imag) == sentinel.digest(torch.tensor([-2.0, 1.0]))
+    assert sentinel.digest(torch.eye(3).to_sparse()) == sentinel.digest(torch.eye(3))

@@ -98,7 +98,7 @@ class Across:
         kinds = {space.wire for space in spaces}
         deep = trees.depth(tree)
         self._scratch = {kind: [torch.empty(BLOCK, dtype=kind) for _ in range(deep)] for kind in kinds}
-        self._kept: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+        self.kept: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
         self._before: dict[int, torch.Tensor] = {}
         self.begin()
 
@@ -201,9 +201,9 @@ class Across:
 
     def _memory(self, name: str, slot: int, dtype: torch.dtype, count: int) -> torch.Tensor:
         """Give memory that is kept from step to step: fresh pages cost as much as the sum."""
-        kept = self._kept.get((name, slot, dtype))
+        kept = self.kept.get((name, slot, dtype))
         if kept is None or len(kept) < count:
-            kept = self._kept[name, slot, dtype] = torch.empty(count, dtype=dtype)
+            kept = self.kept[name, slot, dtype] = torch.empty(count, dtype=dtype)
         return kept[:count]
 
     # -- weights -------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ class Result:
     """Ranks whose clock asks for a checkpoint."""
     times: Times
     """Who waited for whom."""
+    failure: Exception | None = None
+    """What failed on this rank while buckets were sent; counted in `errors`."""
 
 
 class Averager:
@@ -274,13 +276,13 @@ class Averager:
         """
         if not self._begun:
             raise HpctrainError(
-                "averager.step was called a second time: no gradient has come since; call begin first"
+                "averager.step was called without a step to end (a second time?): "
+                "no gradient has come; call begin first"
             )
         self._begun = False
         entered = time.perf_counter()
         self.flags.computing = self.flags.computing or entered - self._began
-        if self.overlap:
-            self.overlap.take_over()
+        failure = self._take_over()
         self.places.complete()
         self.running.restore()
         self.flags.changed = int(self.running.others_changed)
@@ -307,7 +309,17 @@ class Averager:
             self.overlap.note(time.perf_counter() - self._began)
         waited = float(times.waiting[self.comm.rank])
         self._transfer = max(0.0, time.perf_counter() - entered - waited)
-        return Result(weight, loss, norm, flags["errors"], flags["stops"], flags["saves"], times)
+        return Result(weight, loss, norm, flags["errors"], flags["stops"], flags["saves"], times, failure)
+
+    def _take_over(self) -> Exception | None:
+        """End what another thread does; its failure is told to the others before it is raised."""
+        try:
+            if self.overlap:
+                self.overlap.take_over()
+        except Exception as error:
+            self.flags.errors = 1
+            return error
+        return None
 
     def _times(self, seconds: NDArray[np.float64]) -> Times:
         """Replicas began this step together: who took longest is whom the others waited for."""
@@ -432,7 +444,8 @@ class Averager:
             weights = 0
         gradients = sum(flat.nbytes for slot in self.medium.slots for flat in slot)
         optimizer = sum(piece.tensor.nbytes for piece in self.stepper.pieces())
-        return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        between = self.medium.between_bytes if isinstance(self.medium, Node) else 0
+        return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "between nodes": between}
 
     # -- state -------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ class NodeMemory:
 
 
 class Fence:
-    """A full memory barrier: to give a lock up and take it again.
+    """A full memory barrier: to give a lock up and take it again. Each is for one thread at a time.
 
     POSIX: sem_post and sem_trywait, which Python's locks are made of, "synchronize memory" (IEEE
     1003.1, 4.12); later Pythons use sequentially consistent exchanges. What was stored or loaded
@@ -120,6 +120,7 @@ class Rendezvous:
         self.others = [rank * LINE // 8 for rank in range(comm.size) if rank != comm.rank]
         self.spins = 0 if crowded else SPINS
         self.fence = Fence()
+        self._looking = Fence()  # whoever polls may be another thread than the one that announces
         self.met = 0
         namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
         everyone = comm.allgather((os.getpid(), namespace))
@@ -154,7 +155,7 @@ class Rendezvous:
         counters = self.counters
         if counters[self.mine + 1] < count or any(counters[other + 1] < count for other in self.others):
             return False
-        self.fence()
+        self._looking()
         return True
 
     def look(self) -> None:

@@ -215,6 +215,13 @@ class Node:
         if self.across is not None:
             self.across.order = order
 
+    @property
+    def between_bytes(self) -> int:
+        """Memory of what is on its way between nodes, and of sums wider than the gradients."""
+        wide = [home for b, home in self._homes.items() if home.dtype != self.spaces[b.space].dtype]
+        kept = list(self.across.kept.values()) if self.across is not None else []
+        return sum(tensor.nbytes for tensor in [*wide, *kept])
+
     def _full(self, turn: int) -> bool:
         return self.rendezvous.announced(self._steps * len(self.buckets) + turn + 1)
 

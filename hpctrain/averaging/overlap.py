@@ -52,7 +52,9 @@ class Mover:
 
     def close(self) -> None:
         """End the thread. Local."""
-        self._ends = True
+        self._go.clear()
+        with self._lock:  # a poll that has begun may clear the event once more
+            self._ends = True
         self._go.set()
         if self._thread is not None:
             self._thread.join()

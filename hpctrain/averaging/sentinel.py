@@ -24,7 +24,8 @@ UNKNOWN = np.iinfo(np.int64).min
 
 def digest(tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes in logical order. Local."""
-    flat = tensor.detach().contiguous().reshape(-1).cpu()
+    tensor = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
     return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
