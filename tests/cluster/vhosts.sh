@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Virtual hosts on this machine for the tests: network namespaces h0, h1, … on a bridge of their own.
-# Usage: VHOSTS_DIR=dir vhosts.sh up [N] | shape RATE|none | run N_RANKS HOST:SLOTS,… COMMAND… | rsh HOST COMMAND… | down
+# Usage: VHOSTS_DIR=dir vhosts.sh probe | up [N] | shape RATE|none | run N_RANKS HOST:SLOTS,… COMMAND… | rsh HOST COMMAND… | down
 # Host i has the address 10.78.0.<10+i>, its own hostname, /etc/hosts, /dev/shm and network; files are shared.
 # `run` is mpirun (the one on PATH) over the hosts; `rsh` is what it starts its daemons by. Needs root and iproute2.
+# `probe` says by its status whether this kernel has bridges, veth pairs and tbf, and lets us use them.
 # Exit: 0 as asked; 1 did not come up; 2 bad usage; `run`: mpirun's own status.
 set -euo pipefail
 
@@ -18,9 +19,19 @@ inside() { # NAME COMMAND...
   nsenter -t "$(pid "$name")" -n -u -m --wd="$PWD" -- "$@"
 }
 
+probe() { # can this kernel and its rules do it at all?
+  if ! { command -v ip && command -v tc; } >/dev/null; then
+    say "installing iproute2"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get install -y iproute2 >/dev/null 2>&1 ||
+      { apt-get update >/dev/null && apt-get install -y iproute2 >/dev/null 2>&1; }
+  fi
+  unshare -n -u -m sh -c 'ip link add br0 type bridge && ip link add veth0 type veth peer name veth1 &&
+    tc qdisc add dev veth0 root tbf rate 1gbit burst 256kb limit 2mb'
+}
+
 up() { # N
   local i name t
-  command -v ip >/dev/null || { say "installing iproute2"; apt-get install -y iproute2 >/dev/null; }
   mkdir -p "$dir"
   { echo '127.0.0.1 localhost'
     for ((i = 0; i < $1; i++)); do printf '10.78.0.%d h%d\n' $((10 + i)) "$i"; done; } >"$dir/hosts"
@@ -101,10 +112,11 @@ down() {
 }
 
 case ${1:-} in
+  probe) probe ;;
   up) [[ $(id -u) == 0 ]] || { say "needs root"; exit 2; }; up "${2:-2}" ;;
   shape) shape "$2" ;;
   run) shift; run "$@" ;;
   rsh) shift; rsh "$@" ;;
   down) down ;;
-  *) say "usage: VHOSTS_DIR=dir vhosts.sh up [N] | shape RATE|none | run RANKS HOST:SLOTS,… COMMAND… | down"; exit 2 ;;
+  *) say "usage: VHOSTS_DIR=dir vhosts.sh probe | up [N] | shape RATE|none | run RANKS HOST:SLOTS,… COMMAND… | down"; exit 2 ;;
 esac
