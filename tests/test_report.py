@@ -156,3 +156,15 @@ def test_who_was_waited_for_is_named():
     assert "waited 32.5% of the time" in line
     assert "rank 4 on b (75% of the steps; 33% would be even)" in line
     assert Waiting([(0, "a")]).line(1.0) == ""
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(self):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("hpctrain.report.run_folder.FileLock.acquire", no_locks)
+    run = RunFolder(tmp_path / "run", writes=True)
+    with caplog.at_level("WARNING"):
+        run.create(Config())
+    assert "is not locked (no locks available): let no other job train into it" in caplog.text
+    run.close()

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from hpctrain.checkpoint.files import write_whole
 from hpctrain.config import Config, to_dict
 from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
 
 LOCK_SECONDS = 15.0
 """A job that was killed may hold its folder for some seconds more."""
@@ -34,7 +35,7 @@ class RunFolder:
         """Keep other jobs out of a folder that holds a run until `close` or this process' death. Local.
 
         Two jobs in one run folder would write into each other's checkpoints. A filesystem that
-        knows no locks is used without one.
+        knows no locks is used without one, with a warning.
         """
         if not self.writes or self._lock is not None or not (new or (self.path / "config.toml").is_file()):
             return
@@ -46,7 +47,8 @@ class RunFolder:
                 f"{self.path} is in use by another job that trains into it: wait for its end, or "
                 f"choose another --train.run_folder"
             ) from None
-        except (OSError, NotImplementedError):  # read-only, or no locks there: writing will tell
+        except (OSError, NotImplementedError) as error:  # where it is read-only, writing will tell
+            LOGGER.warning("%s is not locked (%s): let no other job train into it", self.path, error)
             return
         self._lock = lock
 
