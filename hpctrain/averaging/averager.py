@@ -25,18 +25,17 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import nn
 
-from hpctrain.averaging import sentinel
+from hpctrain.averaging import build, sentinel
 from hpctrain.averaging import tree as trees
-from hpctrain.averaging.medium import BLOCK, Medium, Sink, Wire
+from hpctrain.averaging.medium import BLOCK, Sink, Wire
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.overlap import Overlap
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.running import RunningStatistics
-from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal, deal_whole
-from hpctrain.averaging.steppers import Adam, Pieces, Shapes, Stepper, elementwise, group_settings
+from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal
+from hpctrain.averaging.steppers import Shapes, group_settings
 from hpctrain.config import Averaging
 from hpctrain.errors import HpctrainError
-from hpctrain.log import LOGGER
 from hpctrain.piece import Piece, of_module
 from hpctrain.wire import raise_together
 
@@ -122,11 +121,15 @@ class Averager:
         groups = {id(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.spaces = deal(named, groups, shelf_bytes)
         self.growing = trees.Growing(len(self.owners)) if self.config.invariant else None
-        self.sharded = self._choose_sharding(sharded)
-        self.medium = self._choose_medium(len(named), crowded, node_of)
+        smalls = len(FLAGS) + 2 * len(self.owners) + len(named) + len(TIMES) * comm.size
+        shards = build.shards(optimizer, self.spaces, sharded)
+        self.medium = build.medium(
+            comm, self.spaces, smalls, self.config, self.owners, shards, crowded, node_of
+        )
+        self.sharded = shards and isinstance(self.medium, Node)
         self.running = RunningStatistics(module)
         self._settle()
-        self.stepper = self._choose_stepper()
+        self.stepper = build.stepper(optimizer, self.spaces, self.weights, self.medium, self.sharded)
         self.places = Places(named, self.spaces)
         self.overlap = self._choose_overlap()
         self._losses = np.zeros((2, len(self.owners)))
@@ -136,33 +139,6 @@ class Averager:
         self.places.point(0, self.medium.slots[0])
 
     # -- building ----------------------------------------------------------------------------
-
-    def _choose_sharding(self, asked: bool | str) -> bool:
-        on_cpu = all(space.device.type == "cpu" for space in self.spaces)
-        if asked == "auto":
-            return on_cpu and (elementwise(self.optimizer) or Adam.fits(self.optimizer))
-        return bool(asked) and on_cpu
-
-    def _choose_medium(self, parameters: int, crowded: bool, node_of: Sequence[int] | None) -> Medium:
-        slots, tree = 1, None
-        if self.config.invariant:
-            slots, tree = trees.deal(self.comm.size, self.owners)
-        on_cpu = all(space.device.type == "cpu" for space in self.spaces)
-        if self.comm.size > 1 and on_cpu:
-            smalls = len(FLAGS) + 2 * len(self.owners) + parameters + len(TIMES) * self.comm.size
-            short = self.config.wire == "bf16"
-            try:
-                return Node(
-                    self.comm, self.spaces, smalls, crowded, self.sharded, slots, tree, node_of, short
-                )
-            except OSError as error:
-                LOGGER.warning(
-                    "averaging by MPI alone, which is slower: the node's shared memory can't be used: %s; "
-                    "make /dev/shm larger (containers: --shm-size)",
-                    error,
-                )
-        self.sharded = False
-        return Wire(self.comm, self.spaces, slots, tree)
 
     def _settle(self) -> None:
         """Let every parameter be a view of flat memory; the node's first rank fills what is shared."""
@@ -177,22 +153,6 @@ class Averager:
                         view.copy_(seat.parameter)
                     seat.parameter.data = view
         self.medium.finish(weights=False)
-
-    def _choose_stepper(self) -> Stepper:
-        owned = self.medium.owned if self.sharded else (lambda bucket: bucket)
-        if Adam.fits(self.optimizer):
-            return Adam(self.optimizer, self.spaces, self.weights, owned)
-        gradients = self.medium.slots[0]
-        if elementwise(self.optimizer):
-            return Pieces(self.optimizer, self.spaces, self.weights, gradients, owned)
-        if not self.sharded:
-            return Pieces(self.optimizer, self.spaces, self.weights, gradients, None)
-        assert isinstance(self.medium, Node)
-        dealt = deal_whole(self.spaces, self.medium.local.size)
-        mine = self.medium.local.rank
-        return Pieces(
-            self.optimizer, self.spaces, self.weights, gradients, None, lambda at: dealt[at] == mine
-        )
 
     def _choose_overlap(self) -> Overlap | None:
         """Between nodes gradients are sent while backward goes on, unless a tree adds micro-batches first."""

@@ -1,0 +1,72 @@
+"""What an averager is made of, chosen by the optimizer, the device and the ranks."""
+
+from collections.abc import Sequence
+
+import torch
+from mpi4py import MPI
+
+from hpctrain.averaging import tree as trees
+from hpctrain.averaging.medium import Medium, Wire
+from hpctrain.averaging.node import Node
+from hpctrain.averaging.space import Space, deal_whole
+from hpctrain.averaging.steppers import Adam, Pieces, Stepper, elementwise
+from hpctrain.config import Averaging
+from hpctrain.log import LOGGER
+
+
+def shards(optimizer: torch.optim.Optimizer, spaces: list[Space], asked: bool | str) -> bool:
+    """Whether each rank steps its own part of the weights. Local.
+
+    Unasked only where that can't change a result: an optimizer of the user's may look at several
+    tensors at once.
+    """
+    on_cpu = all(space.device.type == "cpu" for space in spaces)
+    if asked == "auto":
+        return on_cpu and (elementwise(optimizer) or Adam.fits(optimizer))
+    return bool(asked) and on_cpu
+
+
+def medium(
+    comm: MPI.Intracomm,
+    spaces: list[Space],
+    smalls: int,
+    config: Averaging,
+    owners: Sequence[int],
+    sharded: bool,
+    crowded: bool,
+    node_of: Sequence[int] | None,
+) -> Medium:
+    """Give the node's memory where there are several ranks on CPUs, else MPI alone. Collective."""
+    slots, tree = trees.deal(comm.size, owners) if config.invariant else (1, None)
+    if comm.size > 1 and all(space.device.type == "cpu" for space in spaces):
+        bf16 = config.wire == "bf16"
+        try:
+            return Node(comm, spaces, smalls, crowded, sharded, slots, tree, node_of, bf16=bf16)
+        except OSError as error:
+            LOGGER.warning(
+                "averaging by MPI alone, which is slower: the node's shared memory can't be used: %s; "
+                "make /dev/shm larger (containers: --shm-size)",
+                error,
+            )
+    return Wire(comm, spaces, slots, tree)
+
+
+def stepper(
+    optimizer: torch.optim.Optimizer,
+    spaces: list[Space],
+    weights: list[torch.Tensor],
+    of: Medium,
+    sharded: bool,
+) -> Stepper:
+    """Give what runs the optimizer on what this rank owns; it takes the optimizer's groups. Local."""
+    owned = of.owned if sharded else (lambda bucket: bucket)
+    gradients = of.slots[0]
+    if Adam.fits(optimizer):
+        return Adam(optimizer, spaces, weights, owned)
+    if elementwise(optimizer):
+        return Pieces(optimizer, spaces, weights, gradients, owned)
+    if not sharded:
+        return Pieces(optimizer, spaces, weights, gradients, None)
+    assert isinstance(of, Node)
+    dealt, mine = deal_whole(spaces, of.local.size), of.local.rank
+    return Pieces(optimizer, spaces, weights, gradients, None, lambda at: dealt[at] == mine)
