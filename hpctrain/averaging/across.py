@@ -25,9 +25,9 @@ from mpi4py import MPI
 
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.lanes import Lanes
+from hpctrain.averaging.medium import BLOCK
 from hpctrain.averaging.space import UNIT, Space, cut
 
-BLOCK = 128 * 1024
 IN_FLIGHT = 4
 """Buckets between sent and added up: enough to keep the wire busy while one is being added."""
 NAP_SECONDS = 50e-6
