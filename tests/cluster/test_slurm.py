@@ -17,11 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("slurm.sh")
 sys.path.insert(0, str(ROOT / "tests"))
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("apt-get"), reason="needs root and Debian"),
-]
-
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
