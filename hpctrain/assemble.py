@@ -136,6 +136,12 @@ def check_invariant(config: Config, replicas: int) -> None:
     """Check what the same bits on any layout ask for. Local."""
     if not config.averaging.invariant:
         return
+    if config.averaging.wire != "exact":
+        raise ConfigError(
+            f"averaging.wire = {config.averaging.wire} rounds what crosses between nodes: the bits would "
+            f"depend on where the ranks are, and averaging.invariant = true asks for the same ones: leave "
+            f"one of them out"
+        )
     count = config.parallel.micro_batches
     if count == "auto":
         raise ConfigError(
@@ -162,8 +168,10 @@ def processor() -> str:
 
 def warn_of_unlike_processors(config: Config, comm: MPI.Intracomm) -> None:
     """Say so where the same bits are asked of processors that differ. Collective."""
+    if not config.averaging.invariant:
+        return
     kinds = sorted(set(comm.allgather(processor())))
-    if config.averaging.invariant and len(kinds) > 1:
+    if len(kinds) > 1:
         LOGGER.warning(
             "averaging.invariant: the processors differ (%s), and BLAS chooses its kernels by them: for the "
             "same bits set on all nodes MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2",

@@ -132,6 +132,10 @@ def test_invariant_asks_for_a_fixed_number_of_micro_batches(topology, files):
     config.averaging.invariant = True
     with pytest.raises(ConfigError, match="set parallel.micro_batches to an integer, 4 say"):
         assemble.build(config, topology)
+    config.averaging.wire = "bf16"
+    with pytest.raises(ConfigError, match="bits would depend on where the ranks are.*leave one of them out"):
+        assemble.build(config, topology)
+    config.averaging.wire = "exact"
     if topology.replicas > 1:
         config.parallel.micro_batches = 1
         with pytest.raises(
@@ -273,3 +277,21 @@ class ByRank(torch.nn.Module):
 class Extra(Net):
     def get_extra_state(self):
         return {"a": 1}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("invariant", [False, True])
+def test_unlike_processors_are_named_where_the_bits_matter(topology, files, monkeypatch, caplog, invariant):
+    monkeypatch.setattr(assemble, "processor", lambda: f"kind {topology.world_rank % 2}")
+    config = config_of(files)
+    config.parallel.micro_batches, config.averaging.invariant = 4, invariant
+    with caplog.at_level("WARNING"):
+        assemble.build(config, topology).close()
+    unlike = invariant and topology.world_size > 1
+    assert ("the processors differ (kind 0; kind 1)" in caplog.text) == unlike
+
+
+def test_this_processor_has_a_name():
+    name, capability = assemble.processor().rsplit(", ", 1)
+    assert name
+    assert capability == torch.backends.cpu.get_cpu_capability()
