@@ -7,22 +7,17 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
-from mpi4py import MPI
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain.averaging import links
-from hpctrain.averaging.across import Bucket
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.memory import NodeMemory, Rendezvous
 from hpctrain.averaging.overlap import TURNS, WAYS, Choice, Mover
-from hpctrain.averaging.places import Places
-from hpctrain.averaging.space import UNIT, deal
+from hpctrain.averaging.space import UNIT
 from hpctrain.config import Averaging
-from hpctrain.errors import HpctrainError
 from hpctrain.gradient import StraightIntoPlace
 
 
@@ -127,58 +122,6 @@ def test_a_recomputed_portion_is_noticed_and_nothing_leaves_early(world):
     assert norms == other
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
     assert world.size == 1 or averager.places.repeats
-
-
-def places_of(*sizes):
-    module = nn.ParameterList([nn.Parameter(torch.zeros(n)) for n in sizes])
-    named = dict(module.named_parameters())
-    spaces = deal(named, {id(p): 0 for p in named.values()}, 1)
-    places = Places(named, spaces)
-    places.watch([Bucket(0, *b) for b in spaces[0].buckets])
-    places.point(0, [torch.zeros(s.size) for s in spaces])
-    return list(named.values()), places
-
-
-def test_a_portion_that_comes_late_is_refused_by_name():
-    (first, second), places = places_of(UNIT, UNIT)
-    told = []
-    places.begin()
-    places.last_backward(told.append)
-    second.grad = torch.ones(UNIT)
-    places.ready(second)
-    assert told == [1]
-    second.grad = torch.ones(UNIT)
-    with pytest.raises(
-        HpctrainError, match="gradient of 1 came after its bucket was sent.*use_reentrant=False"
-    ):
-        places.ready(second)
-    first.grad = torch.ones(UNIT)
-    places.ready(first)
-    assert told == [1, 2]
-
-
-def test_an_undefined_gradient_is_zeros_before_its_bucket_leaves():
-    (only,), places = places_of(UNIT)
-    flat = torch.full((UNIT,), 9.0)
-    places.point(1, [flat])
-    places.begin()
-    seen = []
-    places.last_backward(lambda n: seen.append(float(flat.sum())))
-    only.grad = None
-    places.ready(only)
-    assert seen == [0.0]
-    assert places.used.tolist() == [0.0]
-
-
-def test_the_order_is_that_of_the_last_parameter_of_each_bucket():
-    (a, b, c), places = places_of(UNIT, UNIT, UNIT)  # buckets: c, b, a
-    places.begin()
-    places.last_backward(None)
-    for parameter in (a, c):
-        parameter.grad = torch.ones(UNIT)
-        places.ready(parameter)
-    assert places.filling_order() == [2, 0, 1]
-    assert b.grad is None
 
 
 @pytest.mark.mpi
@@ -347,43 +290,4 @@ def test_after_an_error_the_next_step_is_right(world):
         before = [p.detach().clone() for p in module.parameters()]
     bits = [w.numpy().tobytes() for w in before]
     assert all(share == bits for share in world.allgather(bits))
-    averager.close()
-
-
-@pytest.mark.mpi
-def test_the_link_is_measured_alike_on_all_ranks(world):
-    latency, bandwidth = links.measure(world, world)
-    assert (latency > 0) == (world.size > 1)
-    assert bandwidth > 0
-    assert len(set(world.allgather((latency, bandwidth)))) == 1
-    assert links.measure(world, MPI.COMM_NULL if world.size == 1 else world)[1] > 0
-
-
-@pytest.mark.mpi
-def test_a_second_step_without_begin_is_refused(world):
-    module = nn.Linear(3, 2)
-    averager = Averager(module, torch.optim.SGD(module.parameters(), lr=0.1), world)
-    averager.begin([world.rank])
-    module(torch.ones(1, 3)).sum().backward()
-    averager.joined(world.rank, 1.0, 1.0)
-    averager.step()
-    with pytest.raises(HpctrainError, match="no gradient has come; call begin first"):
-        averager.step()
-    averager.close()
-
-
-@pytest.mark.mpi
-def test_times_name_the_slowest(world):
-    module = nn.Linear(3, 2)
-    averager = Averager(module, torch.optim.SGD(module.parameters(), lr=0.1), world)
-    for _ in range(2):
-        averager.begin([world.rank])
-        module(torch.ones(1, 3)).sum().backward()
-        averager.joined(world.rank, 1.0, 1.0)
-        averager.flags.reading, averager.flags.computing = 0.25, 1.0 + world.rank
-        times = averager.step().times
-    assert times.computing.tolist() == [1.0 + r for r in range(world.size)]
-    assert times.waiting.tolist() == [float(world.size - 1 - r) for r in range(world.size)]
-    assert times.reading.tolist() == [0.25] * world.size
-    assert np.isfinite(times.transfer).all()
     averager.close()

@@ -17,8 +17,7 @@ of those that it waits for.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from mpi4py import MPI
@@ -27,6 +26,7 @@ from hpctrain.averaging import tree as trees
 from hpctrain.averaging.lanes import Lanes
 from hpctrain.averaging.medium import BLOCK
 from hpctrain.averaging.space import UNIT, Space, cut
+from hpctrain.topology import named
 
 IN_FLIGHT = 4
 """Buckets between sent and added up: enough to keep the wire busy while one is being added."""
@@ -62,41 +62,51 @@ def message(numbers: torch.Tensor) -> list[object]:
     return [numbers.view(torch.uint8).numpy(), len(numbers) // UNIT, unit_type(numbers.dtype)]
 
 
+class Sums(Protocol):
+    """What a lane needs of its node."""
+
+    place: Lanes
+    lane: MPI.Intracomm
+    """The lane's ranks; each one's number is its node's."""
+    spaces: list[Space]
+    buckets: list[Bucket]
+    weights: list[torch.Tensor] | None
+    counts: list[int]
+    """Partial sums that each node sends."""
+    across_tree: trees.Tree
+    """How they are added; its leaves are (node, partial sum)."""
+
+    def full(self, turn: int) -> bool:
+        """Whether all ranks of the node have filled bucket `turn` of the order."""
+
+    def inside(self, partial: int, bucket: Bucket, a: int, b: int) -> torch.Tensor:
+        """Give the node's own partial sum of numbers [a, b); kept until the next call only."""
+
+    def home(self, bucket: Bucket) -> torch.Tensor:
+        """Give the memory where the sum of this rank's part goes."""
+
+    def look(self) -> None:
+        """Raise RankError where a rank of the node has died."""
+
+
 class Across:
     """The traffic of one lane with its peers on the other nodes."""
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        place: Lanes,
-        spaces: list[Space],
-        buckets: Sequence[Bucket],
-        counts: Sequence[int],
-        tree: trees.Tree,
-        bf16: bool,
-        full: Callable[[int], bool],
-        inside: Callable[[int, Bucket, int, int], torch.Tensor],
-        home: Callable[[Bucket], torch.Tensor],
-        look: Callable[[], None],
-        weights: list[torch.Tensor] | None,
-    ) -> None:
-        """Take the lane's ranks, by node, and what the node knows. Collective over `comm`.
+    def __init__(self, node: Sums, bf16: bool) -> None:
+        """Take what the node knows. Collective over the lane.
 
-        `counts`: partial sums that each node sends; `tree` adds them, its leaves (node, partial).
-        `full(k)`: whether all ranks of the node have filled bucket k of the order. `inside(partial,
-        bucket, a, b)`: the node's own sum of numbers [a, b). `home(bucket)`: where the sum of this
-        rank's part goes. `look()` raises where a rank of the node has died. `bf16`: gradients, and
-        what a step adds to the weights, travel as bfloat16.
+        `bf16`: gradients, and what a step adds to the weights, travel as bfloat16.
         """
-        self.comm, self.place, self.spaces, self.buckets = comm.Dup(), place, spaces, list(buckets)
-        self.counts, self.tree, self.bf16 = list(counts), tree, bf16
-        self.full, self.inside, self.home, self.look, self.weights = full, inside, home, look, weights
-        assert place.lane is not None
-        self.lane = place.lane
-        self.order = list(range(len(buckets)))
-        self.peers = [node for node in range(place.nodes) if node != place.node]
-        kinds = {space.wire for space in spaces}
-        deep = trees.depth(tree)
+        self.node, self.bf16 = node, bf16
+        self.place, self.spaces, self.buckets = node.place, node.spaces, node.buckets
+        self.counts, self.tree, self.weights = node.counts, node.across_tree, node.weights
+        assert self.place.lane is not None
+        self.lane = self.place.lane
+        self.comm = named(node.lane.Dup(), "between nodes")
+        self.order = list(range(len(self.buckets)))
+        self.peers = [node for node in range(self.place.nodes) if node != self.place.node]
+        kinds = {space.wire for space in self.spaces}
+        deep = trees.depth(self.tree)
         self._scratch = {kind: [torch.empty(BLOCK, dtype=kind) for _ in range(deep)] for kind in kinds}
         self.kept: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
         self._before: dict[int, torch.Tensor] = {}
@@ -114,7 +124,7 @@ class Across:
     def poll(self) -> bool:
         """Move what can move; say whether every bucket is added up. Local."""
         while self.posted < len(self.order):
-            if self.posted - self.added >= IN_FLIGHT or not self.full(self.posted):
+            if self.posted - self.added >= IN_FLIGHT or not self.node.full(self.posted):
                 break
             self._post(self.posted)
             self.posted += 1
@@ -132,7 +142,7 @@ class Across:
             if self.added <= turn:
                 time.sleep(NAP_SECONDS)
                 if time.monotonic() > until:
-                    self.look()
+                    self.node.look()
                     until = time.monotonic() + LOOK_SECONDS
 
     def parts(self, bucket: Bucket) -> list[tuple[int, int]]:
@@ -169,7 +179,7 @@ class Across:
             begin = at
             for partial in range(mine):
                 for a, b in cut(*parts[node], BLOCK):
-                    into[at : at + b - a] = self.inside(partial, bucket, a, b)
+                    into[at : at + b - a] = self.node.inside(partial, bucket, a, b)
                     at += b - a
             if node != self.place.node and at > begin:
                 requests.append(self.comm.Isend(message(send[begin:at]), node, 2 * turn))
@@ -187,7 +197,7 @@ class Across:
         for node in self.peers:
             begins[node] = at
             at += self.counts[node] * here
-        into = self.home(bucket)
+        into = self.node.home(bucket)
         for a, b in cut(0, here, BLOCK):
 
             def read(leaf: tuple[int, int], a: int = a, b: int = b) -> torch.Tensor:

@@ -71,7 +71,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Result:
-    """What a step gives, the same on all ranks."""
+    """What a step gives, but for `failure` the same on all ranks."""
 
     weight: float
     """Global weight: the number of samples where none is masked or weighted."""
@@ -246,14 +246,9 @@ class Averager:
         self.places.complete()
         self.running.restore()
         self.flags.changed = int(self.running.others_changed)
-        totals = self.medium.exchange(self._pack())
-        cuts = np.cumsum([len(FLAGS), self._losses.size, len(self.places.used)])
-        flag_sums, losses, used, seconds = np.split(totals, cuts)
-        flags = dict(zip(FLAGS, (round(value) for value in flag_sums)))
-        losses, weights = losses.reshape(2, -1)
+        flags, (losses, weights), used, times = self._exchange()
         weight = math.fsum(weights)
         loss = math.fsum(losses) / weight if weight and np.isfinite(losses).all() else math.nan
-        times = self._times(seconds.reshape(len(TIMES), -1))
         norm = math.nan
         if not flags["errors"]:
             self.running.apply(self.comm)
@@ -262,7 +257,7 @@ class Averager:
         if not flags["errors"] and weight and math.isfinite(loss):
             for group, rate in zip(self.optimizer.param_groups, lr or (), strict=lr is not None):
                 group["lr"] = rate
-            norm = self._update((used > 0).tolist(), 1.0 / weight, clip)
+            norm = self._update(used, 1.0 / weight, clip)
         else:
             self.medium.skip()
         if self.overlap:
@@ -281,17 +276,20 @@ class Averager:
             return error
         return None
 
-    def _times(self, seconds: NDArray[np.float64]) -> Times:
-        """Replicas began this step together: who took longest is whom the others waited for."""
-        reading, computing, transfer = seconds
-        busy = reading + computing
-        return Times(reading, computing, busy.max() - busy, transfer)
-
-    def _pack(self) -> NDArray[np.float64]:
-        flags = [float(getattr(self.flags, name)) for name in FLAGS]
+    def _exchange(self) -> tuple[dict[str, int], NDArray[np.float64], list[bool], Times]:
+        """Give the sums of flags, losses and weights by micro-batch (2, V), used parameters, and times."""
         seconds = np.zeros((len(TIMES), self.comm.size))
         seconds[:, self.comm.rank] = self.flags.reading, self.flags.computing, self._transfer
-        return np.concatenate([flags, self._losses.ravel(), self.places.used.numpy(), seconds.ravel()])
+        flags = np.array([float(getattr(self.flags, name)) for name in FLAGS])
+        parts = [flags, self._losses, self.places.used.numpy(), seconds]
+        totals = self.medium.exchange(np.concatenate([part.ravel() for part in parts]))
+        cuts = np.cumsum([part.size for part in parts])[:-1]
+        flags, losses, used, seconds = np.split(totals, cuts)
+        reading, computing, transfer = seconds.reshape(len(TIMES), -1)
+        busy = reading + computing  # replicas began together: the others waited for who took longest
+        times = Times(reading, computing, busy.max() - busy, transfer)
+        counts = dict(zip(FLAGS, (round(value) for value in flags)))
+        return counts, losses.reshape(2, -1), (used > 0).tolist(), times
 
     def _update(self, used: list[bool], scale: float, clip: float) -> float:
         """Average and step; give the norm of the mean gradient before clipping."""
@@ -386,16 +384,21 @@ class Averager:
     def check_drift(self, step: int) -> None:
         """Compare the bits of weights and buffers over the ranks. Collective; raises DriftError on all.
 
-        Ranks that share one copy of a weight look at it in turns.
+        The ranks of a node that share one copy of the weights look at it in turns; nobody does
+        where it is the only one.
         """
         if self.comm.size == 1:
             return
         pieces, shared = of_module(self.module), self.medium.weights is not None
         trained = {f"model.{name}" for name in self.named}
-        lanes = self.medium.place.lanes if isinstance(self.medium, Node) else 1
-        turn = self.medium.local.rank if isinstance(self.medium, Node) else 0
-        looks = [not (shared and p.name in trained) or at % lanes == turn for at, p in enumerate(pieces)]
-        sentinel.check(self.comm, pieces, looks, step)
+        place = self.medium.place if isinstance(self.medium, Node) else None
+
+        def looks(at: int) -> bool:
+            if place is None or not shared or pieces[at].name not in trained:
+                return True
+            return place.nodes > 1 and at % place.lanes == place.local_rank
+
+        sentinel.check(self.comm, pieces, [looks(at) for at in range(len(pieces))], step)
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use; what a node shares is its first rank's. Local."""

@@ -66,10 +66,11 @@ class Node:
         self.place: Lanes = lanes_of(node_of, comm.rank)
         self.local = named(comm.Split(self.place.node, comm.rank), "local")
         lane = MPI.UNDEFINED if self.place.lane is None else self.place.lane
-        self.lane: MPI.Intracomm = comm.Split(lane, self.place.node)  # type: ignore[assignment]  # the rank there is the node's number
+        # a rank's number on its lane is its node's
+        self.lane: MPI.Intracomm = comm.Split(lane, self.place.node)  # type: ignore[assignment]
+        self._lay_out(slots, shared_weights, crowded)
         if self.place.nodes > 1:
             self._cut_buckets()
-        self._lay_out(slots, shared_weights, crowded)
         self._plan(tree, list(node_of))
         self.turn = 0
         self._programs: dict[bool, list[tuple[int, int, int, trees.Additions, torch.Tensor]]] = {}
@@ -78,32 +79,19 @@ class Node:
         self._homes: dict[Bucket, torch.Tensor] = {}
         self._steps = self._announced = 0
         if self.place.nodes > 1 and self.place.lane is not None:
-            self.across = Across(
-                self.lane,
-                self.place,
-                spaces,
-                self.buckets,
-                self.counts,
-                self.across_tree,
-                bf16,
-                self._full,
-                self._inside,
-                self._home,
-                self.rendezvous.look,
-                self.weights,
-            )
+            self.across = Across(self, bf16)
 
     def _cut_buckets(self) -> None:
         """Cut the spaces as the measured link asks for."""
-        self.latency, self.bandwidth = links.measure(self.comm, self.lane)
+        latency, bandwidth = links.measure(self.comm, self.lane)
         total = sum(space.nbytes for space in self.spaces)
-        size = links.bucket_bytes(total, self.place.parts, self.latency, self.bandwidth)
+        size = links.bucket_bytes(total, self.place.parts, latency, bandwidth)
         for space in self.spaces:
             space.cut(size)
         LOGGER.info(
             "between nodes: latency %.0f us, %.0f Mbit/s a lane, %d lanes; buckets of %.1f MiB",
-            1e6 * self.latency,
-            8e-6 * self.bandwidth,
+            1e6 * latency,
+            8e-6 * bandwidth,
             self.place.lanes,
             size / 2**20,
         )
@@ -222,13 +210,19 @@ class Node:
         kept = list(self.across.kept.values()) if self.across is not None else []
         return sum(tensor.nbytes for tensor in [*wide, *kept])
 
-    def _full(self, turn: int) -> bool:
+    def look(self) -> None:
+        """Raise RankError where a rank of the node has died. Local."""
+        self.rendezvous.look()
+
+    def full(self, turn: int) -> bool:
+        """Whether all ranks of the node have filled bucket `turn` of the order. Local."""
         return self.rendezvous.announced(self._steps * len(self.buckets) + turn + 1)
 
-    def _inside(self, partial: int, bucket: Bucket, a: int, b: int) -> torch.Tensor:
+    def inside(self, partial: int, bucket: Bucket, a: int, b: int) -> torch.Tensor:
+        """Give the node's own partial sum of numbers [a, b); kept until the next call only. Local."""
         return self._block(self.within[partial], bucket.space, self.spaces[bucket.space], a, b)
 
-    def _home(self, bucket: Bucket) -> torch.Tensor:
+    def home(self, bucket: Bucket) -> torch.Tensor:
         """Give the place of the sum of this rank's part: its own gradients', which only this rank reads."""
         if bucket not in self._homes:
             space, (a, b) = self.spaces[bucket.space], self.owned(bucket.range)
@@ -254,7 +248,7 @@ class Node:
             if weights:
                 across.remember(turn)
             start, stop = self.owned(bucket.range)
-            home = self._home(bucket)
+            home = self.home(bucket)
             for a, b in cut(start, stop, BLOCK):
                 sink(bucket.space, a, b, home[a - start : b - start])
             if weights:
@@ -303,11 +297,11 @@ class Node:
 
         return trees.evaluate(tree, read, self.scratch[space.wire])
 
-    def _gather_lanes(self, arrays: list[torch.Tensor]) -> None:
-        """Give every node the parts of the others, lane by lane. Collective over the lanes."""
+    def _gather_sums(self) -> None:
+        """Give every node the sums of the others' parts, lane by lane. Collective over the lanes."""
         if self.place.nodes == 1 or self.place.lane is None:
             return
-        for space, array in zip(self.spaces, arrays):
+        for space, array in zip(self.spaces, self.slots[0]):
             unit = unit_type(space.dtype)
             for bucket in space.buckets:
                 begin, end = self.place.slice(bucket, self.place.lane)
@@ -319,7 +313,7 @@ class Node:
 
     def spread(self, ranges: Sequence[list[tuple[int, int]]]) -> None:
         """Gather across nodes, meet, and copy from the ranks of the node that summed."""
-        self._gather_lanes(self.slots[0])
+        self._gather_sums()
         self.rendezvous.meet()
         for number, (space, wanted) in enumerate(zip(self.spaces, ranges)):
             target = self.slots[0][number]
@@ -336,8 +330,9 @@ class Node:
 
     def before_step(self) -> None:
         """Remember this rank's weights where only what a step adds to them will travel. Local."""
-        for turn in range(len(self.buckets) if self.across is not None else 0):
-            self.across.remember(turn)  # type: ignore[union-attr]
+        if self.across is not None:
+            for turn in range(len(self.buckets)):
+                self.across.remember(turn)
 
     def finish(self, weights: bool) -> None:
         """Add up norms over the nodes, gather weights over the lanes, meet."""

@@ -12,7 +12,7 @@ def say(job: Job) -> None:
     mine = {**job.averager.memory(), "activations": job.engine.activation_bytes}
     names = list(mine)
     sums = [node.allreduce(mine[name]) for name in names]
-    most = world.allreduce(sums, op=MPI.MAX)  # lists compare by their first differing entry: one node's sums
+    _, most = world.allreduce((sum(sums), sums), op=MPI.MAX)
     found = ", ".join(f"{name} {size(count)}" for name, count in zip(names, most))
     LOGGER.info("memory of a node: %s (activations by resident pages in the first step)", found)
 

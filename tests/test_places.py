@@ -1,0 +1,62 @@
+"""Which bucket is full when: told once, in order, never before all its gradients have come."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpctrain.averaging.across import Bucket
+from hpctrain.averaging.places import Places
+from hpctrain.averaging.space import UNIT, deal
+from hpctrain.errors import HpctrainError
+
+
+def places_of(*sizes):
+    module = nn.ParameterList([nn.Parameter(torch.zeros(n)) for n in sizes])
+    named = dict(module.named_parameters())
+    spaces = deal(named, {id(p): 0 for p in named.values()}, 1)
+    places = Places(named, spaces)
+    places.watch([Bucket(0, *b) for b in spaces[0].buckets])
+    places.point(0, [torch.zeros(s.size) for s in spaces])
+    return list(named.values()), places
+
+
+def test_a_portion_that_comes_late_is_refused_by_name():
+    (first, second), places = places_of(UNIT, UNIT)
+    told = []
+    places.begin()
+    places.last_backward(told.append)
+    second.grad = torch.ones(UNIT)
+    places.ready(second)
+    assert told == [1]
+    second.grad = torch.ones(UNIT)
+    with pytest.raises(
+        HpctrainError, match="gradient of 1 came after its bucket was sent.*use_reentrant=False"
+    ):
+        places.ready(second)
+    first.grad = torch.ones(UNIT)
+    places.ready(first)
+    assert told == [1, 2]
+
+
+def test_an_undefined_gradient_is_zeros_before_its_bucket_leaves():
+    (only,), places = places_of(UNIT)
+    flat = torch.full((UNIT,), 9.0)
+    places.point(1, [flat])
+    places.begin()
+    seen = []
+    places.last_backward(lambda n: seen.append(float(flat.sum())))
+    only.grad = None
+    places.ready(only)
+    assert seen == [0.0]
+    assert places.used.tolist() == [0.0]
+
+
+def test_the_order_is_that_of_the_last_parameter_of_each_bucket():
+    (a, b, c), places = places_of(UNIT, UNIT, UNIT)  # buckets: c, b, a
+    places.begin()
+    places.last_backward(None)
+    for parameter in (a, c):
+        parameter.grad = torch.ones(UNIT)
+        places.ready(parameter)
+    assert places.filling_order() == [2, 0, 1]
+    assert b.grad is None
