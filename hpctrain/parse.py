@@ -2,6 +2,7 @@
 
 import copy
 import glob
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -76,6 +77,7 @@ def _merge(table: dict[str, Any], overrides: Sequence[str], folder: Path, where:
         base.data.files = absolute(base.data.files, folder)
         base.train.run_folder = absolute(base.train.run_folder, folder) if base.train.run_folder else ""
         before = base.data.files, base.train.run_folder
+        where = "the command line"
         result = made.parse_args(list(overrides), namespace=base)
     except Exception as error:
         raise ConfigError(f"{where}: {tidy(str(error))}") from None
@@ -166,7 +168,12 @@ def near_keys(key: str, legal: list[str]) -> str:
 
 
 def tidy(text: str) -> str:
-    """Give jsonargparse's message on one line, without its internals."""
+    """Give jsonargparse's message on one line, without its internals.
+
+    >>> tidy("train.monitor: Expected a typing.Literal['a', 'b']. Got value: c")
+    "train.monitor: Expected one of 'a', 'b'. Got value: c"
+    """
+    text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)
     text = text.replace('Parser key "', "").replace('":\n', ": ").replace("<class '", "").replace("'>", "")
     lines = [line.strip(" -") for line in text.splitlines()]
     kept = [

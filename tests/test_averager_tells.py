@@ -30,11 +30,12 @@ def test_times_name_the_slowest(world):
         averager.begin([world.rank])
         module(torch.ones(1, 3)).sum().backward()
         averager.joined(world.rank, 1.0, 1.0)
-        averager.flags.reading, averager.flags.computing = 0.25, 1.0 + world.rank
+        averager.flags.reading = 3.0 * (world.size - world.rank)  # the first rank is last for its reading
+        averager.flags.computing = 1.0 + world.rank
         times = averager.step().times
     assert times.computing.tolist() == [1.0 + r for r in range(world.size)]
-    assert times.waiting.tolist() == [float(world.size - 1 - r) for r in range(world.size)]
-    assert times.reading.tolist() == [0.25] * world.size
+    assert times.waiting.tolist() == [2.0 * r for r in range(world.size)]
+    assert times.reading.tolist() == [3.0 * (world.size - r) for r in range(world.size)]
     assert np.isfinite(times.transfer).all()
     averager.close()
 

@@ -86,7 +86,8 @@ def test_defaults_are_the_dataclasses(tmp_path):
         (["--train.steps", "-1"], "train.steps = -1: at least 0 was expected"),
         (["--train.clip", "nan"], "train.clip: Expected a float. Got value: nan"),
         (["--parallel.stages", "0"], "parallel.stages = 0: at least 1"),
-        (["--data.missing", "ignore"], r"data.missing: .*'error', 'mask'"),
+        (["--data.missing", "ignore"], r"^the command line: data.missing: Expected one of 'error', 'mask'\."),
+        (["--averaging.wire", "bf8"], r"averaging.wire: Expected one of 'exact', 'bf16'\. Got value: bf8"),
         (["--train.batch"], "expected one argument"),
     ],
 )
