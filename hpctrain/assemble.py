@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpctrain import construct
-from hpctrain.averaging import groups, schedules
+from hpctrain.averaging import groups, schedules, sync_norm
 from hpctrain.averaging.averager import Averager
 from hpctrain.batch import Batch, broadcast
 from hpctrain.checkpoint.load import Stored
@@ -32,7 +32,7 @@ from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.models import build as models
 from hpctrain.piece import Piece, of_module
 from hpctrain.task import Source, Task
-from hpctrain.topology import Topology
+from hpctrain.topology import Topology, processor
 from hpctrain.wire import from_root, together
 
 EVALUATION_BATCH = 16
@@ -54,6 +54,8 @@ class Job:
     scheduler: Any
     peers: list[tuple[int, str]]
     """World rank and host of each replica of this stage."""
+    processors: list[str]
+    """The kinds of processors, where the bits must not depend on the ranks; else empty."""
 
     @property
     def averager(self) -> Averager:
@@ -156,27 +158,42 @@ def check_invariant(config: Config, replicas: int) -> None:
         )
 
 
-def processor() -> str:
-    """Name this processor and the vector instructions that torch uses on it. Local."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: int) -> bool:
+    """Let BatchNorm layers that are to see the whole batch do so; tell whether there are any. Local."""
+    layers = sync_norm.convert(module, config.averaging.sync_batchnorm)
+    if not layers:
+        return False
+    if config.averaging.invariant:
+        raise ConfigError(
+            "averaging.invariant and SyncBatchNorm exclude each other: statistics that replicas join have "
+            "other bits on another number of them; BatchNorm sees one micro-batch at a time, on any layout"
+        )
+    if count != replicas:
+        raise ConfigError(
+            f"SyncBatchNorm takes its statistics over one micro-batch of each replica, which is the whole "
+            f"batch with parallel.micro_batches = auto only: it is {count}, the replicas are {replicas}"
+        )
+    return True
 
 
-def warn_of_unlike_processors(config: Config, comm: MPI.Intracomm) -> None:
-    """Say so where the same bits are asked of processors that differ. Collective."""
+def kinds_of_processors(config: Config, comm: MPI.Intracomm) -> list[str]:
+    """Name the processors where the same bits are asked of them; say so where they differ. Collective."""
     if not config.averaging.invariant:
-        return
+        return []
     kinds = sorted(set(comm.allgather(processor())))
     if len(kinds) > 1:
-        LOGGER.warning(
-            "averaging.invariant: the processors differ (%s), and BLAS chooses its kernels by them: for the "
-            "same bits set on all nodes MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2",
-            "; ".join(kinds),
-        )
+        warn_of_unlike_processors("differ", kinds)
+    return kinds
+
+
+def warn_of_unlike_processors(what: str, kinds: list[str]) -> None:
+    """Say that the bits are in danger, and what keeps them. Local."""
+    LOGGER.warning(
+        "averaging.invariant: the processors %s (%s), and BLAS chooses its kernels by them: for the "
+        "same bits set on all nodes MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2",
+        what,
+        "; ".join(kinds),
+    )
 
 
 def build(config: Config, topology: Topology, learn: bool = True) -> Job:
@@ -192,7 +209,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     with together(world):
         check_invariant(config, topology.replicas)
         check_classes(config)
-    warn_of_unlike_processors(config, world)
+    processors = kinds_of_processors(config, world)
     index = from_root(world, lambda: indexing.build(config.data))
     reader = Reader(index)
     with together(world):
@@ -202,6 +219,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
         module = models.build(model, train.seed).to(topology.device)
         refuse_extra_state(module)
+        synced = synchronise(module, config, count, topology.replicas)
     same_start(module, world)
     with together(world):
         spec = train.loss
@@ -215,6 +233,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         order.replicas_of(topology.replicas, count),
         config.optimizer.sharded,
         topology.crowded,
+        cuda_aware=topology.cuda_aware,
     )
     with together(world):
         names = list(task.input_shapes)
@@ -228,9 +247,11 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         train.seed,
         task.batch,
     )
-    resolved = replace(config, model=model, parallel=replace(config.parallel, micro_batches=count))
+    # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
+    kept = replace(config.parallel, micro_batches="auto" if synced else count)
+    resolved = replace(config, model=model, parallel=kept)
     peers = topology.comms.data.allgather((topology.world_rank, platform.node()))
-    return Job(resolved, topology, index, reader, task, engine, loader, scheduler, peers)
+    return Job(resolved, topology, index, reader, task, engine, loader, scheduler, peers, processors)
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

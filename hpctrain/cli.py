@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpctrain import launch
+from hpctrain import cuda_probe, launch
 from hpctrain.config import Config
 from hpctrain.config_file import read_config, recipes
 from hpctrain.errors import ConfigError, HpctrainError, RankError, nearest
@@ -128,6 +128,8 @@ def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> 
     Threads are set before torch starts: torch must not be imported before this.
     """
     start_children_early(pictures and launch.speaks(os.environ))
+    cuda_probe.look()
+    launch.share_cores()
     from mpi4py import MPI
 
     from hpctrain import abort

@@ -22,7 +22,9 @@ from mpi4py import MPI
 from torch import nn
 
 from hpctrain.averaging.averager import Averager, Result
+from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
+from hpctrain.data import order
 from hpctrain.data.loader import Step
 from hpctrain.data.order import key
 from hpctrain.errors import DivergedError, HpctrainError, RankError
@@ -80,7 +82,7 @@ class Engine:
         self.named = models.by_name(self.module, self.names)
         self.straight = StraightIntoPlace(self.module, self.averager.place, self.averager.filled)
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
-        self._read, self._stepped = 0.0, False
+        self._read, self._ended, self._stepped = 0.0, 0.0, False
         self.activation_bytes = 0
         """Pages that the forward of a micro-batch of the first step has added."""
 
@@ -102,17 +104,24 @@ class Engine:
         """
         began = time.perf_counter()
         failure = step.failure
-        self.averager.begin(step.micro_batches)
+        sizes = order.sizes(step.next_position - step.position, len(self.averager.owners))
+        self.averager.begin(
+            step.micro_batches, sorted({r for r, size in zip(self.averager.owners, sizes) if size})
+        )
         self.module.train()
         if failure is None:
             failure = self.run_micro_batches(number, step)
         flags = self.averager.flags
         flags.errors, flags.stops, flags.saves = int(failure is not None), int(stop), int(save)
+        if isinstance(failure, PeerEndedError):
+            failure = None  # the replica that failed tells why
         computed = time.perf_counter()
         flags.reading, flags.computing = self.clock.reading - self._read, computed - began
+        if self._stepped:
+            flags.other = max(0.0, began - self._ended - flags.reading)
         result = self.averager.step(clip, lr)
-        self._read, self._stepped = self.clock.reading, True
-        averaging = time.perf_counter() - computed
+        self._read, self._stepped, self._ended = self.clock.reading, True, time.perf_counter()
+        averaging = self._ended - computed
         waiting = min(averaging, float(result.times.waiting[self.topology.replica]))
         self.clock.computing += computed - began
         self.clock.waiting += waiting
@@ -232,10 +241,14 @@ class Engine:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in use; 0 where the system does not say."""
+    """Memory that this process alone has in use; 0 where the system does not say.
+
+    Shared pages are left out: the first forward also touches the weights that the node shares.
+    """
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            _, resident, shared = map(int, file.read().split()[:3])
+            return (resident - shared) * resource.getpagesize()
     except OSError:
         return 0
 

@@ -5,7 +5,7 @@ understand becomes a world of its own: N trainings of one rank each, silently. T
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from hpctrain.errors import ConfigError
 
@@ -75,3 +75,50 @@ def set_threads(threads: int) -> None:
     """Set the threads of this rank's numerical libraries, before they start, unless the user did."""
     for variable in THREAD_VARIABLES:
         os.environ.setdefault(variable, str(threads))
+
+
+def local_ranks(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Local rank and ranks of this node, as the launcher says; (0, 1) where it says nothing.
+
+    >>> local_ranks({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}), local_ranks({})
+    ((1, 4), (0, 1))
+    """
+    for rank, size in (
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ):
+        if environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
+            return int(environment[rank]), int(environment[size])
+    return 0, 1
+
+
+def core_of(local_rank: int, ranks: int, cores: Iterable[int]) -> int | None:
+    """Give the core that a rank is kept on where several ranks share each core evenly; None: any. Pure.
+
+    >>> [core_of(rank, 4, {0, 1}) for rank in range(4)]
+    [0, 1, 0, 1]
+    >>> core_of(0, 2, {0, 1}), core_of(0, 3, {0, 1}), core_of(0, 2, {7})
+    (None, None, None)
+    """
+    listed = sorted(cores)
+    if len(listed) < 2 or ranks <= len(listed) or ranks % len(listed):
+        return None
+    return listed[local_rank % len(listed)]
+
+
+def share_cores() -> None:
+    """Where ranks outnumber cores: let those that wait in MPI yield, and deal the ranks out. Before MPI_Init.
+
+    Ranks that all may run on all cores are at times spread three on one and one on the other: all
+    then go at the pace of the three. What the user or the launcher has bound stays as it is.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    local_rank, ranks = local_ranks(os.environ)
+    cores = os.sched_getaffinity(0)
+    if ranks <= len(cores):
+        return
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    core = core_of(local_rank, ranks, cores)
+    if core is not None and cores == set(range(os.cpu_count() or 1)):
+        os.sched_setaffinity(0, {core})

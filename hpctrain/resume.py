@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain.assemble import Job
+from hpctrain.assemble import Job, warn_of_unlike_processors
 from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint.files import complete_steps
 from hpctrain.config import Config, differences
@@ -95,6 +95,9 @@ def check_resume(job: Job, stored: loading.Stored | None, run: RunFolder) -> Non
             lines.append(f"{what} of the data: the run has {before[what]}, found are {now[what]}")
     if lines:
         raise ConfigError(different(run, lines))
+    earlier = stored.state.get("processors", job.processors)
+    if earlier != job.processors:
+        warn_of_unlike_processors("are not those that the run began on", [*earlier, "now", *job.processors])
 
 
 def different(run: RunFolder, lines: list[str]) -> str:

@@ -9,13 +9,14 @@ so a stage's replicas are kept inside a node and stages are laid across nodes.
 """
 
 import os
+import platform
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from mpi4py import MPI
 
-from hpctrain import abort, launch
+from hpctrain import abort, cuda_probe, launch
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.wire import together
 
@@ -123,6 +124,8 @@ class Topology:
     crowded: bool
     """More threads of ranks than cores on some core: waiting must give the core away."""
     device: str
+    cuda_aware: bool
+    """Whether MPI may be given a GPU's memory, on all nodes."""
     comms: Comms
 
     @classmethod
@@ -168,6 +171,7 @@ class Topology:
             threads=count,
             crowded=wanted > len(set().union(*cores)),
             device=found,
+            cuda_aware=world.allreduce(node.bcast(cuda_probe.Found.aware), op=MPI.MIN) > 0,
             comms=communicators(world, node, place),
         )
 
@@ -215,6 +219,18 @@ def usable_cores() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
+
+
+def processor() -> str:
+    """Name this processor and the vector instructions that torch uses on it. Local."""
+    import torch  # late: threads are set before torch starts
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def choose_device(asked: str, local_rank: int) -> str:

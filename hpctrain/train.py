@@ -168,6 +168,7 @@ class Loop:
             **self.at.state(),
             "total_steps": job.total_steps,
             "data": job.index.identity(),
+            "processors": job.processors,
             "averager": job.averager.scalars(),
             "scheduler": job.scheduler.state_dict(),
         }

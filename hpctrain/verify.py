@@ -7,8 +7,13 @@
 Gradients are compared, not weights after many steps: a weight whose true gradient is zero
 follows the noise of Adam. The bound is that of summing V terms in another order (Higham 2002,
 section 4.2: (V - 1)·ε·Σ|g_v|), with room for the division. There is no clip.
+
+SyncBatchNorm couples all samples of the batch, so one process takes it in one micro-batch, and there
+is no Σ_v: then the bound is 1e-5 of the largest gradient of any parameter, some hundred roundings
+(of the largest buffer for buffers).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +22,7 @@ from mpi4py import MPI
 
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
+from hpctrain.averaging.sync_norm import SyncBatchNorm
 from hpctrain.config import Config
 from hpctrain.data.loader import Step
 from hpctrain.log import LOGGER
@@ -24,6 +30,8 @@ from hpctrain.topology import Topology
 from hpctrain.wire import from_root, raise_together
 
 EPSILON = torch.finfo(torch.float32).eps
+SYNCED = 1e-5
+"""Bound of gradients under SyncBatchNorm, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +154,28 @@ def step_alone(alone: Job | None, weights: dict[str, torch.Tensor], number: int,
     result = alone.engine.step(number, alone.loader.read(position))
     count = alone.loader.count
     factor = 2.0 * (count + 4) * EPSILON / result.weight
+    gradients = {name: averager.gradient(name).clone() for name in sums}
+    bounds = {name: (total.abs() * factor).cpu() for name, total in sums.items()}
+    if synced(alone):
+        bound = SYNCED * largest_of(gradients.values())
+        bounds = {name: torch.full_like(total, bound) for name, total in bounds.items()}
     return Reference(
-        {name: averager.gradient(name).clone() for name in sums},
-        {name: (total.abs() * factor).cpu() for name, total in sums.items()},
+        gradients,
+        bounds,
         {name: value.clone() for name, value in alone.engine.module.named_buffers()},
         result.loss,
-        2.0 * (count + 4) * EPSILON * abs(result.loss),
+        2.0 * (count + 4) * EPSILON * abs(result.loss) * (8 if synced(alone) else 1),
     )
+
+
+def synced(job: Job) -> bool:
+    """Whether some layer of the model sees the whole batch."""
+    return any(isinstance(m, SyncBatchNorm) for m in job.engine.module.modules())
+
+
+def largest_of(tensors: Iterable[torch.Tensor]) -> float:
+    """Give the largest absolute value in several tensors."""
+    return max((float(t.abs().max()) for t in tensors if t.numel() and t.is_floating_point()), default=0.0)
 
 
 def first_difference(job: Job, reference: Reference, loss: float) -> Difference | None:
@@ -167,6 +190,8 @@ def first_difference(job: Job, reference: Reference, loss: float) -> Difference 
     for name, value in job.engine.module.named_buffers():
         expected = reference.buffers[name]
         bound = 1e-5 * (expected.abs().float() + 1e-5).cpu()
+        if synced(job):
+            bound = torch.full_like(bound, SYNCED * largest_of(reference.buffers.values()))
         times = times_bound(value.float(), expected.float(), bound)
         if not times <= 1.0:
             return Difference(f"the buffer {name}", rank, times)
@@ -185,6 +210,8 @@ def micro_batch_at_fault(
     job: Job, alone: Job | None, weights: dict[str, torch.Tensor], number: int, step: Step[Any], name: str
 ) -> str:
     """Compare one micro-batch at a time, to say which rank computes which one wrong. Collective."""
+    if synced(job):
+        return "SyncBatchNorm joins all micro-batches, so none can be looked at alone"
     world = job.topology.comms.world
     parameter = name.removeprefix("the gradient of ")
     if parameter not in job.averager.named:

@@ -11,7 +11,7 @@ from torch import nn
 from hpctrain.averaging import space
 from hpctrain.averaging.averager import Averager
 from hpctrain.config import Averaging
-from hpctrain.errors import CheckpointError
+from hpctrain.errors import CheckpointError, ConfigError
 
 
 def averager_of(module, comm, lr=0.1, bucket_bytes=200, **options):
@@ -312,3 +312,12 @@ def test_a_rank_without_samples_counts_as_zero(world, invariant):
     assert averager.step().weight == 2.0
     torch.testing.assert_close(averager.gradient("second.bias"), torch.full((2,), 0.5))
     assert not averager.gradient("first.weight").any()
+
+
+@pytest.mark.mpi
+def test_invariant_sums_of_16_bit_parameters_are_refused(world):
+    """Sums within a rank would be rounded to 16 bits, those between ranks not."""
+    module = torch.nn.Linear(3, 2).bfloat16()
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    with pytest.raises(ConfigError, match=r"parameters of bfloat16 would be rounded .* keep them in float32"):
+        Averager(module, optimizer, world, Averaging(invariant=True))

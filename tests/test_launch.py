@@ -1,8 +1,9 @@
 import os
 
 import pytest
+import torch
 
-from hpctrain import launch
+from hpctrain import cuda_probe, launch
 from hpctrain.errors import ConfigError
 
 # What the environments really hold (a Slurm cluster with srun --mpi=none, pmi2 and pmix, and
@@ -51,3 +52,14 @@ def test_threads_the_user_set_stay(monkeypatch):
     launch.set_threads(3)
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert os.environ["MKL_NUM_THREADS"] == "3"
+
+
+def test_without_a_gpu_mpi_is_not_given_one(monkeypatch):
+    """The child really runs: torch sees no GPU there, or it is killed by what it tries."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert not cuda_probe.ask()
+    monkeypatch.setattr(cuda_probe, "has_gpu", lambda: True)
+    assert not cuda_probe.ask()
+    monkeypatch.setattr(cuda_probe, "LIMIT_SECONDS", 0.01)
+    assert not cuda_probe.ask()

@@ -1,6 +1,8 @@
 """The same answer on any layout: every model that tends to differ goes through `verify`,
 and one is compared with plain torch, which knows no micro-batches."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hpctrain import assemble
 from hpctrain import verify as verifying
 from hpctrain.config import ClassPath, Data
 from hpctrain.errors import ConfigError
+from hpctrain.resume import check_resume
 from hpctrain.topology import Topology
 
 MODELS = [
@@ -174,8 +177,8 @@ def test_verify_catches_what_is_broken(topology, files, monkeypatch, where):
     if where == "sum" and last:
         begin = job.averager.begin
 
-        def leave_something(count):
-            begin(count)
+        def leave_something(*arguments):
+            begin(*arguments)
             job.averager.gradient("second.bias").add_(1e-4)
 
         monkeypatch.setattr(job.averager, "begin", leave_something)
@@ -289,6 +292,24 @@ def test_unlike_processors_are_named_where_the_bits_matter(topology, files, monk
         assemble.build(config, topology).close()
     unlike = invariant and topology.world_size > 1
     assert ("the processors differ (kind 0; kind 1)" in caplog.text) == unlike
+
+
+@pytest.mark.mpi
+def test_a_resume_on_other_processors_says_so(topology, files, monkeypatch, caplog):
+    config = config_of(files)
+    config.parallel.micro_batches, config.averaging.invariant = 4, True
+    monkeypatch.setattr(assemble, "processor", lambda: "new kind")
+    job = assemble.build(config, topology)
+    state = {"total_steps": 1, "data": job.index.identity(), "processors": ["old kind"]}
+    stored = SimpleNamespace(state=state)
+    for known in (["old kind"], job.processors):
+        caplog.clear()
+        state["processors"] = known
+        with caplog.at_level("WARNING"):
+            check_resume(job, stored, None)
+        told = "are not those that the run began on (old kind; now; new kind)" in caplog.text
+        assert told == (known == ["old kind"])
+    job.close()
 
 
 def test_this_processor_has_a_name():

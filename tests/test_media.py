@@ -11,8 +11,23 @@ from hpctrain.averaging.medium import BLOCK, Wire
 from hpctrain.averaging.memory import NodeMemory, Rendezvous, alive
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.space import UNIT, Space
+from hpctrain.averaging.staged import Staged
 
-WAYS = ["wire", "node", "2 nodes", "3 nodes", "uneven nodes", "wire tree", "node tree", "2 nodes tree"]
+WAYS = [
+    "wire",
+    "node",
+    "staged",
+    "2 staged",
+    "staged tree",
+    "3 nodes tree",
+    "uneven nodes tree",
+    "2 nodes",
+    "3 nodes",
+    "uneven nodes",
+    "wire tree",
+    "node tree",
+    "2 nodes tree",
+]
 
 
 def build(way, comm, spaces):
@@ -23,6 +38,8 @@ def build(way, comm, spaces):
         tree = trees.relabel(trees.shares(comm.size, list(ranks)), lambda leaf: (leaf[0], 0))
     if way.startswith("wire"):
         return Wire(comm, spaces, 1, tree)
+    if "staged" in way:
+        return Staged(spaces, lambda its: Node(comm, its, 3, True, tree=tree, node_of=node_of.get(way[0])))
     return Node(comm, spaces, 3, True, tree=tree, node_of=node_of.get(way[0]))
 
 

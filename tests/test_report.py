@@ -139,7 +139,7 @@ def test_a_folder_that_can_not_be_written(tmp_path):
 def times(busy):
     computing = np.array(busy)
     zeros = np.zeros(len(busy))
-    return Times(zeros, computing, computing.max() - computing, zeros + 0.5)
+    return Times(zeros, zeros, computing, computing.max() - computing, zeros + 0.5)
 
 
 def test_who_was_waited_for_is_named():

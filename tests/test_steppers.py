@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hpctrain.averaging import memory
+from hpctrain.averaging import build, memory
 from hpctrain.averaging.averager import Averager
+from hpctrain.averaging.node import Node
+from hpctrain.averaging.staged import Staged
 from hpctrain.averaging.steppers import Adam, Pieces
 from hpctrain.errors import CheckpointError
 
@@ -215,3 +217,21 @@ def test_weights_and_state_are_kept_once_a_node(world):
     averager.close()
     if world.size > 1:
         assert float(module.first.weight.detach()[3, 4]) == 42.0, "kept in memory of the rank's own"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", ["AdamW", "whole"])
+def test_what_goes_through_the_nodes_memory_for_gpus_is_the_plain_way(world, monkeypatch, kind):
+    """`Staged` with gradients on the CPU: the same bits, one node and two."""
+    for node_of in ([0] * world.size, [r % 2 for r in range(world.size)]):
+        plain, norms, _ = train(world, kind, False, 0.5, node_of)
+
+        def medium(comm, spaces, smalls, config, owners, sharded, crowded, node_of, cuda_aware):
+            return Staged(spaces, lambda its: Node(comm, its, smalls, crowded, node_of=node_of))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "medium", medium)
+            found, other, averager = train(world, kind, False, 0.5, node_of)
+        assert isinstance(averager.medium, Staged)
+        assert norms == other
+        assert all(torch.equal(a, b) for a, b in zip(found, plain))

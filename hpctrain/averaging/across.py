@@ -179,7 +179,9 @@ class Across:
             begin = at
             for partial in range(mine):
                 for a, b in cut(*parts[node], BLOCK):
-                    into[at : at + b - a] = self.node.inside(partial, bucket, a, b)
+                    # own sums are rounded as the others' are: who owns a number (it depends on the
+                    # measured link) must not show in its bits
+                    into[at : at + b - a] = self.node.inside(partial, bucket, a, b).to(wire)
                     at += b - a
             if node != self.place.node and at > begin:
                 requests.append(self.comm.Isend(message(send[begin:at]), node, 2 * turn))
@@ -257,8 +259,12 @@ class Across:
     def gathered(self) -> None:
         """Wait until all weights that were asked for have come."""
         for turn in list(self._gathers):
+            until = time.monotonic() + LOOK_SECONDS
             while not MPI.Request.Testall(self._gathers[turn]):
                 time.sleep(NAP_SECONDS)
+                if time.monotonic() > until:
+                    self.node.look()
+                    until = time.monotonic() + LOOK_SECONDS
             for (a, b), update in self._updates.pop(turn, []):
                 self.weights[self.buckets[self.order[turn]].space][a:b].add_(update)  # type: ignore[index]
         self._gathers.clear()

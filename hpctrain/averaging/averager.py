@@ -14,6 +14,7 @@ that failed still takes part, and all ranks know before anything is changed.
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,20 +28,21 @@ from torch import nn
 
 from hpctrain.averaging import build, sentinel
 from hpctrain.averaging import tree as trees
-from hpctrain.averaging.medium import BLOCK, Sink, Wire
+from hpctrain.averaging.medium import BLOCK, Sink
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.overlap import Overlap
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.running import RunningStatistics
 from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal
 from hpctrain.averaging.steppers import Shapes, group_settings
+from hpctrain.averaging.sync_norm import Meeting, SyncBatchNorm
 from hpctrain.config import Averaging
 from hpctrain.errors import HpctrainError
 from hpctrain.piece import Piece, of_module
 from hpctrain.wire import raise_together
 
 FLAGS = ("errors", "stops", "saves", "changed")
-TIMES = ("reading", "computing", "transfer")
+TIMES = ("reading", "other", "computing", "transfer")
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Flags:
     changed: int = 0
     reading: float = 0.0
     """Seconds."""
+    other: float = 0.0
+    """Between the last step and this one, reading left out: rows, progress, a checkpoint."""
     computing: float = 0.0
 
 
@@ -61,6 +65,8 @@ class Times:
     """Seconds by replica; shape (replicas,) each."""
 
     reading: NDArray[np.float64]
+    other: NDArray[np.float64]
+    """Between two steps: rows, progress, validation, checkpoints."""
     computing: NDArray[np.float64]
     """Forward and backward, to the moment when the last bucket was full."""
     waiting: NDArray[np.float64]
@@ -105,11 +111,13 @@ class Averager:
         crowded: bool = False,
         node_of: Sequence[int] | None = None,
         shelf_bytes: int = SHELF_BYTES,
+        cuda_aware: bool = False,
     ) -> None:
         """Take the module, its optimizer, and the replicas' communicator. Collective.
 
         `owners` gives the replica of each micro-batch of the step (default: one each);
-        `crowded` says that there are more ranks than cores here; `node_of` makes up nodes.
+        `crowded` says that there are more ranks than cores here; `node_of` makes up nodes;
+        `cuda_aware`: MPI reads a GPU's memory.
         """
         self.comm, self.module, self.optimizer = comm, module, optimizer
         self.config = config or Averaging()
@@ -124,10 +132,11 @@ class Averager:
         smalls = len(FLAGS) + 2 * len(self.owners) + len(named) + len(TIMES) * comm.size
         shards = build.shards(optimizer, self.spaces, sharded)
         self.medium = build.medium(
-            comm, self.spaces, smalls, self.config, self.owners, shards, crowded, node_of
+            comm, self.spaces, smalls, self.config, self.owners, shards, crowded, node_of, cuda_aware
         )
         self.sharded = shards and isinstance(self.medium, Node)
         self.running = RunningStatistics(module)
+        self.sync = self._synchronised()
         self._settle()
         self.stepper = build.stepper(optimizer, self.spaces, self.weights, self.medium, self.sharded)
         self.places = Places(named, self.spaces)
@@ -154,6 +163,14 @@ class Averager:
                     seat.parameter.data = view
         self.medium.finish(weights=False)
 
+    def _synchronised(self) -> Meeting | None:
+        """Let the SyncBatchNorm layers of the module meet, if it has any."""
+        layers = [m for m in self.module.modules() if isinstance(m, SyncBatchNorm)]
+        meeting = Meeting(self.comm) if layers and self.comm.size > 1 else None
+        for layer in layers:
+            layer.meeting = meeting
+        return meeting
+
     def _choose_overlap(self) -> Overlap | None:
         """Between nodes gradients are sent while backward goes on, unless a tree adds micro-batches first."""
         medium = self.medium
@@ -166,6 +183,8 @@ class Averager:
         """Take the hooks off the user's parameters and give them memory of their own. Local."""
         if self.overlap:
             self.overlap.close()
+        if self.sync and sys.exc_info()[0] is None:  # freeing is collective
+            self.sync.close()
         self.places.close()
         self.running.close()
         for parameter in self.named.values():
@@ -176,8 +195,13 @@ class Averager:
 
     # -- a step ------------------------------------------------------------------------------
 
-    def begin(self, micro_batches: Iterable[int]) -> None:
-        """Start a step: no gradient has joined; these micro-batches of this replica follow. Local."""
+    def begin(self, micro_batches: Iterable[int], taking_part: Sequence[int] | None = None) -> None:
+        """Start a step: no gradient has joined; these micro-batches of this replica follow. Local.
+
+        `taking_part`: the replicas with samples, for SyncBatchNorm (default: all).
+        """
+        if self.sync:
+            self.sync.begin(list(range(self.comm.size) if taking_part is None else taking_part))
         self._began, self._begun = time.perf_counter(), True
         self.flags = Flags()
         self._losses[:] = 0.0
@@ -186,6 +210,8 @@ class Averager:
         self.running.micro_batch = self._coming[0] if self._coming else 0
         if self.growing:
             self.growing.stack = []
+        if self.overlap:
+            self.overlap.begin()
         self.places.begin()
         self.places.point(0, self.medium.slots[0])
         self.medium.begin()
@@ -240,8 +266,12 @@ class Averager:
                 "no gradient has come; call begin first"
             )
         self._begun = False
+        if self.sync:
+            self.sync.end(failed=self.flags.errors > 0)
         entered = time.perf_counter()
         self.flags.computing = self.flags.computing or entered - self._began
+        if self.overlap:
+            self.flags.computing -= self.overlap.polled
         failure = self._take_over()
         self.places.complete()
         self.running.restore()
@@ -279,22 +309,23 @@ class Averager:
     def _exchange(self) -> tuple[dict[str, int], NDArray[np.float64], list[bool], Times]:
         """Give the sums of flags, losses and weights by micro-batch (2, V), used parameters, and times."""
         seconds = np.zeros((len(TIMES), self.comm.size))
-        seconds[:, self.comm.rank] = self.flags.reading, self.flags.computing, self._transfer
+        own = self.flags
+        seconds[:, self.comm.rank] = own.reading, own.other, own.computing, self._transfer
         flags = np.array([float(getattr(self.flags, name)) for name in FLAGS])
         parts = [flags, self._losses, self.places.used.numpy(), seconds]
         totals = self.medium.exchange(np.concatenate([part.ravel() for part in parts]))
         cuts = np.cumsum([part.size for part in parts])[:-1]
         flags, losses, used, seconds = np.split(totals, cuts)
-        reading, computing, transfer = seconds.reshape(len(TIMES), -1)
-        busy = reading + computing  # replicas began together: the others waited for who took longest
-        times = Times(reading, computing, busy.max() - busy, transfer)
+        reading, other, computing, transfer = seconds.reshape(len(TIMES), -1)
+        busy = reading + other + computing  # since the last step, which all ended together
+        times = Times(reading, other, computing, busy.max() - busy, transfer)
         counts = dict(zip(FLAGS, (round(value) for value in flags)))
         return counts, losses.reshape(2, -1), (used > 0).tolist(), times
 
     def _update(self, used: list[bool], scale: float, clip: float) -> float:
         """Average and step; give the norm of the mean gradient before clipping."""
         medium, stepper = self.medium, self.stepper
-        alone = self.sharded or isinstance(medium, Wire)  # whatever a rank steps it has summed
+        alone = self.sharded or medium.sums_all  # whatever a rank steps it has summed
         if stepper.blockwise and alone and not clip and not self.keep:
             stepper.begin(used)
             medium.sum(self._mean_and(scale, stepper.block))

@@ -9,8 +9,10 @@ from hpctrain.averaging import tree as trees
 from hpctrain.averaging.medium import Medium, Wire
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.space import Space, deal_whole
+from hpctrain.averaging.staged import Staged
 from hpctrain.averaging.steppers import Adam, Pieces, Stepper, elementwise
 from hpctrain.config import Averaging
+from hpctrain.errors import ConfigError
 from hpctrain.log import LOGGER
 
 
@@ -35,20 +37,36 @@ def medium(
     sharded: bool,
     crowded: bool,
     node_of: Sequence[int] | None,
+    cuda_aware: bool = False,
 ) -> Medium:
-    """Give the node's memory where there are several ranks on CPUs, else MPI alone. Collective."""
+    """Give the node's memory, or MPI alone for one rank and for GPUs that it can read. Collective."""
     slots, tree = trees.deal(comm.size, owners) if config.invariant else (1, None)
-    if comm.size > 1 and all(space.device.type == "cpu" for space in spaces):
-        bf16 = config.wire == "bf16"
+    short = [space.dtype for space in spaces if space.dtype != space.wire]
+    if config.invariant and short:
+        raise ConfigError(
+            f"averaging.invariant = true: parameters of {str(short[0]).removeprefix('torch.')} would be "
+            f"rounded at each sum of micro-batches, elsewhere on each number of ranks: keep them in float32 "
+            f"(train.autocast = bf16 runs the layers in bfloat16)"
+        )
+    on_cpu = all(space.device.type == "cpu" for space in spaces)
+
+    def node(its: list[Space]) -> Node:
+        bf16 = on_cpu and config.wire == "bf16"
+        shared_weights = sharded or not on_cpu
+        return Node(comm, its, smalls, crowded, shared_weights, slots, tree, node_of, bf16=bf16)
+
+    if comm.size > 1 and (on_cpu or not cuda_aware):
         try:
-            return Node(comm, spaces, smalls, crowded, sharded, slots, tree, node_of, bf16=bf16)
+            return node(spaces) if on_cpu else Staged(spaces, node, slots)
         except OSError as error:
             LOGGER.warning(
                 "averaging by MPI alone, which is slower: the node's shared memory can't be used: %s; "
                 "make /dev/shm larger (containers: --shm-size)",
                 error,
             )
-    return Wire(comm, spaces, slots, tree)
+    if comm.size > 1 and config.wire == "bf16":
+        LOGGER.warning("averaging.wire = bf16 is not used: MPI alone sends the gradients as they are")
+    return Wire(comm, spaces, slots, tree, cuda_aware)
 
 
 def stepper(

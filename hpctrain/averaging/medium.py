@@ -9,7 +9,8 @@ A medium holds the memory of gradients (and, where the optimizer is sharded, of 
       spread     brings a part of the sum to where it is needed
       finish     partial norms, and the weights of other nodes; then all may go on
 
-`Wire` is MPI alone (and no communication at all for one rank); `Node` is below it in `node.py`.
+`Wire` is MPI alone (and no communication at all for one rank); `Node` sums in the memory of a node
+(`node.py`); `Staged` lets GPUs use that memory (`staged.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ class Medium(Protocol):
     """What an averager needs of the ranks that average together."""
 
     comm: MPI.Intracomm
+    sums_all: bool
+    """Whether every rank is handed the whole sum, not a part of it."""
     slots: list[list[torch.Tensor]]
     """By slot and space: this rank's gradients, or partial sums of them."""
     weights: list[torch.Tensor] | None
@@ -81,11 +84,21 @@ class Medium(Protocol):
 class Wire:
     """MPI alone: one Allreduce a bucket, every rank owns all. Also the medium of one rank."""
 
+    sums_all = True
+
     def __init__(
-        self, comm: MPI.Intracomm, spaces: list[Space], slots: int = 1, tree: trees.Tree | None = None
+        self,
+        comm: MPI.Intracomm,
+        spaces: list[Space],
+        slots: int = 1,
+        tree: trees.Tree | None = None,
+        direct: bool = False,
     ) -> None:
-        """Take the ranks, the spaces, slots a rank, and the tree of (rank, slot) of an invariant sum."""
-        self.comm, self.spaces, self.tree = comm, spaces, tree
+        """Take the ranks, the spaces, slots a rank, and the tree of (rank, slot) of an invariant sum.
+
+        `direct`: MPI may be given a GPU's memory.
+        """
+        self.comm, self.spaces, self.tree, self.direct = comm, spaces, tree, direct
         self.slots = [[aligned(s.size, s.dtype, s.device) for s in spaces] for _ in range(slots)]
         self.weights: list[torch.Tensor] | None = None
         self.units = [torch.zeros(s.size // UNIT, dtype=torch.float64) for s in spaces]
@@ -118,6 +131,11 @@ class Wire:
             return self._by_tree(number, space, start, stop, self.tree).to(space.device)
         if self.comm.size == 1:
             return gradients.to(space.wire)
+        if self.direct and space.device.type == "cuda":
+            total = gradients.to(space.wire)
+            torch.cuda.synchronize()  # MPI knows nothing of streams
+            self.comm.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
+            return total
         buffer = gradients.to("cpu", space.wire)
         self.comm.Allreduce(MPI.IN_PLACE, buffer.numpy(), op=MPI.SUM)
         return buffer.to(space.device)

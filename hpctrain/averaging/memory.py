@@ -1,9 +1,10 @@
 """Memory that the ranks of a node share, and how they meet there.
 
 The memory is a file in the shared-memory filesystem that loses its name as soon as all ranks
-have mapped it: the kernel gives it back when the last rank ends, however it ends. Every rank
-reserves its own part before use (so a full filesystem is an error now, not a SIGBUS later, and
-the pages lie near the rank's core).
+have opened it, while it is empty: the kernel gives it back when the last rank ends, however it
+ends. Every rank reserves its own part, and its share of the common part, before use (so a full
+filesystem is an error now, not a SIGBUS later; the pages lie near the rank's core, and those of
+the common part on all sockets in turn).
 
 MPI's own windows (Win.Allocate_shared) are as fast, being the same mapping, but freeing them is
 collective, which a rank that fails cannot promise, and they do not reserve.
@@ -49,18 +50,23 @@ class NodeMemory:
         try:
             if comm.rank == 0:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                os.posix_fallocate(handle, 0, self.common)
         except OSError as error:
             failure = str(error)
         failure = comm.bcast(failure, root=0)
         try:
             if not failure and handle < 0:
                 handle = os.open(path, os.O_RDWR)
-            if not failure and self.each:
-                os.posix_fallocate(handle, self.common + comm.rank * self.each, self.each)
         except OSError as error:
             failure = str(error)
-        failures = [text for text in comm.allgather(failure) if text]  # all parts are there, or none is used
+        failures = [text for text in comm.allgather(failure) if text]
+        if comm.rank == 0 and handle >= 0:
+            os.unlink(path)
+        try:
+            if not failures:
+                self._reserve(handle)
+        except OSError as error:
+            failure = str(error)
+        failures = failures or [text for text in comm.allgather(failure) if text]  # all parts, or none
         try:
             if not failures:
                 self.map = mmap.mmap(handle, self.common + comm.size * self.each)
@@ -69,10 +75,17 @@ class NodeMemory:
         failures = failures or [text for text in comm.allgather(failure) if text]
         if handle >= 0:
             os.close(handle)
-            if comm.rank == 0:
-                os.unlink(path)
         if failures:
             raise OSError(failures[0])
+
+    def _reserve(self, handle: int) -> None:
+        """Reserve this rank's pages: its share of the common part, and its own part. Local."""
+        pages = self.common // PAGE
+        start, stop = (PAGE * (pages * (self.rank + at) // self.size) for at in (0, 1))
+        own = self.common + self.rank * self.each
+        for begin, end in ((start, stop), (own, own + self.each)):
+            if begin < end:
+                os.posix_fallocate(handle, begin, end - begin)
 
     def tensor(self, rank: int | None, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """See `count` numbers at a byte offset of a rank's part, or of the common part (None)."""
@@ -83,6 +96,12 @@ class NodeMemory:
         if not count:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self.map, dtype=dtype, count=count, offset=offset)
+
+    def pin(self) -> None:
+        """Let a GPU copy from and to this memory without a detour. Local."""
+        base = torch.frombuffer(self.map, dtype=torch.uint8)
+        register = torch.cuda.cudart().cudaHostRegister  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(register(base.data_ptr(), len(base), 0))
 
     def counters(self) -> memoryview:
         """See the counters: 8-byte integers, a line apart."""
@@ -195,5 +214,5 @@ def alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rsplit(")", 1)[-1].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone, or going while it is read
         return False

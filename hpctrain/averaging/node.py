@@ -40,6 +40,8 @@ def added(rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 class Node:
     """The ranks of a communicator, node by node through shared memory."""
 
+    sums_all = False
+
     def __init__(
         self,
         comm: MPI.Intracomm,
@@ -113,6 +115,7 @@ class Node:
             self._free()
             raise OSError(problems[0])
         self.rendezvous = Rendezvous(self.local, memory, crowded)
+        self.pin = memory.pin
 
         def flats(rank: int | None, offset: int) -> list[torch.Tensor]:
             starts = [offset + sum(sizes[:at]) for at in range(len(sizes))]

@@ -124,6 +124,12 @@ class Overlap:
         self.choice = Choice.among(node.comm)
         self.mover = Mover(node.poll)
         self._learnt = False
+        self.polled = 0.0
+        """Seconds of this step's backward that went into moving buckets."""
+
+    def begin(self) -> None:
+        """Start a step. Local."""
+        self.polled = 0.0
 
     def last(self) -> None:
         """Note that the backward that follows is the last of the step. Local."""
@@ -135,7 +141,9 @@ class Overlap:
     def _tell(self, count: int) -> None:
         self.node.announce(count)
         if self.choice.way == "between":
+            began = time.perf_counter()
             self.node.poll()
+            self.polled += time.perf_counter() - began
 
     def take_over(self) -> None:
         """Let only the caller move buckets from now on. Local."""

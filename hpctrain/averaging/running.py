@@ -71,7 +71,8 @@ class RunningStatistics:
                 assert norm.running_mean is not None
                 assert norm.running_var is not None
                 batch = norm.running_mean.cpu(), norm.running_var.cpu()
-                self.records.append((self.micro_batch, number, *batch))
+                if getattr(norm, "speaks", True):  # synchronised statistics are recorded once
+                    self.records.append((self.micro_batch, number, *batch))
                 self._put_back(number)
 
         return after

@@ -6,6 +6,7 @@ ranks' parts where the optimizer works element by element, whole ones otherwise.
 torch's own step gives on whole tensors; a parameter that no sample used is left alone, as by torch.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -114,6 +115,7 @@ class Adam:
         self.steps = [0] * count
         for group in optimizer.param_groups:
             group["params"] = []  # its own step has nothing to do, but LR schedulers count it
+        self._starts = [[seat.start for seat in space.seats] for space in spaces]
         self._used: list[bool] = []
         self._plans: dict[tuple[int, int, int], list[Any]] = {}
 
@@ -166,7 +168,10 @@ class Adam:
         space = self.spaces[number]
         at, begin = next((i, a) for i, (a, b) in enumerate(self.parts[number]) if a <= start and stop <= b)
         runs: list[list[int]] = []
-        for seat, nxt in zip(space.seats, [*space.seats[1:], None]):
+        first = max(0, bisect_right(self._starts[number], start) - 1)
+        last_one = bisect_left(self._starts[number], stop)
+        seats = space.seats[first:last_one]
+        for seat, nxt in zip(seats, [*space.seats[first + 1 : last_one + 1], None]):
             end = nxt.start if nxt and nxt.start <= stop else seat.stop
             a, b = max(start, seat.start), min(stop, end)
             if a >= b or not self._used[seat.index]:

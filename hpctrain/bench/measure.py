@@ -15,20 +15,26 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from hpctrain.errors import HpctrainError
-from hpctrain.topology import usable_cores
+from hpctrain.topology import processor
 from hpctrain.version import __version__
 
 Contenders = Mapping[str, Callable[[], None]]
 WARM_UP = 3
+YIELDING = "OMPI_MCA_mpi_yield_when_idle"
 
 
 def alternate(
     comm: MPI.Intracomm, contenders: Contenders, rounds: int, repeats: int = 1
 ) -> dict[str, list[float]]:
-    """Time each contender once a round, in turn; seconds of the slowest rank. Collective.
+    """Time each contender once a round, in turn; seconds until the last rank is done. Collective.
 
-    What takes microseconds is repeated, and the mean taken: ranks leave a barrier apart.
+    What takes microseconds is repeated, and the mean taken: ranks leave a barrier apart. On one
+    node the ranks' clock is one: time runs from the first rank's start to the last one's end, so
+    that a rank which has to wait for its core is seen to wait, whether it communicates or not.
     """
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    one_clock = node.size == comm.size
+    node.Free()
     for _ in range(WARM_UP):
         for work in contenders.values():
             comm.Barrier()
@@ -40,8 +46,10 @@ def alternate(
             began = time.perf_counter()
             for _ in range(repeats):
                 work()
-            seconds = (time.perf_counter() - began) / repeats
-            times[name].append(comm.allreduce(seconds, op=MPI.MAX))
+            ended = time.perf_counter()
+            if one_clock:
+                began = comm.allreduce(began, op=MPI.MIN)
+            times[name].append(comm.allreduce((ended - began) / repeats, op=MPI.MAX))
     return times
 
 
@@ -69,7 +77,12 @@ def row(case: str, ranks: int, bytes_: int, times: Mapping[str, list[float]]) ->
 
 def machine() -> dict[str, Any]:
     """Say what was measured on."""
-    return {"cores": len(usable_cores()), "cpu": platform.machine(), "host": socket.gethostname()}
+    return {
+        "cores": os.cpu_count(),
+        "cpu": processor(),
+        "host": socket.gethostname(),
+        "yield_when_idle": os.environ.get(YIELDING, "0"),
+    }
 
 
 def versions() -> dict[str, str]:

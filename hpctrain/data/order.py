@@ -129,6 +129,15 @@ def micro_batch(position: int, index: int, count: int, batch: int, length: int, 
     return permute(places, length, key(seed, epoch))
 
 
+def sizes(samples: int, count: int) -> list[int]:
+    """Samples of each micro-batch of a step.
+
+    >>> sizes(3, 4)
+    [0, 1, 1, 1]
+    """
+    return [stop - start for start, stop in (block(v, count, samples) for v in range(count))]
+
+
 def replica_micro_batches(replica: int, replicas: int, count: int) -> range:
     """Say which micro-batches of a step a replica computes.
 

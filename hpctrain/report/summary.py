@@ -21,7 +21,7 @@ def start(job: Job, run: RunFolder, resumed_step: int, baselines: dict[str, Metr
     """Say what will run, and write the "start" row."""
     topology, index = job.topology, job.index
     parameters = sum(p.numel() for p in job.engine.module.parameters())
-    count = job.config.parallel.micro_batches
+    count = job.loader.count
     run.row(
         "start",
         resumed_step,

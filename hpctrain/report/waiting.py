@@ -1,8 +1,9 @@
 """Who waited for whom: seconds of a step by rank, and the rank that the others waited for.
 
 A replica that takes longest to its last gradient keeps all others waiting; the length of a
-collective call can't tell, as everyone leaves it together. Ranks begin a step together, so what
-each took until its gradients were complete can be compared without a common clock.
+collective call can't tell, as everyone leaves it together. Ranks end a step together, so what
+each took from there until its gradients were complete (reading, other things, computing) can be
+compared without a common clock.
 """
 
 from typing import Any
@@ -39,12 +40,13 @@ class Waiting:
 
     def row(self, times: Times) -> dict[str, Any]:
         """Give what a "train" row says of a step, and add it up."""
-        busy = times.reading + times.computing
+        busy = times.reading + times.other + times.computing
         last = int(busy.argmax())
         self.slowest[last] += 1
         self.waited += float(times.waiting.mean())
         parts = {
             "read_seconds": times.reading,
+            "other_seconds": times.other,
             "compute_seconds": times.computing,
             "wait_seconds": times.waiting,
             "transfer_seconds": times.transfer,

@@ -34,7 +34,7 @@ def test_a_run_writes_what_others_read(launcher, small, tmp_path):
     assert [row["step"] for row in tested] == [7, 14, 20]
     assert all({"loss", "rmse", "split"} <= row.keys() for row in tested)
     assert [row["step"] for row in found if row["event"] == "checkpoint"] == [20]
-    parts = ("read_seconds", "compute_seconds", "wait_seconds", "transfer_seconds")
+    parts = ("read_seconds", "other_seconds", "compute_seconds", "wait_seconds", "transfer_seconds")
     assert all(
         {"min", "median", "max", "rank", "host"} == row[part].keys() for row in train for part in parts
     )
@@ -259,3 +259,19 @@ def test_load_needs_no_mpi(launcher, small, tmp_path):
         part.unlink()
     ended = launcher.run(sys.executable, "-c", code)
     assert ended.status == 0, ended.text
+
+
+def test_ranks_that_outnumber_cores_are_dealt_out_evenly(launcher):
+    """Two to a core, each kept on its own; without the hint that MPI is to yield the program gives it."""
+    cores = sorted(os.sched_getaffinity(0))
+    program = (
+        "import os; from hpctrain import launch; launch.share_cores(); "
+        "print('core', *os.sched_getaffinity(0), os.environ['OMPI_MCA_mpi_yield_when_idle'], flush=True)"
+    )
+    launcher.environment.pop("OMPI_MCA_mpi_yield_when_idle")
+    done = launcher.run("mpirun", "-n", 2 * len(cores), sys.executable, "-c", program)
+    assert done.status == 0, done.text
+    found = sorted(line for line in done.out.splitlines() if line.startswith("core"))
+    whole = cores == list(range(os.cpu_count()))
+    expected = [f"core {core} 1" for core in cores for _ in range(2)] if whole and len(cores) > 1 else None
+    assert found == expected or (expected is None and len(found) == 2 * len(cores))
