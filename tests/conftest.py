@@ -17,6 +17,11 @@ def in_launch(config):
     return "OMPI_COMM_WORLD_SIZE" not in os.environ and "PMIX_RANK" not in os.environ
 
 
+if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    from hpctrain import launch
+
+    launch.share_cores()  # as the command line does, before MPI starts
+
 RAN = pytest.StashKey[int]()
 
 

@@ -1,13 +1,23 @@
 """A schedule is a generator of instructions; the engine runs it and knows nothing else.
 
-One stage, micro-batches 0 1 2 of this replica (F forward, B backward):
+F forward, B backward, each of one micro-batch; 4 stages (rows), micro-batches 0 1 2 3, time to the right:
 
-    F0 B0 F1 B1 F2 B2
+    gpipe                                          one_f_one_b
+    F0 F1 F2 F3 .  .  .  .  .  .  B0 B1 B2 B3      F0 F1 F2 F3 .  .  .  B0 .  B1 .  B2 .  B3
+    .  F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3         .  F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
+    .  .  F0 F1 F2 F3 .  .  B0 B1 B2 B3            .  .  F0 F1 .  B0 F2 B1 F3 B2 .  B3
+    .  .  .  F0 F1 F2 F3 B0 B1 B2 B3               .  .  .  F0 B0 F1 B1 F2 B2 F3 B3
 
-A micro-batch's activations are freed before the next one starts: peak memory is one micro-batch.
+p stages, m micro-batches, F and B of one length: both leave a stage idle for p - 1 forwards and p - 1
+backwards, (p-1)/(m+p-1) of the time. gpipe (Huang et al. 2019) keeps m micro-batches' activations,
+one_f_one_b (Narayanan et al. 2019) at most p. Both run the backward passes in the order of the
+micro-batches, as one process does: gradients add up to the same bits.
+
+Around each pass stand its messages: activations from earlier stages before F, to later ones behind
+it; gradients the other way around B. A send is started and not waited for, a receive is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -17,21 +27,114 @@ class Instruction:
 
     micro_batch: int
 
+    def __str__(self) -> str:
+        """Write it short: F3 is the forward of micro-batch 3."""
+        return f"{SHORT[type(self)]}{self.micro_batch}"
+
 
 class Forward(Instruction):
     """Run the stage's layers on the micro-batch."""
 
 
 class Backward(Instruction):
-    """Run backward from the loss of the micro-batch; its gradients join the sum."""
+    """Run backward of the micro-batch; its gradients join the sum."""
+
+
+class Receive(Instruction):
+    """Take the activations that earlier stages sent."""
+
+
+class Send(Instruction):
+    """Give activations to the later stages that want them."""
+
+
+class ReceiveGradient(Instruction):
+    """Take the gradients of what was sent."""
+
+
+class SendGradient(Instruction):
+    """Give the gradients of what was received."""
+
+
+SHORT: dict[type[Instruction], str] = {
+    Forward: "F",
+    Backward: "B",
+    Receive: "rF",
+    Send: "sF",
+    ReceiveGradient: "rB",
+    SendGradient: "sB",
+}
+
+Schedule = Callable[[int, int, Sequence[int]], Iterator[Instruction]]
+"""(stage, stages, micro-batches) to the passes of that stage, without messages."""
 
 
 def one_stage(micro_batches: Iterable[int]) -> Iterator[Instruction]:
-    """Run each micro-batch forward and backward before the next.
+    """Run each micro-batch forward and backward before the next: one micro-batch's activations at a time.
 
-    >>> [f"{type(i).__name__[0]}{i.micro_batch}" for i in one_stage([4, 5])]
+    >>> [str(i) for i in one_stage([4, 5])]
     ['F4', 'B4', 'F5', 'B5']
     """
     for micro_batch in micro_batches:
         yield Forward(micro_batch)
         yield Backward(micro_batch)
+
+
+def gpipe(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+    """All forwards, then all backwards.
+
+    >>> [str(i) for i in gpipe(0, 2, [0, 1])]
+    ['F0', 'F1', 'B0', 'B1']
+    """
+    for micro_batch in micro_batches:
+        yield Forward(micro_batch)
+    for micro_batch in micro_batches:
+        yield Backward(micro_batch)
+
+
+def one_f_one_b(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+    """As many forwards as stages follow, then one forward and one backward in turn, then the rest.
+
+    >>> [str(i) for i in one_f_one_b(0, 2, [0, 1, 2])]
+    ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']
+    """
+    ahead = min(stages - stage - 1, len(micro_batches))
+    for micro_batch in micro_batches[:ahead]:
+        yield Forward(micro_batch)
+    for at, micro_batch in enumerate(micro_batches[ahead:]):
+        yield Forward(micro_batch)
+        yield Backward(micro_batches[at])
+    for micro_batch in micro_batches[len(micro_batches) - ahead :]:
+        yield Backward(micro_batch)
+
+
+SCHEDULES: dict[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe}
+"""By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
+
+
+def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+    """Give what one stage does in a step: its passes, with their messages around them.
+
+    >>> [str(i) for i in program("1f1b", 0, 2, [0, 1])]
+    ['F0', 'sF0', 'F1', 'sF1', 'rB0', 'B0', 'rB1', 'B1']
+    >>> [str(i) for i in program("1f1b", 1, 2, [0, 1])]
+    ['rF0', 'F0', 'B0', 'sB0', 'rF1', 'F1', 'B1', 'sB1']
+    """
+    if stages == 1:
+        yield from one_stage(micro_batches)
+        return
+    first, last = stage == 0, stage == stages - 1
+    for instruction in SCHEDULES[name](stage, stages, micro_batches):
+        micro_batch = instruction.micro_batch
+        if isinstance(instruction, Forward):
+            if not first:
+                yield Receive(micro_batch)
+            yield instruction
+            if not last:
+                yield Send(micro_batch)
+        else:
+            if not last:
+                yield ReceiveGradient(micro_batch)
+            yield instruction
+            if not first:
+                yield SendGradient(micro_batch)

@@ -1,0 +1,67 @@
+"""Layer costs to contiguous stages: the partition whose slowest stage is fastest, exactly. Pure.
+
+      best(k, j) = min over i of max(best(k-1, i), cost[i:j] / speed[k-1])        k stages over j layers
+
+Dynamic programming over all cuts, O(stages · layers²). Among equal ones the later stages get less.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from hpctrain.errors import ConfigError
+
+
+def partition(
+    costs: Sequence[float],
+    stages: int,
+    memory: Sequence[float] | None = None,
+    limits: Sequence[float] | None = None,
+    speeds: Sequence[float] | None = None,
+) -> list[tuple[int, int]]:
+    """Cut layers into contiguous stages, none empty: (start, stop) each.
+
+    `costs` of the layers in any unit; `memory` of each layer and `limits` of each stage in bytes;
+    `speeds` of the stages, 1 where none are given. Raises ConfigError where no cut fits.
+
+    >>> partition([1, 1, 1, 1, 4], 2)
+    [(0, 4), (4, 5)]
+    >>> partition([1, 1, 1, 1], 2, memory=[1, 1, 1, 1], limits=[1, 4])
+    [(0, 1), (1, 4)]
+    >>> partition([1, 1, 1, 1], 2, speeds=[3, 1])
+    [(0, 3), (3, 4)]
+    """
+    layers = len(costs)
+    if layers < stages:
+        raise ConfigError(
+            f"parallel.stages = {stages}, but the model has {layers} layers that can be cut apart: "
+            f"set parallel.stages = {layers} or fewer"
+        )
+    sums = [0.0, *accumulate(map(float, costs))]
+    held = [0.0, *accumulate(map(float, memory or [0.0] * layers))]
+    rates, room = speeds or [1.0] * stages, limits or [float("inf")] * stages
+    nothing = float("inf")
+    best = [0.0] + [nothing] * layers
+    cuts: list[list[int]] = []
+    for stage in range(stages):
+        row, cut = [nothing] * (layers + 1), [0] * (layers + 1)
+        for stop in range(stage + 1, layers + 1):
+            for start in range(stage, stop):
+                if held[stop] - held[start] > room[stage]:
+                    continue
+                slowest = max(best[start], (sums[stop] - sums[start]) / rates[stage])
+                if slowest < nothing and slowest <= row[stop]:
+                    row[stop], cut[stop] = slowest, start
+        best = row
+        cuts.append(cut)
+    if best[layers] == nothing:
+        need, most = sum(memory or []), sum(room)
+        raise ConfigError(
+            f"the model does not fit: its {layers} layers need {need:,.0f} bytes, {stages} stages have "
+            f"{most:,.0f}, and no cut between layers suits them: more stages, or smaller layers"
+        )
+    found, stop = [], layers
+    for stage in reversed(range(stages)):
+        start = cuts[stage][stop]
+        found.append((start, stop))
+        stop = start
+    return found[::-1]

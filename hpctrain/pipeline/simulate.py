@@ -1,0 +1,194 @@
+"""Runs a pipeline's programs dry: deadlock, order, bubble, kept activations, picture. Pure.
+
+Every stage walks through its own program at once. A pass takes its cost; a message takes `wire`
+from its send on; a receive waits for it. Who waits for something that nobody will send is a deadlock.
+
+      stage s:  start(pass) = max(end of what stood before it, arrivals that it waits for)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.pipeline.schedule import (
+    Backward,
+    Forward,
+    Instruction,
+    Receive,
+    ReceiveGradient,
+    Send,
+    SendGradient,
+    program,
+)
+
+Links = Mapping[int, Sequence[int]]
+"""By stage: the later stages that want its activations."""
+
+
+def chain(stages: int) -> dict[int, list[int]]:
+    """Let each stage give to the next one alone.
+
+    >>> chain(3)
+    {0: [1], 1: [2], 2: []}
+    """
+    return {stage: [stage + 1] if stage + 1 < stages else [] for stage in range(stages)}
+
+
+@dataclass(frozen=True)
+class Span:
+    """One pass on one stage, from start to end in seconds."""
+
+    stage: int
+    instruction: Instruction
+    start: float
+    end: float
+
+
+@dataclass
+class Simulation:
+    """What a dry run found."""
+
+    spans: list[Span] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    """By stage: the most micro-batches whose activations are kept at once."""
+    busy: list[float] = field(default_factory=list)
+    """By stage: seconds of work."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end."""
+        return max((span.end for span in self.spans), default=0.0)
+
+    @property
+    def bubble(self) -> float:
+        """Share of the stages' time that is not work."""
+        total = self.seconds * len(self.busy)
+        return 1.0 - sum(self.busy) / total if total else 0.0
+
+    def picture(self, unit: float) -> list[str]:
+        """Draw stages as rows and time to the right, a column each `unit` seconds."""
+        columns = round(self.seconds / unit)
+        rows = []
+        for stage in range(len(self.busy)):
+            cells = ["."] * columns
+            for span in self.spans:
+                if span.stage == stage:
+                    for at in range(round(span.start / unit), round(span.end / unit)):
+                        cells[at] = str(span.instruction)
+            rows.append(" ".join(f"{cell:2}" for cell in cells).rstrip(" ."))
+        return rows
+
+
+Cost = Callable[[int, Instruction], float]
+"""Seconds of a pass on a stage."""
+
+
+def simulate(
+    programs: Sequence[Sequence[Instruction]], cost: Cost, links: Links | None = None, wire: float = 0.0
+) -> Simulation:
+    """Run every stage's program. Raises HpctrainError for a deadlock and for passes out of order."""
+    stages = len(programs)
+    links = chain(stages) if links is None else links
+    sources = {stage: [s for s in range(stages) if stage in links[s]] for stage in range(stages)}
+    machine = _Machine(programs, cost, links, sources, wire)
+    while any(machine.advance(stage) for stage in range(stages)):
+        pass
+    waiting = [s for s in range(stages) if machine.at[s] < len(programs[s])]
+    if waiting:
+        each = ", ".join(f"stage {s} at {programs[s][machine.at[s]]}" for s in waiting)
+        raise HpctrainError(f"deadlock: every stage waits for a message that is not sent: {each}")
+    left = [(s, v) for s in range(stages) for v in sorted(machine.live[s])]
+    if left:
+        raise HpctrainError(f"stage {left[0][0]} runs micro-batch {left[0][1]} forward and never backward")
+    return machine.found
+
+
+class _Machine:
+    """The state of a dry run."""
+
+    def __init__(
+        self,
+        programs: Sequence[Sequence[Instruction]],
+        cost: Cost,
+        links: Links,
+        sources: Mapping[int, Sequence[int]],
+        wire: float,
+    ) -> None:
+        self.programs, self.cost, self.links, self.sources, self.wire = programs, cost, links, sources, wire
+        stages = len(programs)
+        self.at, self.clock = [0] * stages, [0.0] * stages
+        self.sent: dict[tuple[str, int, int, int], float] = {}
+        self.live: list[set[int]] = [set() for _ in range(stages)]
+        self.done: list[set[str]] = [set() for _ in range(stages)]
+        self.found = Simulation([], [0] * stages, [0.0] * stages)
+
+    def advance(self, stage: int) -> bool:
+        """Run one stage as far as it goes; say whether it went on."""
+        began = self.at[stage]
+        while self.at[stage] < len(self.programs[stage]) and self.run(
+            stage, self.programs[stage][self.at[stage]]
+        ):
+            self.at[stage] += 1
+        return self.at[stage] > began
+
+    def run(self, stage: int, instruction: Instruction) -> bool:
+        """Run one instruction; False where it must wait."""
+        v = instruction.micro_batch
+        match instruction:
+            case Receive():
+                return self.take(stage, [("F", s, stage, v) for s in self.sources[stage]], f"F in {v}")
+            case ReceiveGradient():
+                return self.take(stage, [("B", s, stage, v) for s in self.links[stage]], f"B in {v}")
+            case Forward():
+                self.need(stage, instruction, f"F in {v}" if self.sources[stage] else "")
+                self.live[stage].add(v)
+                self.found.kept[stage] = max(self.found.kept[stage], len(self.live[stage]))
+            case Backward():
+                self.need(stage, instruction, f"F {v}")
+                self.need(stage, instruction, f"B in {v}" if self.links[stage] else "")
+                self.live[stage].discard(v)
+            case Send():
+                self.need(stage, instruction, f"F {v}")
+                self.sent.update({("F", stage, s, v): self.clock[stage] for s in self.links[stage]})
+                return True
+            case SendGradient():
+                self.need(stage, instruction, f"B {v}")
+                self.sent.update({("B", stage, s, v): self.clock[stage] for s in self.sources[stage]})
+                return True
+        kind = "F" if isinstance(instruction, Forward) else "B"
+        if f"{kind} {v}" in self.done[stage]:
+            raise HpctrainError(f"stage {stage} runs {instruction} twice")
+        self.done[stage].add(f"{kind} {v}")
+        seconds, start = self.cost(stage, instruction), self.clock[stage]
+        self.clock[stage] = start + seconds
+        self.found.busy[stage] += seconds
+        self.found.spans.append(Span(stage, instruction, start, start + seconds))
+        return True
+
+    def take(self, stage: int, messages: list[tuple[str, int, int, int]], mark: str) -> bool:
+        """Wait for messages; False where one is not sent yet."""
+        if any(message not in self.sent for message in messages):
+            return False
+        arrivals = [self.sent[message] + self.wire for message in messages]
+        self.clock[stage] = max([self.clock[stage], *arrivals])
+        self.done[stage].add(mark)
+        return True
+
+    def need(self, stage: int, instruction: Instruction, mark: str) -> None:
+        """Refuse an instruction whose input is not there."""
+        if mark and mark not in self.done[stage]:
+            raise HpctrainError(f"stage {stage} runs {instruction} before `{mark}` is done")
+
+
+def check(name: str, stages: int, micro_batches: Sequence[int], links: Links | None = None) -> Simulation:
+    """Prove a schedule for these numbers before anything runs: unit costs, a backward of two forwards.
+
+    Raises HpctrainError where it would hang, ConfigError for links that go backwards.
+    """
+    for stage, targets in (links or {}).items():
+        if any(target <= stage for target in targets):
+            raise ConfigError(
+                f"stage {stage} gives activations to an earlier stage: the cut goes through a loop"
+            )
+    programs = [list(program(name, stage, stages, micro_batches)) for stage in range(stages)]
+    return simulate(programs, lambda _, i: 1.0 if isinstance(i, Forward) else 2.0, links)

@@ -1,0 +1,146 @@
+"""Laws of every schedule, the drawings in its module, and the dry run that proves them."""
+
+import itertools
+
+import pytest
+
+from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.pipeline import schedule
+from hpctrain.pipeline.balance import partition
+from hpctrain.pipeline.schedule import SCHEDULES, Backward, Forward, Send, program
+from hpctrain.pipeline.simulate import chain, check, simulate
+
+SIZES = [(1, 3), (2, 1), (2, 2), (2, 5), (3, 2), (4, 4), (4, 9), (8, 3)]
+
+
+def programs(name, stages, count):
+    return [list(program(name, s, stages, range(count))) for s in range(stages)]
+
+
+def one(stage, instruction):
+    return 1.0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("stages", "count"), SIZES)
+def test_laws(name, stages, count):
+    """No deadlock; every micro-batch once forward and once backward, backward in order."""
+    found = simulate(programs(name, stages, count), one)
+    for stage in range(stages):
+        mine = [span.instruction for span in found.spans if span.stage == stage]
+        assert sorted(i.micro_batch for i in mine if isinstance(i, Forward)) == list(range(count))
+        assert [i.micro_batch for i in mine if isinstance(i, Backward)] == list(range(count))
+    if stages > 1:
+        assert found.bubble == pytest.approx((stages - 1) / (count + stages - 1))
+    most = (
+        [count] * stages
+        if name == "gpipe" and stages > 1
+        else [min(count, stages - s) for s in range(stages)]
+    )
+    assert found.kept == most
+
+
+@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b"])
+def test_the_drawing_is_what_runs(name):
+    column = {"gpipe": 0, "one_f_one_b": 47}[name]
+    lines = schedule.__doc__.splitlines()
+    top = next(i for i, line in enumerate(lines) if "gpipe" in line and "one_f_one_b" in line)
+    width = 47 if name == "gpipe" else None
+    drawn = [line[4:][column:][:width].rstrip(" .") for line in lines[top + 1 : top + 5]]
+    short = {"gpipe": "gpipe", "one_f_one_b": "1f1b"}[name]
+    assert simulate(programs(short, 4, 4), one).picture(1.0) == drawn
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("stages", "count"), [(2, 2), (3, 4)])
+def test_two_neighbours_swapped_are_found(name, stages, count):
+    """A send before its pass, a pass before its receive: every such swap ends the dry run with an error."""
+    good = programs(name, stages, count)
+    swaps = 0
+    for stage in range(stages):
+        for at in range(len(good[stage]) - 1):
+            a, b = good[stage][at : at + 2]
+            if a.micro_batch != b.micro_batch or isinstance(a, Send):
+                continue  # a message of one micro-batch may wait for a pass of another
+            bad = [list(p) for p in good]
+            bad[stage][at : at + 2] = [b, a]
+            swaps += 1
+            with pytest.raises(HpctrainError, match=r"before|deadlock"):
+                simulate(bad, one)
+    assert swaps >= 3 * count
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_is_left_out_is_found(name):
+    good = programs(name, 3, 2)
+    for stage, at in itertools.product(range(3), range(len(good[0]))):
+        if at < len(good[stage]):
+            bad = [list(p) for p in good]
+            del bad[stage][at]
+            with pytest.raises(HpctrainError, match=r"deadlock|before|never backward"):
+                simulate(bad, one)
+
+
+def test_a_pass_twice_is_found():
+    bad = programs("gpipe", 2, 2)
+    bad[0].insert(2, bad[0][0])
+    with pytest.raises(HpctrainError, match="stage 0 runs F0 twice"):
+        simulate(bad, one)
+
+
+def test_a_deadlock_names_every_stage():
+    bad = programs("1f1b", 2, 2)
+    bad[1] = bad[1][1:2]
+    with pytest.raises(HpctrainError, match="stage 1 runs F0 before `F in 0` is done"):
+        simulate(bad, one)
+    with pytest.raises(HpctrainError, match="deadlock: .* stage 0 at rB0"):
+        simulate([programs("1f1b", 2, 2)[0], []], one)
+
+
+def test_skips_to_later_stages_are_waited_for():
+    """Stage 0 gives to 1, 2 and 3, as in a U-Net; the bubble stays that of the chain."""
+    links = {0: [1, 2, 3], 1: [2], 2: [3], 3: []}
+    assert check("1f1b", 4, range(6), links).seconds == check("1f1b", 4, range(6)).seconds
+    with pytest.raises(
+        ConfigError, match="stage 2 gives activations to an earlier stage: the cut goes through a loop"
+    ):
+        check("1f1b", 3, range(2), {0: [1], 1: [2], 2: [1]})
+
+
+def test_the_wire_and_slow_stages_count():
+    quick = simulate(programs("1f1b", 2, 4), one).seconds
+    assert simulate(programs("1f1b", 2, 4), one, wire=0.5).seconds > quick
+    slow = simulate(programs("1f1b", 2, 4), lambda stage, _: 1.0 + stage)
+    assert slow.busy == [8.0, 16.0]
+    assert slow.seconds == pytest.approx(1.0 + 16.0 + 1.0)
+    assert chain(2) == {0: [1], 1: []}
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_a_partition_is_the_best_of_all(stages):
+    """Against every cut, tried one by one."""
+    costs, memory = [3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]
+    limits, speeds = [10, 12, 16, 30][:stages], [1.0, 2.0, 1.0, 0.5][:stages]
+    best = None
+    for inner in itertools.combinations(range(1, len(costs)), stages - 1):
+        edges = [0, *inner, len(costs)]
+        parts = list(zip(edges, edges[1:]))
+        if all(sum(memory[a:b]) <= limit for (a, b), limit in zip(parts, limits)):
+            time = max(sum(costs[a:b]) / speed for (a, b), speed in zip(parts, speeds))
+            best = time if best is None else min(best, time)
+    if best is None:
+        with pytest.raises(ConfigError, match="the model does not fit: its 7 layers need 29 bytes"):
+            partition(costs, stages, memory, limits, speeds)
+        return
+    parts = partition(costs, stages, memory, limits, speeds)
+    assert parts[0][0] == 0
+    assert parts[-1][1] == len(costs)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
+    assert max(sum(costs[a:b]) / speed for (a, b), speed in zip(parts, speeds)) == best
+
+
+def test_more_stages_than_layers_are_refused():
+    with pytest.raises(
+        ConfigError, match="parallel.stages = 3, but the model has 2 layers .*stages = 2 or fewer"
+    ):
+        partition([1, 1], 3)
