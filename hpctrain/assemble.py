@@ -4,6 +4,7 @@ With `train.py` the only place that knows all rooms.
 """
 
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,9 @@ from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.models import build as models
 from hpctrain.piece import Piece, of_module
+from hpctrain.pipeline import simulate, split
+from hpctrain.pipeline.stage import Stage, take_share
+from hpctrain.pipeline.transport import Transport
 from hpctrain.task import Source, Task
 from hpctrain.topology import Topology, processor
 from hpctrain.wire import from_root, together
@@ -93,6 +97,12 @@ class Job:
                 schedules.restore(self.scheduler, stored.state["scheduler"])
             for piece in self.pieces():
                 stored.fill(piece)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring new weights to the stages that keep copies. Collective."""
+        if self.engine.pipeline:
+            self.engine.pipeline.refresh()
 
     def restore_weights(self, stored: Stored) -> None:
         """Take the weights and what the task learnt. Collective."""
@@ -100,6 +110,7 @@ class Job:
             for piece in self.pieces():
                 if not piece.name.startswith("optimizer."):
                     stored.fill(piece)
+        self.refresh()
 
     def split_blocks(self, split: str) -> list[tuple[int, int]]:
         """Places (start, stop) of this replica's evaluation batches of a split.
@@ -121,6 +132,8 @@ class Job:
         self.loader.close()
         self.reader.close()
         self.averager.close()
+        if self.engine.pipeline and sys.exc_info()[0] is None:  # freeing is collective
+            self.engine.pipeline.close()
 
 
 def check_classes(config: Config) -> None:
@@ -162,6 +175,8 @@ def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: i
     """Let BatchNorm layers that are to see the whole batch do so; tell whether there are any. Local."""
     layers = sync_norm.convert(module, config.averaging.sync_batchnorm)
     if not layers:
+        if config.averaging.sync_batchnorm:
+            LOGGER.warning("averaging.sync_batchnorm does nothing: the model has no BatchNorm")
         return False
     if config.averaging.invariant:
         raise ConfigError(
@@ -205,7 +220,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     train = config.train
     torch.set_num_threads(topology.threads)
     asked = config.parallel.micro_batches
-    count = topology.replicas if asked == "auto" else asked
+    count = topology.replicas * wanted(topology, train.batch) if asked == "auto" else asked
     with together(world):
         check_invariant(config, topology.replicas)
         check_classes(config)
@@ -225,6 +240,13 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         spec = train.loss
         loss = construct.build(spec, "train.loss", **loss_arguments(spec))
         optimizer = groups.build(config.optimizer, module)
+    pipeline = None
+    if topology.stages > 1:
+        with together(world):
+            example = task.batch(
+                index.splits["train"].samples(np.arange(max(order.sizes(train.batch, count))))
+            )
+            pipeline = stage_of(config, topology, module, example.inputs, optimizer)
     averager = Averager(
         module,
         optimizer,
@@ -234,10 +256,21 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         config.optimizer.sharded,
         topology.crowded,
         cuda_aware=topology.cuda_aware,
+        pipe=topology.comms.pipe,
     )
     with together(world):
         names = list(task.input_shapes)
-        engine = Engine(topology, module, SummedLoss(loss), averager, names, train.seed, train.autocast)
+        engine = Engine(
+            topology,
+            module,
+            SummedLoss(loss),
+            averager,
+            names,
+            train.seed,
+            train.autocast,
+            pipeline=pipeline,
+            schedule=config.parallel.schedule,
+        )
         scheduler = schedules.build(config, averager, total_steps(config, index))
     loader = Loader(
         index.splits["train"],
@@ -245,13 +278,54 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         count,
         train.batch,
         train.seed,
-        task.batch,
+        task.batch if pipeline is None or pipeline.reads_inputs else empty_batch,
     )
     # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
     kept = replace(config.parallel, micro_batches="auto" if synced else count)
     resolved = replace(config, model=model, parallel=kept)
     peers = topology.comms.data.allgather((topology.world_rank, platform.node()))
     return Job(resolved, topology, index, reader, task, engine, loader, scheduler, peers, processors)
+
+
+def wanted(topology: Topology, batch: int) -> int:
+    """Micro-batches a replica that the layout asks for: four a stage leave it idle a fifth of the time."""
+    if topology.stages == 1:
+        return 1
+    return max(1, min(4 * topology.stages, batch // topology.replicas))
+
+
+def empty_batch(samples: NDArray[np.int64]) -> Batch:
+    """Stand for samples that a stage in the middle does not read. Local."""
+    return Batch(samples, {}, {})
+
+
+def stage_of(
+    config: Config,
+    topology: Topology,
+    module: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Stage:
+    """Cut the model, keep this rank's stage of it, and give what runs it. Collective."""
+    parallel = config.parallel
+    named = models.by_name(module, list(inputs))
+    model = split.cut(module, inputs, named, topology.stages, parallel.cuts, topology.device)
+    simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), model.links())
+    mine, ties = take_share(module, model, topology.stage)
+    trained = [tie.name for tie in ties if tie.tensor.requires_grad]
+    if trained and config.averaging.invariant:
+        raise ConfigError(
+            f"averaging.invariant: {trained[0]} is used by several stages, whose gradients are added "
+            f"after those of the micro-batches: other bits than on one stage; "
+            f"set parallel.stages = 1 or untie it"
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in mine]
+    for parameter in [p for p in optimizer.state if id(p) not in mine]:
+        del optimizer.state[parameter]
+    stage = Stage(model, topology.stage, Transport(topology.comms.pipe, topology.device))
+    stage.ties = ties
+    return stage
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

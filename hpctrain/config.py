@@ -54,7 +54,13 @@ class Parallel:
     stages: int = 1
     """Pipeline stages of one replica."""
     micro_batches: int | Literal["auto"] = "auto"
-    """Micro-batches of one step over all replicas; auto: one a replica."""
+    """Micro-batches of one step over all replicas; auto: one a replica, four times the stages a replica
+    with several stages."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """In which order a stage runs its passes: 1f1b keeps the activations of as many micro-batches as there
+    are stages, gpipe those of all. The results are the same bits."""
+    cuts: list[str] = field(default_factory=list)
+    """Modules that begin a stage, such as ["encoder.3", "decoder.0"] for three; empty: cut by work."""
 
 
 @dataclass
@@ -167,7 +173,15 @@ class Config:
 
 
 # Paths, logging and what changes no bit: a resume may change them.
-FREE_ON_RESUME = ("data.files", "train.run_folder", "report.", "optimizer.sharded")
+FREE_ON_RESUME = (
+    "data.files",
+    "train.run_folder",
+    "report.",
+    "optimizer.sharded",
+    "parallel.stages",
+    "parallel.schedule",
+    "parallel.cuts",
+)
 
 
 SAMPLE_WEIGHTS = " weights"
@@ -196,7 +210,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Give {"section.key": value} of a configuration, nested dataclasses included.
 
     >>> flatten(Parallel(stages=2))
-    {'stages': 2, 'micro_batches': 'auto'}
+    {'stages': 2, 'micro_batches': 'auto', 'schedule': '1f1b', 'cuts': []}
     """
     flat: dict[str, Any] = {}
     for entry in fields(config):
@@ -223,6 +237,10 @@ def differences(stored: Config, asked: Config) -> list[str]:
     for key, value in new.items():
         before = old[key]
         if value == before or key.startswith(FREE_ON_RESUME):
+            continue
+        if (
+            key == "parallel.micro_batches" and before == "auto"
+        ):  # SyncBatchNorm: one a replica, on any layout
             continue
         if key == "train.steps" and (before is None or value is None or value >= before):
             continue

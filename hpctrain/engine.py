@@ -5,6 +5,8 @@
           Backward v   gradients join the buckets
       averager.step    one sum, the mean, the new weights
 
+With several stages the program also has messages, and every stage runs its own (`pipeline/`).
+
 A micro-batch gives the same bits wherever it is computed: its samples, its random stream and
 its kernels do not depend on the layout.
 """
@@ -26,12 +28,27 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data import order
 from hpctrain.data.loader import Step
-from hpctrain.data.order import key
+from hpctrain.draws import Draws
 from hpctrain.errors import DivergedError, HpctrainError, RankError
 from hpctrain.gradient import StraightIntoPlace
+from hpctrain.keys import key
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
-from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
+from hpctrain.pipeline.schedule import (
+    Backward,
+    Forward,
+    Instruction,
+    Receive,
+    ReceiveGradient,
+    Send,
+    SendGradient,
+    forward_only,
+    one_stage,
+    program,
+)
+from hpctrain.pipeline.split import Part
+from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.topology import Topology
 from hpctrain.wire import raise_together
 
@@ -74,6 +91,9 @@ class Engine:
     seed: int
     autocast: str = "none"
     clock: Clock = field(default_factory=Clock)
+    pipeline: Stage | None = None
+    """This rank's stage, where there are several."""
+    schedule: str = "1f1b"
     on_gradient: Callable[[int], None] | None = None
     """Called after each micro-batch's backward; `verify` looks at gradients with it."""
 
@@ -109,12 +129,14 @@ class Engine:
             step.micro_batches, sorted({r for r, size in zip(self.averager.owners, sizes) if size})
         )
         self.module.train()
-        if failure is None:
+        if self.pipeline:
+            failure = self._run_stage(self.pipeline, number, step, sizes, failure)
+        elif failure is None:
             failure = self.run_micro_batches(number, step)
         flags = self.averager.flags
         flags.errors, flags.stops, flags.saves = int(failure is not None), int(stop), int(save)
-        if isinstance(failure, PeerEndedError):
-            failure = None  # the replica that failed tells why
+        if isinstance(failure, (PeerEndedError, PeerFailedError)):
+            failure = None  # the rank that failed tells why
         computed = time.perf_counter()
         flags.reading, flags.computing = self.clock.reading - self._read, computed - began
         if self._stepped:
@@ -132,6 +154,8 @@ class Engine:
             diverged = DivergedError(self._explain(number, result))
             diverged.agreed = True  # every rank has the same sums
             raise diverged
+        if self.pipeline:
+            self.pipeline.refresh()
         return result
 
     def run_micro_batches(self, number: int, step: Step[Batch]) -> Exception | None:
@@ -154,6 +178,71 @@ class Engine:
             return error
         return None
 
+    def _run_stage(
+        self, stage: Stage, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
+    ) -> Exception | None:
+        """Run this stage's program to its end; in name only once it has failed. Collective (stages)."""
+        mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
+        parts = {size: stage.part(size, True) for size in {sizes[v] for v in mine} if size}
+        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine):
+            v = instruction.micro_batch
+            if not sizes[v]:
+                if isinstance(instruction, Backward):
+                    self.averager.joined(v, 0.0, 0.0)
+                continue
+            if failure is not None:
+                stage.fail(instruction, parts[sizes[v]])
+                continue
+            try:
+                self._execute_stage(stage, instruction, number, step, parts[sizes[v]])
+            except HpctrainError as error:
+                failure = error
+            except SystemExit as error:
+                failure = RankError(f"sys.exit({error.code}) was called in the model or the loss")
+            except Exception as error:
+                error.add_note(
+                    f"at step {number}, micro-batch {v}, stage {stage.stage}, on the rank named above"
+                )
+                failure = error
+            if failure is not None and isinstance(instruction, (Send, SendGradient)):
+                stage.fail(instruction, parts[sizes[v]])  # nothing of it has left; a receive took all
+        stage.collect(self.averager.add)
+        stage.transport.finish()
+        return failure
+
+    def _execute_stage(
+        self, stage: Stage, instruction: Instruction, number: int, step: Step[Batch], part: Part
+    ) -> None:
+        v = instruction.micro_batch
+        batch = step.micro_batches[v]
+        match instruction:
+            case Receive():
+                stage.receive(v, part)
+            case Forward():
+                self.averager.forward_of(v)
+                stream = key(self.seed, number, v)
+                torch.manual_seed(stream >> 1)
+                with self.straight.forward(), self._precision():
+                    outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
+                if stage.last:
+                    self._losses[v] = self._checked(
+                        number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
+                    )
+            case Send():
+                stage.send(v, part)
+            case ReceiveGradient():
+                stage.receive_gradient(v, part)
+            case Backward():
+                total, weight = self._losses.pop(v, (None, 0.0))
+                with self.straight.accumulating():
+                    stage.backward(v, total)
+                self.averager.joined(v, float(total.detach()) if total is not None else 0.0, weight)
+                if stage.stage == 0:
+                    stage.forget(v)
+            case SendGradient():
+                stage.send_gradient(v, part)
+                stage.forget(v)
+
     def _execute(self, instruction: Instruction, number: int, batch: Batch) -> None:
         if isinstance(instruction, Forward):
             self._losses[instruction.micro_batch] = self._forward(number, instruction.micro_batch, batch)
@@ -166,12 +255,20 @@ class Engine:
             self.averager.joined(instruction.micro_batch, float(total.detach()), weight)
 
     def _forward(self, number: int, micro_batch: int, batch: Batch) -> tuple[torch.Tensor, float]:
-        torch.manual_seed(key(self.seed, number, micro_batch) >> 1)
+        stream = key(self.seed, number, micro_batch)
+        torch.manual_seed(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
         with self.straight.forward():
-            total, weight = self._loss(batch)
+            found = self._loss(batch, stream)
         if resident:
             self.activation_bytes = max(self.activation_bytes, resident_bytes() - resident)
+        return self._checked(number, micro_batch, batch, found)
+
+    def _checked(
+        self, number: int, micro_batch: int, batch: Batch, found: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, float]:
+        """Refuse a loss that is not finite. Raises DivergedError."""
+        total, weight = found
         value = float(total.detach())
         if not math.isfinite(value):
             raise DivergedError(
@@ -181,9 +278,9 @@ class Engine:
             )
         return total, float(weight)
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, batch: Batch, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = batch.to(self.topology.device)
-        with self._precision():
+        with self._precision(), nullcontext() if self.straight.compiled else Draws(stream):
             outputs = models.call(self.module, on_device.inputs, self.named)
         return self.loss(to_float(outputs), on_device)
 
@@ -207,13 +304,48 @@ class Engine:
         )
 
     @torch.no_grad()
-    def outputs(self, batch: Batch) -> Any:
-        """Run the model in eval mode on one micro-batch; outputs on the CPU. Local."""
+    def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
+        """Run the model in eval mode on one micro-batch; outputs on the CPU. Local with one stage.
+
+        Else collective over the stages: the last has the outputs, with `everywhere` all have them.
+        """
         self.module.eval()
+        if self.pipeline:
+            return self._outputs_of_stages(self.pipeline, batch, everywhere)
         torch.manual_seed(key(self.seed, EVALUATION) >> 1)
         with self._precision():
             found = models.call(self.module, batch.to(self.topology.device).inputs, self.named)
         return to_float(found, "cpu")
+
+    def _outputs_of_stages(self, stage: Stage, batch: Batch, everywhere: bool) -> Any:
+        """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""
+        pipe, found = self.topology.comms.pipe, None
+        failure: Exception | None = None
+        part = stage.part(len(batch), False)
+        stream = key(self.seed, EVALUATION)
+        for instruction in forward_only(stage.stage, stage.cut.stages, 0):
+            if failure is not None:
+                stage.fail(instruction, part)
+                continue
+            try:
+                match instruction:
+                    case Receive():
+                        stage.receive(0, part)
+                    case Forward():
+                        torch.manual_seed(stream >> 1)
+                        with self._precision():
+                            inputs = batch.to(self.topology.device).inputs
+                            found = to_float(stage.forward(0, part, inputs, stream), "cpu")
+                    case Send():
+                        stage.send(0, part)
+            except Exception as error:
+                failure = error
+                if isinstance(instruction, Send):
+                    stage.fail(instruction, part)
+        stage.transport.finish()
+        stage.forget(0)
+        raise_together(pipe, None if isinstance(failure, PeerFailedError) else failure)
+        return pipe.bcast(found, root=pipe.size - 1) if everywhere else found
 
     def evaluate(
         self,
@@ -230,6 +362,8 @@ class Engine:
         try:
             for batch in batches:
                 outputs = self.outputs(batch)
+                if self.pipeline and not self.pipeline.last:
+                    continue
                 total, weight = self.loss(outputs, batch)
                 found = {"loss": (float(total), float(weight)), **measure(outputs, batch)}
                 for name, pair in found.items():
@@ -237,7 +371,7 @@ class Engine:
         except Exception as error:
             failure = error
         raise_together(self.topology.comms.world, failure)
-        return sum_over(self.topology.comms.data, sums)
+        return sum_over(self.topology.comms.world, sums)
 
 
 def resident_bytes() -> int:

@@ -91,17 +91,20 @@ class StraightIntoPlace(TorchFunctionMode):
         super().__init__()
         self._place, self._filled = place, filled
         self._active = False
-        compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+        self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+        """Whether part of the module is compiled: no mode can look inside."""
         self.weights = {
             id(m.weight)
             for m in module.modules()
-            if isinstance(m, (nn.Linear, nn.Embedding)) and m.weight.numel() >= SMALLEST and not compiled
+            if isinstance(m, (nn.Linear, nn.Embedding))
+            and m.weight is not None
+            and m.weight.numel() >= SMALLEST
         }
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Watch the calls of a forward; costs nothing where no layer could gain."""
-        if not self.weights:
+        if not self.weights or self.compiled:
             yield
             return
         with self:

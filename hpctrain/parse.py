@@ -230,8 +230,3 @@ def check_values(config: Config) -> None:
     for key, value, least in lowest:
         if value is not None and not value >= least:
             raise ConfigError(f"{key} = {value}: at least {least} was expected")
-    if config.parallel.stages > 1:
-        raise ConfigError(
-            f"parallel.stages = {config.parallel.stages}: pipeline stages are not built yet: "
-            f"set parallel.stages = 1"
-        )

@@ -32,6 +32,8 @@ from hpctrain.wire import from_root, raise_together
 EPSILON = torch.finfo(torch.float32).eps
 SYNCED = 1e-5
 """Bound of gradients under SyncBatchNorm, as a share of the largest."""
+SYNCED_BF16 = 2.0**-5
+"""The same under autocast: 8 bits of mantissa, several layers."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def compare(job: Job, steps: int) -> str | None:
     try:
         if world.rank == 0:
             plain = replace(job.config.averaging, invariant=False)  # its gradients are read as they add up
-            config = replace(job.config, averaging=plain)
+            whole = replace(job.config.parallel, stages=1)
+            config = replace(job.config, averaging=plain, parallel=whole)
             alone = assemble.build(config, Topology.build(MPI.COMM_SELF, 1, device, job.topology.threads))
             alone.averager.keep = True
     except Exception as error:
@@ -125,15 +128,20 @@ def one_step(job: Job, alone: Job | None, number: int, step: Step[Any]) -> str |
 
 
 def snapshot(job: Job) -> dict[str, torch.Tensor]:
-    """Copy all weights and buffers."""
-    return {name: value.detach().clone() for name, value in job.engine.module.state_dict().items()}
+    """Copy all weights and buffers, of all stages. Collective over them."""
+    mine = {name: value.detach().clone() for name, value in job.engine.module.state_dict().items()}
+    if not job.engine.pipeline:
+        return mine
+    return {name: value for share in job.topology.comms.pipe.allgather(mine) for name, value in share.items()}
 
 
 def restore(job: Job, state: dict[str, torch.Tensor]) -> None:
-    """Put weights and buffers back."""
+    """Put weights and buffers back. A tied one may have come under one of its names only."""
     with torch.no_grad():
         for name, value in job.engine.module.state_dict().items():
-            value.copy_(state[name])
+            if name in state:
+                value.copy_(state[name])
+    job.refresh()
 
 
 def step_alone(alone: Job | None, weights: dict[str, torch.Tensor], number: int, position: int) -> Reference:
@@ -157,15 +165,23 @@ def step_alone(alone: Job | None, weights: dict[str, torch.Tensor], number: int,
     gradients = {name: averager.gradient(name).clone() for name in sums}
     bounds = {name: (total.abs() * factor).cpu() for name, total in sums.items()}
     if synced(alone):
-        bound = SYNCED * largest_of(gradients.values())
+        rounding = SYNCED if alone.config.train.autocast == "none" else SYNCED_BF16
+        bound = rounding * largest_of(gradients.values())
         bounds = {name: torch.full_like(total, bound) for name, total in bounds.items()}
     return Reference(
         gradients,
         bounds,
         {name: value.clone() for name, value in alone.engine.module.named_buffers()},
         result.loss,
-        2.0 * (count + 4) * EPSILON * abs(result.loss) * (8 if synced(alone) else 1),
+        2.0 * (count + 4) * EPSILON * abs(result.loss) * loss_room(alone),
     )
+
+
+def loss_room(job: Job) -> float:
+    """Say by how much the loss of coupled samples may differ more. Local."""
+    if not synced(job):
+        return 1.0
+    return 8.0 if job.config.train.autocast == "none" else 2.0**16
 
 
 def synced(job: Job) -> bool:
@@ -183,7 +199,8 @@ def first_difference(job: Job, reference: Reference, loss: float) -> Difference 
     rank = job.topology.world_rank
     if abs(loss - reference.loss) > reference.loss_bound:
         return Difference("the loss", rank, abs(loss - reference.loss) / reference.loss_bound)
-    for name, expected in reference.gradients.items():
+    for name in job.averager.named:
+        expected = reference.gradients[name]
         times = times_bound(job.averager.gradient(name), expected, reference.bounds[name])
         if not times <= 1.0:
             return Difference(f"the gradient of {name}", rank, times)
@@ -191,7 +208,9 @@ def first_difference(job: Job, reference: Reference, loss: float) -> Difference 
         expected = reference.buffers[name]
         bound = 1e-5 * (expected.abs().float() + 1e-5).cpu()
         if synced(job):
-            bound = torch.full_like(bound, SYNCED * largest_of(reference.buffers.values()))
+            like = [b for b in reference.buffers.values() if b.shape == expected.shape]
+            rounding = SYNCED if job.config.train.autocast == "none" else SYNCED_BF16
+            bound = torch.full_like(bound, rounding * largest_of(like))
         times = times_bound(value.float(), expected.float(), bound)
         if not times <= 1.0:
             return Difference(f"the buffer {name}", rank, times)
@@ -203,13 +222,16 @@ def times_bound(found: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor
     if not found.numel():
         return 0.0
     gap = (found.cpu() - expected.cpu()).abs()
-    return float(torch.where(gap == 0, 0.0, gap / bound).max())
+    same = found.cpu() == expected.cpu()  # infinities too
+    return float(torch.where(same, 0.0, gap / bound).max())
 
 
 def micro_batch_at_fault(
     job: Job, alone: Job | None, weights: dict[str, torch.Tensor], number: int, step: Step[Any], name: str
 ) -> str:
     """Compare one micro-batch at a time, to say which rank computes which one wrong. Collective."""
+    if job.engine.pipeline:
+        return "look at the layers around it, and at what crosses between the stages there"
     if synced(job):
         return "SyncBatchNorm joins all micro-batches, so none can be looked at alone"
     world = job.topology.comms.world

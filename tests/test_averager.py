@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import Awkward, Net, Normed, Wave
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hpctrain.averaging import space
 from hpctrain.averaging.averager import Averager
@@ -321,3 +322,35 @@ def test_invariant_sums_of_16_bit_parameters_are_refused(world):
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     with pytest.raises(ConfigError, match=r"parameters of bfloat16 would be rounded .* keep them in float32"):
         Averager(module, optimizer, world, Averaging(invariant=True))
+
+
+class Recomputed(Normed):
+    """BatchNorm in a region that backward runs again, and stops half way."""
+
+    def forward(self, x):
+        inner = self.first(x).unflatten(1, (2, 4))
+        return self.second(checkpoint(self.norm, inner, use_reentrant=False).flatten(1))
+
+
+@pytest.mark.mpi
+def test_recomputed_batchnorm_keeps_its_momentum_and_statistics(world):
+    """Several micro-batches a rank; against torch alone, which runs them in turn."""
+    torch.manual_seed(0)
+    module, alone = Recomputed(5, 2), Recomputed(5, 2)
+    alone.load_state_dict(module.state_dict())
+    owners = [v // 3 for v in range(3 * world.size)]
+    averager = Averager(module, torch.optim.SGD(module.parameters(), lr=0.0), world, owners=owners)
+    inputs = [torch.randn(4, 5, generator=torch.Generator().manual_seed(v)) for v in range(len(owners))]
+    for x in inputs:
+        alone(x)
+    averager.begin([v for v, owner in enumerate(owners) if owner == world.rank])
+    for v, owner in enumerate(owners):
+        if owner == world.rank:
+            loss = module(inputs[v]).square().sum()
+            loss.backward()
+            averager.joined(v, float(loss.detach()), 4.0)
+    averager.step()
+    assert module.norm.momentum == 0.1
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(module.norm, name), getattr(alone.norm, name))
+    averager.close()

@@ -124,7 +124,7 @@ def test_a_partition_is_the_best_of_all(stages):
     best = None
     for inner in itertools.combinations(range(1, len(costs)), stages - 1):
         edges = [0, *inner, len(costs)]
-        parts = list(zip(edges, edges[1:]))
+        parts = list(itertools.pairwise(edges))
         if all(sum(memory[a:b]) <= limit for (a, b), limit in zip(parts, limits)):
             time = max(sum(costs[a:b]) / speed for (a, b), speed in zip(parts, speeds))
             best = time if best is None else min(best, time)

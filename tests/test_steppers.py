@@ -73,11 +73,11 @@ def samples(rank, step):
     return torch.randn(rank + 2, 37, generator=generator)
 
 
-def train(comm, kind, sharded, clip=0.0, node_of=None, steps=5):
+def train(comm, kind, sharded, clip=0.0, node_of=None, steps=5, **more):
     torch.manual_seed(0)
     module = Model()
     optimizer = OPTIMIZERS[kind](parameter_groups(module))
-    averager = Averager(module, optimizer, comm, sharded=sharded, node_of=node_of)
+    averager = Averager(module, optimizer, comm, sharded=sharded, node_of=node_of, **more)
     norms = []
     for step in range(steps):
         averager.begin([comm.rank])
@@ -224,14 +224,15 @@ def test_weights_and_state_are_kept_once_a_node(world):
 def test_what_goes_through_the_nodes_memory_for_gpus_is_the_plain_way(world, monkeypatch, kind):
     """`Staged` with gradients on the CPU: the same bits, one node and two."""
     for node_of in ([0] * world.size, [r % 2 for r in range(world.size)]):
-        plain, norms, _ = train(world, kind, False, 0.5, node_of)
+        plain, norms, _ = train(world, kind, False, 0.5, node_of, shelf_bytes=5000)
 
         def medium(comm, spaces, smalls, config, owners, sharded, crowded, node_of, cuda_aware):
             return Staged(spaces, lambda its: Node(comm, its, smalls, crowded, node_of=node_of))
 
         with monkeypatch.context() as patch:
             patch.setattr(build, "medium", medium)
-            found, other, averager = train(world, kind, False, 0.5, node_of)
+            found, other, averager = train(world, kind, False, 0.5, node_of, shelf_bytes=5000)
+        assert len(averager.spaces[0].buckets) > 1
         assert isinstance(averager.medium, Staged)
         assert norms == other
         assert all(torch.equal(a, b) for a, b in zip(found, plain))

@@ -1,15 +1,16 @@
 """SyncBatchNorm: the whole batch's statistics, forward and backward; no hang when calls differ or fail."""
 
+import copy
+
 import pytest
 import torch
 from helpers import Normed, config_of
 from torch import nn
 
 from hpctrain import assemble
-from hpctrain.averaging import sync_norm
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.sync_norm import Meeting, PeerEndedError, SyncBatchNorm, convert, join
-from hpctrain.errors import ConfigError, HpctrainError, RankError
+from hpctrain.errors import ConfigError, DivergedError, HpctrainError, RankError
 from hpctrain.verify import compare
 
 
@@ -47,7 +48,8 @@ def test_it_is_batchnorm_over_all_replicas(world, affine, absent):
     whole = torch.cat([share(r) for r in taking_part]).double().requires_grad_()
     expected = alone(whole)
     expected.sin().sum().backward()
-    ours = sync_norm.like(nn.BatchNorm1d(5, affine=affine))
+    ours = nn.BatchNorm1d(5, affine=affine)
+    convert(ours, True)
     if affine:
         ours.load_state_dict(
             {
@@ -107,6 +109,13 @@ def test_other_layers_on_other_replicas_are_named(world):
         meeting.gather((float(world.rank), 0.0), torch.tensor([1.0]))
     meeting.end(failed=True)
     meeting.close()
+
+
+class Special(nn.BatchNorm1d):
+    """Does more than BatchNorm."""
+
+    def forward(self, x):
+        return super().forward(x) + 1.0
 
 
 class Own(Normed):
@@ -181,8 +190,11 @@ def test_what_it_cannot_do_is_refused(topology, files):
     config.parallel.micro_batches = topology.world_size
     with pytest.raises(ConfigError, match="invariant and SyncBatchNorm exclude each other"):
         assemble.build(config, topology)
-    with pytest.raises(ConfigError, match="give its number of channels"):
+    with pytest.raises(ConfigError, match="0 is a LazyBatchNorm1d, which may do more than BatchNorm"):
         convert(nn.Sequential(nn.LazyBatchNorm1d()), True)
+    with pytest.raises(ConfigError, match="the model is a Special, which may do more"):
+        convert(Special(3), True)
+    assert convert(Special(3), False) == []
 
 
 def test_shapes_without_channels_are_refused():
@@ -215,3 +227,55 @@ def test_the_averager_ends_a_step_whose_forward_never_ran(world):
             module(torch.randn(4, 5))
     assert averager.step().errors == 1
     averager.close()
+
+
+@pytest.mark.mpi
+def test_outside_a_step_it_is_batchnorm_and_copies_are_usable(world):
+    """A validation in train mode, a copy of the model for a moving average, a model after its run."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    plain = copy.deepcopy(module)
+    assert module[1] is convert(module, True)[0]
+    averager = Averager(module, torch.optim.AdamW(module.parameters(), fused=True), world)
+    x = share(world.rank)[:, :, 0]
+    assert torch.equal(copy.deepcopy(module)(x), plain(x))
+    averager.close()
+    assert torch.equal(module(x), plain(x))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(world, dtype):
+    """Tolerance of bfloat16: 8 bits of mantissa, numbers up to 4."""
+    norm = nn.BatchNorm1d(5).to(dtype)
+    convert(norm, True)
+    norm.meeting = Meeting(world)
+    norm.meeting.begin(list(range(world.size)))
+    found = norm(share(world.rank).to(dtype))
+    norm.meeting.end(failed=False)
+    norm.meeting.close()
+    whole = nn.BatchNorm1d(5).double()(torch.cat([share(r).to(dtype).double() for r in range(world.size)]))
+    at = sum(r + 2 for r in range(world.rank))
+    assert found.dtype == dtype
+    room = 0.1 if dtype == torch.bfloat16 else 1e-9
+    torch.testing.assert_close(found.double(), whole[at : at + len(found)], rtol=room, atol=room)
+
+
+@pytest.mark.mpi
+def test_a_replica_whose_numbers_are_not_finite_is_named(world):
+    meeting = Meeting(world)
+    meeting.begin(list(range(world.size)))
+    bad = world.rank == world.size - 1
+    if world.size > 1:
+        expected = DivergedError if bad else PeerEndedError
+        with pytest.raises(expected, match=f"replica {world.size - 1}"):
+            meeting.gather((3.0, 0.0), torch.tensor([float("nan") if bad else 1.0]))
+    meeting.end(failed=bad)
+    meeting.close()
+
+
+@pytest.mark.mpi
+def test_a_model_without_batchnorm_says_so(topology, files, caplog):
+    with caplog.at_level("WARNING"):
+        build(files, topology, "helpers.Net").close()
+    assert "sync_batchnorm does nothing: the model has no BatchNorm" in caplog.text

@@ -37,7 +37,7 @@ from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal
 from hpctrain.averaging.steppers import Shapes, group_settings
 from hpctrain.averaging.sync_norm import Meeting, SyncBatchNorm
 from hpctrain.config import Averaging
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import DriftError, HpctrainError
 from hpctrain.piece import Piece, of_module
 from hpctrain.wire import raise_together
 
@@ -112,14 +112,17 @@ class Averager:
         node_of: Sequence[int] | None = None,
         shelf_bytes: int = SHELF_BYTES,
         cuda_aware: bool = False,
+        pipe: MPI.Intracomm | None = None,
     ) -> None:
         """Take the module, its optimizer, and the replicas' communicator. Collective.
 
         `owners` gives the replica of each micro-batch of the step (default: one each);
         `crowded` says that there are more ranks than cores here; `node_of` makes up nodes;
-        `cuda_aware`: MPI reads a GPU's memory.
+        `cuda_aware`: MPI reads a GPU's memory; `pipe`: the ranks of the other stages, whose modules
+        are the model's other parts: losses, flags and the norm are those of all.
         """
         self.comm, self.module, self.optimizer = comm, module, optimizer
+        self.pipe = pipe if pipe is not None and pipe.size > 1 else None
         self.config = config or Averaging()
         self.owners = list(range(comm.size)) if owners is None else list(owners)
         self.flags = Flags()
@@ -183,6 +186,9 @@ class Averager:
         """Take the hooks off the user's parameters and give them memory of their own. Local."""
         if self.overlap:
             self.overlap.close()
+        for layer in self.module.modules():
+            if isinstance(layer, SyncBatchNorm):
+                layer.meeting = None
         if self.sync and sys.exc_info()[0] is None:  # freeing is collective
             self.sync.close()
         self.places.close()
@@ -217,6 +223,21 @@ class Averager:
         self.medium.begin()
         if self.overlap and len(self._coming) == 1:
             self.overlap.last()
+
+    def forward_of(self, micro_batch: int) -> None:
+        """Note that the forward of a micro-batch follows, where passes are not in turn. Local."""
+        self.running.micro_batch = micro_batch
+
+    def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Add a gradient that another rank has computed to what has joined here. Local."""
+        found = self.places.place(parameter)
+        assert found is not None
+        place, first = found
+        if first:
+            place.copy_(gradient)
+        else:
+            place.add_(gradient)
+        self.places.filled(parameter)
 
     def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
         """Give the memory of a parameter's gradient, and whether nothing has joined it yet. Local."""
@@ -316,6 +337,10 @@ class Averager:
         totals = self.medium.exchange(np.concatenate([part.ravel() for part in parts]))
         cuts = np.cumsum([part.size for part in parts])[:-1]
         flags, losses, used, seconds = np.split(totals, cuts)
+        if self.pipe:  # one stage has losses, the others zeros
+            both = np.concatenate([flags, losses])
+            self.pipe.Allreduce(MPI.IN_PLACE, both, op=MPI.SUM)
+            flags, losses = both[: len(flags)], both[len(flags) :]
         reading, other, computing, transfer = seconds.reshape(len(TIMES), -1)
         busy = reading + other + computing  # since the last step, which all ended together
         times = Times(reading, other, computing, busy.max() - busy, transfer)
@@ -364,8 +389,12 @@ class Averager:
             target.copy_(mean)
 
     def _norm(self) -> float:
-        """Add up the units' squares in one order, the same on every rank and layout."""
-        return math.sqrt(sum(float(np.sum(np.square(units.numpy()))) for units in self.medium.units))
+        """Add up the units' squares in one order, the same on every rank and layout of replicas.
+
+        Collective over the stages.
+        """
+        squares = sum(float(np.sum(np.square(units.numpy()))) for units in self.medium.units)
+        return math.sqrt(sum(self.pipe.allgather(squares)) if self.pipe else squares)
 
     def _step_stored(self, factor: float, whole: bool) -> None:
         """Clip and step by the mean gradient that lies in slot 0."""
@@ -410,7 +439,8 @@ class Averager:
                     near.add(seat.name)
         mine = [name for name in near if not bool(torch.isfinite(self.gradient(name)).all())]
         found = set().union(*self.comm.allgather(mine)) or near
-        return [name for name in self.named if name in found]
+        named = [name for name in self.named if name in found]
+        return [name for share in self.pipe.allgather(named) for name in share] if self.pipe else named
 
     def check_drift(self, step: int) -> None:
         """Compare the bits of weights and buffers over the ranks. Collective; raises DriftError on all.
@@ -418,7 +448,7 @@ class Averager:
         The ranks of a node that share one copy of the weights look at it in turns; nobody does
         where it is the only one.
         """
-        if self.comm.size == 1:
+        if self.comm.size == 1:  # and so on every stage
             return
         pieces, shared = of_module(self.module), self.medium.weights is not None
         trained = {f"model.{name}" for name in self.named}
@@ -429,7 +459,16 @@ class Averager:
                 return True
             return place.nodes > 1 and at % place.lanes == place.local_rank
 
-        sentinel.check(self.comm, pieces, [looks(at) for at in range(len(pieces))], step)
+        drift: DriftError | None = None
+        try:
+            sentinel.check(self.comm, pieces, [looks(at) for at in range(len(pieces))], step)
+        except DriftError as error:
+            drift = error
+        texts = self.pipe.allgather(str(drift or "")) if self.pipe else [str(drift or "")]
+        if any(texts):
+            told = DriftError(next(text for text in texts if text))
+            told.agreed = True
+            raise told from drift
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use; what a node shares is its first rank's. Local."""
@@ -459,6 +498,8 @@ class Averager:
         raise_together(self.comm, failure)
         if self.sharded and not self.stepper.blockwise:
             state = {name: kept for share in self.comm.allgather(state) for name, kept in share.items()}
+        if self.pipe:
+            state = {name: kept for share in self.pipe.allgather(state) for name, kept in share.items()}
         return {"groups": groups, "state": state}
 
     def expect(self, scalars: dict[str, Any], tensors: Shapes) -> None:

@@ -53,8 +53,10 @@ class RunningStatistics:
 
     def _before(self, number: int) -> Callable[..., None]:
         def before(norm: _BatchNorm, _inputs: Any) -> None:
-            if not norm.training:
+            if not norm.training or norm is not self.norms[number]:  # a copy has this hook too
                 return
+            if number in self._saved:  # recomputed activations may stop a forward half way
+                self._put_back(number)
             assert norm.running_mean is not None
             assert norm.running_var is not None
             self._saved[number] = norm.momentum, norm.running_mean, norm.running_var, tracked(norm)
@@ -67,7 +69,7 @@ class RunningStatistics:
 
     def _after(self, number: int) -> Callable[..., None]:
         def after(norm: _BatchNorm, _inputs: Any, _outputs: Any) -> None:
-            if number in self._saved:
+            if number in self._saved and norm is self.norms[number]:
                 assert norm.running_mean is not None
                 assert norm.running_var is not None
                 batch = norm.running_mean.cpu(), norm.running_var.cpu()

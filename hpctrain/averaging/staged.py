@@ -72,7 +72,10 @@ class Staged:
         self.node.sum(write)
         self.node.finish(weights=True)
         blocks = [
-            (number, a, b) for number, space in enumerate(self.spaces) for a, b in cut(0, space.size, BLOCK)
+            (number, a, b)
+            for number, space in enumerate(self.spaces)
+            for bucket in space.buckets
+            for a, b in cut(*bucket, BLOCK)
         ]
         coming = [self._copy(totals, *blocks[0])] if blocks else []
         for at, (number, a, b) in enumerate(blocks):

@@ -26,10 +26,11 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpctrain.errors import ConfigError, HpctrainError, RankError
+from hpctrain.errors import ConfigError, DivergedError, HpctrainError, RankError
 from hpctrain.topology import named
 
 CALL, END = 1, 2
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 YIELDS = 200
 NAP_SECONDS = 50e-6
 FORWARD, BACKWARD = 0.0, 1.0
@@ -63,9 +64,13 @@ class Meeting:
         self._open, self._begun = set(self.peers), True
 
     @property
-    def size(self) -> int:
-        """Replicas that take part, this one included."""
-        return len(self.peers) + 1
+    def open(self) -> bool:
+        """Whether a step is on and other replicas take part in it."""
+        return self._begun and bool(self.peers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Meeting":
+        """Stay one: a copy of a layer meets the same replicas, in the same order."""
+        return self
 
     def gather(self, label: tuple[float, float], values: torch.Tensor) -> torch.Tensor:
         """Give what every replica gave to this call, in the order of the replicas: float64, (replicas, n).
@@ -73,6 +78,11 @@ class Meeting:
         `label` names the call: layer and direction. Collective over who takes part. Raises
         PeerEndedError where a replica has failed, RankError where the replicas' calls differ.
         """
+        if label[1] == FORWARD and not bool(torch.isfinite(values).all()):
+            raise DivergedError(
+                f"the statistics of SyncBatchNorm number {int(label[0])} are not finite for the samples of "
+                f"replica {self.rank}: lower optimizer.init_args.lr, set train.clip, or look at these samples"
+            )
         mine = np.concatenate([np.asarray(label), values.detach().cpu().double().numpy()])
         self._send(mine, CALL)
         found = {self.rank: mine}
@@ -180,6 +190,12 @@ class _Normalise(torch.autograd.Function):
             centre, variance = mean, m2 / count
         ctx.save_for_backward(x, weight, centre, torch.rsqrt(variance + norm.eps))
         ctx.norm, ctx.count, ctx.has_bias = norm, count, bias is not None
+        if weight is not None and weight.dtype in (torch.bfloat16, torch.float16):
+            # torch's kernel takes statistics in the weight's dtype then, which would round them
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            wide_out = (x.float() - centre.view(shape)) * torch.rsqrt(variance + norm.eps).view(shape)
+            scaled = wide_out * weight.float().view(shape)
+            return (scaled if bias is None else scaled + bias.float().view(shape)).to(x.dtype)
         return functional.batch_norm(x, centre, variance, weight, bias, False, 0.0, norm.eps)
 
     @staticmethod
@@ -210,9 +226,9 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise (n, C, …) over all replicas' n. Collective over who takes part in the step."""
-        if self.meeting is None or not self.training or self.meeting.size == 1:
+        if self.meeting is None or not self.training or not self.meeting.open:
             return super().forward(input)
-        if self.training and self.num_batches_tracked is not None:
+        if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return _Normalise.apply(input, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -244,29 +260,23 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert(module: nn.Module, every: bool) -> list[SyncBatchNorm]:
-    """Put our SyncBatchNorm in the place of torch's, and with `every` of any BatchNorm. Local.
+    """Make torch's SyncBatchNorm layers ours, and with `every` any BatchNorm. Local.
 
-    Parameters and buffers stay the same objects under the same names; gives the layers.
+    The layers stay the same objects, with their parameters, buffers and hooks; gives them. Raises
+    ConfigError for a subclass: what its own code does would be lost.
     """
-    found: dict[int, SyncBatchNorm] = {}
-    for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
-            wanted = isinstance(child, nn.SyncBatchNorm) or (every and isinstance(child, _BatchNorm))
-            if wanted and isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
-                if isinstance(child, nn.modules.lazy.LazyModuleMixin):
-                    raise ConfigError(
-                        f"{type(child).__name__} {name}: give its number of channels to synchronise it"
-                    )
-                parent._modules[name] = found.setdefault(id(child), like(child))
+    for name, layer in module.named_modules():
+        if isinstance(layer, SyncBatchNorm) or not isinstance(layer, _BatchNorm):
+            continue
+        if type(layer) is nn.SyncBatchNorm or (every and type(layer) in PLAIN):
+            layer.__class__ = SyncBatchNorm
+        elif every:
+            raise ConfigError(
+                f"averaging.sync_batchnorm: {name or 'the model'} is a {type(layer).__name__}, which may do "
+                f"more than BatchNorm (or does not know its channels yet) and can't be synchronised: put "
+                f"torch.nn.SyncBatchNorm layers where they are wanted and leave averaging.sync_batchnorm out"
+            )
     layers = [m for m in module.modules() if isinstance(m, SyncBatchNorm)]
     for number, layer in enumerate(layers):
         layer.number = number
     return layers
-
-
-def like(norm: _BatchNorm) -> SyncBatchNorm:
-    """Make a SyncBatchNorm of a BatchNorm's own parameters and buffers."""
-    made = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, False, False)
-    made.affine, made.track_running_stats = norm.affine, norm.track_running_stats
-    made._parameters, made._buffers = norm._parameters, norm._buffers
-    return made.train(norm.training)

@@ -11,41 +11,13 @@ is shorter where B does not divide N: it is used, and the mean is over its own s
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.keys import key, scatter
+
 Ids = NDArray[np.int64]
 
 # Alternating Feistel rounds; from 4 rounds on a Feistel network is a strong permutation
 # (Luby and Rackoff 1988) if its round function is; the mixing here is no cipher, so take 8.
 ROUNDS = 8
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_STEP = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
-
-
-def mix(value: int) -> int:
-    """Scatter a 64-bit integer (splitmix64's finaliser, Steele et al. 2014).
-
-    >>> hex(mix(1))
-    '0x5692161d100b05e5'
-    """
-    return int(_scatter(np.array([value & _MASK], dtype=np.uint64))[0])
-
-
-def key(*parts: int) -> int:
-    """One 64-bit key of several integers; the order of the parts matters.
-
-    >>> key(1, 2) == key(1, 2), key(1, 2) == key(2, 1)
-    (True, False)
-    """
-    state = 0
-    for part in parts:
-        state = mix((state + _STEP + (part & _MASK)) & _MASK)
-    return state
-
-
-def _scatter(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = (value ^ (value >> np.uint64(30))) * _MIX[0]
-    value = (value ^ (value >> np.uint64(27))) * _MIX[1]
-    return value ^ (value >> np.uint64(31))
 
 
 def permute(places: Ids, length: int, permutation_key: int) -> Ids:
@@ -72,8 +44,8 @@ def permute(places: Ids, length: int, permutation_key: int) -> Ids:
         moving = value[outside]
         left, right = moving >> right_bits, moving & right_mask
         for turn in range(0, ROUNDS, 2):
-            left = left ^ (_scatter(right + keys[turn]) & left_mask)
-            right = right ^ (_scatter(left + keys[turn + 1]) & right_mask)
+            left = left ^ (scatter(right + keys[turn]) & left_mask)
+            right = right ^ (scatter(left + keys[turn + 1]) & right_mask)
         value[outside] = (left << right_bits) | right
         outside = value >= np.uint64(length)
     return value.astype(np.int64)

@@ -112,6 +112,19 @@ SCHEDULES: dict[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe}
 """By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
 
 
+def forward_only(stage: int, stages: int, micro_batch: int) -> Iterator[Instruction]:
+    """Give what one stage does to evaluate a micro-batch.
+
+    >>> [str(i) for i in forward_only(1, 3, 0)]
+    ['rF0', 'F0', 'sF0']
+    """
+    if stage:
+        yield Receive(micro_batch)
+    yield Forward(micro_batch)
+    if stage < stages - 1:
+        yield Send(micro_batch)
+
+
 def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
     """Give what one stage does in a step: its passes, with their messages around them.
 

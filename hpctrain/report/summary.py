@@ -1,6 +1,7 @@
 """What a run says at its start, at each step and at its end."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import h5py
@@ -105,8 +106,14 @@ def table(metrics: dict[str, Metrics]) -> list[str]:
 
 
 def draw(job: Job, run: RunFolder) -> None:
-    """Draw the pictures; world rank 0 alone. A picture that fails does not undo the training."""
+    """Draw the pictures, by world rank 0. A picture that fails does not undo the training.
+
+    Collective over the stages of the first replica: the maps are of the model's outputs.
+    """
     if not run.writes:
+        if job.engine.pipeline and job.topology.replica == 0:
+            with suppress(Exception):  # rank 0 says what is wrong
+                job.task.maps(lambda batch: job.engine.outputs(batch, everywhere=True))
         return
     try:
         draw_all(job, run)
@@ -117,8 +124,8 @@ def draw(job: Job, run: RunFolder) -> None:
 def draw_all(job: Job, run: RunFolder) -> None:
     """Draw the curves, and the maps where the task has some."""
     metric = job.task.metrics[0] if job.task.metrics else "loss"
+    found = job.task.maps(lambda batch: job.engine.outputs(batch, everywhere=True))
     pictures.curves(rows(run.path / "metrics.jsonl"), metric, run.pictures / "curves.png")
-    found = job.task.maps(job.engine.outputs)
     if found is not None:
         pictures.maps(found, run.pictures / "maps.png")
 

@@ -1,0 +1,106 @@
+"""Random layers draw from a stream of their own: the k-th draw of a forward has the key (seed, step, v, k).
+
+One stream for a whole forward would tie every mask to all draws before it, and those of a later
+pipeline stage to work that another rank does. So each call that draws first sets the generator:
+
+      dropout · linear · dropout · attention with dropout          k = 0, 1, 2 in the program's order
+
+`draws` says which calls do, of torch's functions and of the operators that torch.export writes
+down: the same ones, so that a stage which runs operators k, k + 1, … has the masks of one process.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from hpctrain.keys import key
+
+_DROPOUTS = {
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+}
+"""(input, p = 0.5, training, inplace)"""
+_AT_WILL = {
+    "dropout",
+    "dropout_",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
+    "native_dropout",
+}
+"""Operators and built-in functions (input, p, train)."""
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+_ALWAYS = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
+    "multinomial", "poisson", "binomial", "bernoulli_", "normal_", "uniform_", "random_", "exponential_",
+    "cauchy_", "log_normal_", "geometric_", "fractional_max_pool2d", "fractional_max_pool3d",
+}  # fmt: skip
+
+
+def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a call takes random numbers. Pure."""
+    if function in _DROPOUTS:
+        training = functional.dropout is function or function in (functional.dropout1d, functional.dropout2d)
+        training = training or function is functional.dropout3d  # the others' default is False
+        p = _argument(arguments, named, 1, "p", 0.5)
+        return bool(_argument(arguments, named, 2, "training", training)) and p > 0
+    if function is functional.multi_head_attention_forward:
+        return bool(named.get("training", True)) and _argument(arguments, named, 10, "dropout_p", 0.0) > 0
+    name = getattr(function, "_opname", None) or getattr(function, "__name__", "")
+    if name == "scaled_dot_product_attention":
+        return bool(_argument(arguments, named, 4, "dropout_p", 0.0) > 0)
+    if name in _AT_WILL:
+        return (
+            bool(_argument(arguments, named, 2, "train", True))
+            and _argument(arguments, named, 1, "p", 0.5) > 0
+        )
+    if name in ("rrelu", "rrelu_", "rrelu_with_noise"):
+        return bool(_argument(arguments, named, 3 + (name == "rrelu_with_noise"), "training", False))
+    if name == "gumbel_softmax":
+        return True
+    if name in _RECURRENT:
+        numbers = [a for a in arguments if isinstance(a, float)]
+        flags = [a for a in arguments if isinstance(a, bool)]
+        return bool(numbers and numbers[0] > 0 and len(flags) > 1 and flags[1])
+    return name in _ALWAYS
+
+
+def _argument(arguments: tuple[Any, ...], named: dict[str, Any], at: int, name: str, default: Any) -> Any:
+    return named.get(name, arguments[at] if at < len(arguments) else default)
+
+
+def seed(stream: int, number: int) -> None:
+    """Let the next numbers be those of draw `number` of a stream. Local."""
+    torch.manual_seed(key(stream, number) >> 1)
+
+
+class Draws(TorchFunctionMode):
+    """Entered for a forward: every call that draws gets its own numbers.
+
+    Inside a recomputed region nothing is set: recomputing it restores the generator as it was at the
+    region's start, and must meet the same draws.
+    """
+
+    def __init__(self, stream: int, start: int = 0) -> None:
+        """Take the stream's key and the number of the first draw."""
+        super().__init__()
+        self.stream, self.count = stream, start
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Set the generator before a call that draws."""
+        named = named or {}
+        if (
+            draws(function, arguments, named)
+            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        ):
+            seed(self.stream, self.count)
+            self.count += 1
+        return function(*arguments, **named)

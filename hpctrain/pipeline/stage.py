@@ -1,0 +1,265 @@
+"""One stage at work: receives, runs its part, sends, and the same backwards, micro-batch by micro-batch.
+
+What came from earlier stages are leaves of this stage's own graph: their gradients are what goes
+back. What went to later stages gets its gradients from there, the latest stage's first, as
+autograd would add them up in one process.
+
+A stage that fails goes on with its program in name only: it takes what comes and sends word that
+it failed, so that every other stage ends its own program too and all meet where errors are counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
+from hpctrain.pipeline.split import INPUT, Cut, Env, Part
+from hpctrain.pipeline.transport import BACKWARD, FORWARD, PeerFailedError, Transport
+
+TIED = 4
+"""Tag of the messages about parameters that several stages use."""
+
+
+@dataclass
+class Kept:
+    """What a micro-batch leaves on a stage between forward and backward."""
+
+    received: dict[int, Env] = field(default_factory=dict)
+    """By earlier stage."""
+    found: Env = field(default_factory=dict)
+    """What the part gave."""
+    draws: int = 0
+    gradients: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Of what was sent."""
+    returned: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Gradients of what was received, by the id of the leaf: as they come, `.grad` would lay them anew."""
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A parameter that several stages use; this rank holds it or a copy of it."""
+
+    name: str
+    tensor: torch.Tensor
+    owner: int
+    others: tuple[int, ...]
+
+
+class Stage:
+    """This rank's stage of a model in pieces."""
+
+    def __init__(self, cut: Cut, stage: int, transport: Transport) -> None:
+        """Take the model in pieces and what carries messages."""
+        self.cut, self.stage, self.transport = cut, stage, transport
+        self.ties: list[Tie] = []
+        self.kept: dict[int, Kept] = {}
+
+    @property
+    def last(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.stage == self.cut.stages - 1
+
+    def part(self, samples: int, training: bool) -> Part:
+        """What this stage does with so many samples."""
+        return self.cut.part(self.stage, samples, training)
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether this stage may ask for the model's inputs: one in the middle of layers does not."""
+        return self.stage == 0 or self.last or hasattr(self.cut, "real")
+
+    # -- forward -----------------------------------------------------------------------------
+
+    def receive(self, v: int, part: Part) -> None:
+        """Take the activations of a micro-batch. Raises PeerFailedError once all have come."""
+        kept = self.kept[v] = Kept()
+        failed: PeerFailedError | None = None
+        for producer in sorted(p for p in part.needs if p != INPUT):
+            try:
+                kept.received[producer], draws = self.transport.receive(producer, FORWARD, v)
+                kept.draws = max(kept.draws, draws)
+            except PeerFailedError as error:
+                failed = error
+        if failed:
+            raise failed
+        for leaf in _pytree.tree_leaves(kept.received):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(catcher(kept.returned, id(leaf)))  # type: ignore[no-untyped-call]
+
+    def forward(self, v: int, part: Part, inputs: Env, stream: int) -> Any:
+        """Run the part; gives the model's output on the last stage. Local."""
+        kept = self.kept.setdefault(v, Kept())
+        env = {name: value for values in kept.received.values() for name, value in values.items()}
+        found, kept.draws = part.run({**inputs, **env}, stream, kept.draws)
+        names = {name for given in part.gives.values() for name in given}
+        kept.found = {name: found[name] for name in found if name in names}
+        return found.get("output")
+
+    def send(self, v: int, part: Part) -> None:
+        """Start to send what later stages want. Local."""
+        kept = self.kept[v]
+        packed = {
+            target: self.transport.pack(target, v, {name: kept.found[name] for name in names}, kept.draws)
+            for target, names in part.gives.items()
+        }
+        for target, messages in packed.items():
+            self.transport.start(target, FORWARD, messages)
+
+    # -- backward ----------------------------------------------------------------------------
+
+    def receive_gradient(self, v: int, part: Part) -> None:
+        """Take the gradients of what was sent, those of the latest stage first."""
+        kept, failed = self.kept[v], None
+        sums: dict[int, torch.Tensor] = {}
+        for target in sorted(part.gives, reverse=True):
+            try:
+                found, _ = self.transport.receive(target, BACKWARD, v)
+            except PeerFailedError as error:
+                failed = error
+                continue
+            values = _pytree.tree_leaves({name: kept.found[name] for name in part.gives[target]})
+            for value, gradient in zip(values, found, strict=True):
+                if gradient is not None:
+                    before = sums.get(id(value))
+                    sums[id(value)] = gradient if before is None else before + gradient
+        if failed:
+            raise failed
+        by_id = {id(value): value for value in _pytree.tree_leaves(kept.found)}
+        kept.gradients = [(by_id[at], gradient) for at, gradient in sums.items()]
+
+    def backward(self, v: int, loss: torch.Tensor | None) -> None:
+        """Run backward from the loss, or from the gradients that came. Local."""
+        if loss is not None:
+            torch.autograd.backward(loss)
+            return
+        pairs = self.kept[v].gradients
+        if pairs:
+            torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+
+    def send_gradient(self, v: int, part: Part) -> None:
+        """Start to send the gradients of what was received; the micro-batch is done. Local."""
+        kept = self.kept[v]
+        for producer, values in kept.received.items():
+            leaves = [kept.returned.get(id(leaf)) for leaf in _pytree.tree_leaves(values)]
+            self.transport.start(producer, BACKWARD, self.transport.pack(producer, v, leaves, 0))
+
+    def forget(self, v: int) -> None:
+        """Let go of a micro-batch's activations. Local."""
+        self.kept.pop(v, None)
+
+    # -- failing -----------------------------------------------------------------------------
+
+    def fail(self, instruction: Instruction, part: Part) -> None:
+        """Do in name only what the instruction says: take what comes, send word of the failure."""
+        v = instruction.micro_batch
+        producers = sorted(p for p in part.needs if p != INPUT)
+        if isinstance(instruction, Receive):
+            self._drop(producers, FORWARD, v)
+        elif isinstance(instruction, ReceiveGradient):
+            self._drop(sorted(part.gives, reverse=True), BACKWARD, v)
+        elif isinstance(instruction, Send):
+            for target in part.gives:
+                self.transport.send_failure(target, FORWARD, v)
+        elif isinstance(instruction, SendGradient):
+            for producer in producers:
+                self.transport.send_failure(producer, BACKWARD, v)
+            self.forget(v)
+
+    def _drop(self, stages: list[int], tag: int, v: int) -> None:
+        for stage in stages:
+            try:
+                self.transport.receive(stage, tag, v)
+            except PeerFailedError:
+                continue
+
+    # -- parameters that several stages use --------------------------------------------------
+
+    def collect(self, add: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
+        """Bring the gradients of copies to the owners, who `add` them. Collective over the stages."""
+        for number, tie in enumerate(self.ties):
+            if not tie.tensor.requires_grad:
+                continue
+            if self.stage == tie.owner:
+                for other in tie.others:
+                    gradient, _ = self.transport.receive(other, TIED, number)
+                    if gradient is not None:
+                        add(tie.tensor, gradient)  # type: ignore[arg-type]
+            elif self.stage in tie.others:
+                message = self.transport.pack(tie.owner, number, tie.tensor.grad, 0)
+                self.transport.start(tie.owner, TIED, message)
+                self.transport.finish()
+                tie.tensor.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the owners' numbers to the copies. Collective over the stages."""
+        for number, tie in enumerate(self.ties):
+            if self.stage == tie.owner:
+                for other in tie.others:
+                    self.transport.start(
+                        other, TIED, self.transport.pack(other, number, tie.tensor.detach(), 0)
+                    )
+            elif self.stage in tie.others:
+                tie.tensor.copy_(self.transport.receive(tie.owner, TIED, number)[0])
+        self.transport.finish()
+
+    def close(self) -> None:
+        """Free the communicator. Collective."""
+        self.transport.close()
+
+
+def catcher(into: dict[int, torch.Tensor], at: int) -> Callable[[torch.Tensor], None]:
+    """Make a hook that keeps a gradient."""
+
+    def catch(gradient: torch.Tensor) -> None:
+        into[at] = gradient.detach()
+
+    return catch
+
+
+def take_share(module: nn.Module, cut: Cut, stage: int) -> tuple[set[int], list[Tie]]:
+    """Leave in the module what this stage owns; gives the ids of its parameters, and the ties. Local.
+
+    Tensors that later stages of a tie use stay in their modules as plain attributes: no parameter
+    to train or to store, but there for the forward.
+    """
+    everything = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    first: dict[int, str] = {}
+    for name, tensor in everything:
+        first.setdefault(id(tensor), name)
+    by_name = dict(everything)
+    users: dict[str, set[int]] = {}
+    for at in range(cut.stages):
+        for name in cut.tensors(at):
+            users.setdefault(first[id(by_name[name])], set()).add(at)
+    ties, mine, copies = [], set[int](), dict[int, torch.Tensor]()
+    for at, name in first.items():
+        stages = sorted(users.get(name, {0}))
+        tensor = by_name[name]
+        here: torch.Tensor = tensor
+        if stage == stages[0]:
+            mine.add(at)
+        elif stage in stages:
+            here = copies[at] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        if len(stages) > 1:
+            ties.append(Tie(name, here, stages[0], tuple(stages[1:])))
+    for _, owner in list(module.named_modules()):
+        for kept in (owner._parameters, owner._buffers):
+            for name, value in list(kept.items()):
+                if value is None or id(value) in mine:
+                    continue
+                if id(value) in copies:
+                    del kept[name]
+                    owner.__dict__[name] = copies[id(value)]
+                else:
+                    kept[name] = None
+    if hasattr(cut, "adopt"):
+        cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in mine or id(t) in copies})
+    return mine, ties

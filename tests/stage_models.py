@@ -1,0 +1,175 @@
+"""Models that pipelines tend to get wrong; all map (n, 5) to (n, 2)."""
+
+import torch
+from helpers import Net
+from torch import nn
+from torch.nn import functional
+
+
+class Row(nn.Sequential):
+    """A subclass of Sequential: not the type itself, so it goes by the graph."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(nn.Linear(in_features, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 8), nn.ReLU(inplace=True),
+                         nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, out_features))  # fmt: skip
+
+
+def plain_row(in_features: int, out_features: int) -> nn.Sequential:
+    """The same layers in a plain Sequential: layer by layer."""
+    return nn.Sequential(*Row(in_features, out_features))
+
+
+class Named(nn.Module):
+    """Says itself which layers follow one another; they hand on a tuple with None and a number."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b, self.c = Split(in_features), Middle(), Join(out_features)
+
+    def layers(self):
+        return [self.a, self.b, self.c]
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+class Split(nn.Module):
+    def __init__(self, in_features):
+        super().__init__()
+        self.line = nn.Linear(in_features, 8)
+
+    def forward(self, x):
+        return {"h": torch.tanh(self.line(x)), "mask": x > 0, "none": None, "scale": 0.5}, (x.long(),)
+
+
+class Middle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(8, 8)
+
+    def forward(self, given):
+        found, (whole,) = given
+        return {**found, "h": self.line(found["h"]) * found["scale"]}, (whole + 1,)
+
+
+class Join(nn.Module):
+    def __init__(self, out_features):
+        super().__init__()
+        self.line = nn.Linear(8, out_features)
+
+    def forward(self, given):
+        found, (whole,) = given
+        assert found["none"] is None
+        assert whole.dtype == torch.int64
+        kept = functional.pad(found["mask"].float(), (0, 3))
+        return self.line(found["h"] * kept)
+
+
+class Skips(nn.Module):
+    """A U-Net in small: what the first layers find goes straight to the last ones; in-place on the way."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.down1, self.down2 = nn.Linear(in_features, 8), nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(2)
+        self.up2, self.up1 = nn.Linear(8, 8), nn.Linear(16, 8)
+        self.head = nn.Linear(8 + in_features, out_features)
+
+    def forward(self, x):
+        a = torch.relu_(self.down1(x))
+        b = self.norm(self.down2(a).unflatten(1, (2, 4))).flatten(1)
+        c = torch.tanh(self.up2(b)) + a
+        d = torch.sin(self.up1(torch.cat([c, a * b], dim=1)))
+        return self.head(torch.cat([d, x], dim=1))
+
+
+class Tied(nn.Module):
+    """One weight at both ends, as language models have it, and once in the middle; random layers of all kinds."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.into = nn.Linear(in_features, 8)
+        self.attend = nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.back = nn.Linear(8, in_features)
+        self.last = nn.Linear(in_features, out_features)
+
+    def forward(self, x):
+        h = self.into(x).unsqueeze(1).expand(-1, 3, -1)
+        h = self.norm(h + self.attend(h, h, h, need_weights=False)[0])
+        h = functional.dropout(h, 0.1, self.training).sum(dim=1)
+        h = self.back(h) + h @ self.into.weight + torch.rand_like(x) * self.training
+        return self.last(torch.tanh(h @ self.into.weight.t()) @ self.into.weight)
+
+
+class TiedRow(nn.Sequential):
+    """A layer that stands twice in a row."""
+
+
+def tied_row(in_features: int, out_features: int) -> nn.Sequential:
+    same = nn.Linear(in_features, in_features)
+    return nn.Sequential(same, nn.Tanh(), nn.Linear(in_features, in_features), nn.Tanh(), same,
+                         nn.Linear(in_features, out_features))  # fmt: skip
+
+
+class FrozenHead(Net):
+    """A first stage that does not train, a buffer that it uses, a parameter that nobody uses."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.first.requires_grad_(False)
+        self.register_buffer("shift", torch.arange(8.0))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x) + self.shift))
+
+
+class Wide(Net):
+    """Weights large enough for gradients straight into place."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, width=256)
+        self.inner = nn.Linear(256, 256)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.inner(torch.tanh(self.first(x)))))
+
+
+class Deciding(Net):
+    """Looks at values: no graph can be written down."""
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.second(torch.tanh(h) if float(h.sum()) > 0 else h)
+
+
+class Breaks(nn.Sequential):
+    pass
+
+
+class Bad(nn.Module):
+    """Fails in one micro-batch, forward or backward."""
+
+    def __init__(self, backward: bool):
+        super().__init__()
+        self.backward, self.calls = backward, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 2 and not self.backward:
+            raise ValueError("trouble in a layer")
+        if self.calls == 2:
+            x = x * 1.0
+            x.register_hook(self.fail)
+        return x
+
+    def fail(self, gradient):
+        raise ValueError("trouble in a layer's backward")
+
+
+def breaking_row(in_features: int, out_features: int, at: int = 0, backward: bool = False) -> nn.Sequential:
+    """Four layers, one of them bad."""
+    layers = [nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, out_features)]
+    layers[at] = nn.Sequential(layers[at], Bad(backward))
+    return nn.Sequential(*layers)
