@@ -278,7 +278,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         count,
         train.batch,
         train.seed,
-        task.batch if pipeline is None or pipeline.reads_inputs else empty_batch,
+        maker(task, pipeline),
     )
     # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
     kept = replace(config.parallel, micro_batches="auto" if synced else count)
@@ -294,9 +294,14 @@ def wanted(topology: Topology, batch: int) -> int:
     return max(1, min(4 * topology.stages, batch // topology.replicas))
 
 
-def empty_batch(samples: NDArray[np.int64]) -> Batch:
-    """Stand for samples that a stage in the middle does not read. Local."""
-    return Batch(samples, {}, {})
+def maker(task: Task, pipeline: Stage | None) -> Callable[[NDArray[np.int64]], Batch]:
+    """Give what makes a batch: no samples, and those that a stage in the middle needs not, are not read."""
+    reads = pipeline is None or pipeline.reads_inputs
+
+    def make(samples: NDArray[np.int64]) -> Batch:
+        return task.batch(samples) if reads and len(samples) else Batch(samples, {}, {})
+
+    return make
 
 
 def stage_of(

@@ -34,7 +34,7 @@ verbs:
   predict RUN --output FILE [--split test]    predictions of a trained model into HDF5
   checkpoint list RUN | export RUN FILE       look at checkpoints; export a state_dict
   data make digits [--output digits.h5]       make the data of a recipe
-  bench allreduce | step [--json]             measure against the peers and the limit
+  bench allreduce|step|pipeline [--json]      measure against the peers and the limit
 
 CONFIG is a TOML file or a recipe: {recipes}. Without a verb: train.
 `hpctrain train --help` explains every key. Exit status: 0 done; 2 the configuration, the
@@ -289,7 +289,7 @@ def bench(words: list[str]) -> int:
     parser = ArgumentParser(
         prog="hpctrain bench", description="Measure against the peers and the physical limit, in turn."
     )
-    parser.add_argument("what", choices=["allreduce", "step"])
+    parser.add_argument("what", choices=["allreduce", "step", "pipeline"])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--case", action="append", help="bytes, or a case's name; may be repeated")
     found = parse_words(parser, words)

@@ -77,7 +77,14 @@ def _argument(arguments: tuple[Any, ...], named: dict[str, Any], at: int, name: 
 
 def seed(stream: int, number: int) -> None:
     """Let the next numbers be those of draw `number` of a stream. Local."""
-    torch.manual_seed(key(stream, number) >> 1)
+    set_generators(key(stream, number) >> 1)
+
+
+def set_generators(value: int) -> None:
+    """Do what torch.manual_seed does, without the stack that it keeps while no GPU is in use. Local."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(value)
 
 
 class Draws(TorchFunctionMode):

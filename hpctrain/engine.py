@@ -28,7 +28,7 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data import order
 from hpctrain.data.loader import Step
-from hpctrain.draws import Draws
+from hpctrain.draws import Draws, set_generators
 from hpctrain.errors import DivergedError, HpctrainError, RankError
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.keys import key
@@ -130,7 +130,7 @@ class Engine:
         )
         self.module.train()
         if self.pipeline:
-            failure = self._run_stage(self.pipeline, number, step, sizes, failure)
+            failure = self.run_stage(self.pipeline, number, step, sizes, failure)
         elif failure is None:
             failure = self.run_micro_batches(number, step)
         flags = self.averager.flags
@@ -178,7 +178,7 @@ class Engine:
             return error
         return None
 
-    def _run_stage(
+    def run_stage(
         self, stage: Stage, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
     ) -> Exception | None:
         """Run this stage's program to its end; in name only once it has failed. Collective (stages)."""
@@ -221,13 +221,16 @@ class Engine:
             case Forward():
                 self.averager.forward_of(v)
                 stream = key(self.seed, number, v)
-                torch.manual_seed(stream >> 1)
+                set_generators(stream >> 1)
+                resident = 0 if self._stepped else resident_bytes()
                 with self.straight.forward(), self._precision():
                     outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
                 if stage.last:
                     self._losses[v] = self._checked(
                         number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
                     )
+                if resident:  # of all micro-batches that are on their way at once
+                    self.activation_bytes += max(0, resident_bytes() - resident)
             case Send():
                 stage.send(v, part)
             case ReceiveGradient():
@@ -256,7 +259,7 @@ class Engine:
 
     def _forward(self, number: int, micro_batch: int, batch: Batch) -> tuple[torch.Tensor, float]:
         stream = key(self.seed, number, micro_batch)
-        torch.manual_seed(stream >> 1)
+        set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
         with self.straight.forward():
             found = self._loss(batch, stream)
@@ -312,7 +315,7 @@ class Engine:
         self.module.eval()
         if self.pipeline:
             return self._outputs_of_stages(self.pipeline, batch, everywhere)
-        torch.manual_seed(key(self.seed, EVALUATION) >> 1)
+        set_generators(key(self.seed, EVALUATION) >> 1)
         with self._precision():
             found = models.call(self.module, batch.to(self.topology.device).inputs, self.named)
         return to_float(found, "cpu")
@@ -332,7 +335,7 @@ class Engine:
                     case Receive():
                         stage.receive(0, part)
                     case Forward():
-                        torch.manual_seed(stream >> 1)
+                        set_generators(stream >> 1)
                         with self._precision():
                             inputs = batch.to(self.topology.device).inputs
                             found = to_float(stage.forward(0, part, inputs, stream), "cpu")

@@ -49,13 +49,17 @@ def test_the_readme_counts_right():
 
 
 def test_the_commands_of_your_own_data_and_model(launcher, folder):
-    assert len(REST) == 13
+    assert len(REST) == 14
     outputs = {}
     for command in REST:
         ended = launcher.run(*shlex.split(command))
         assert ended.status == 0, f"{command}\n{ended.text}"
         outputs[command] = ended.out
     assert "equal: 3 steps of 4 replicas" in outputs["mpirun -n 4 hpctrain verify my.toml"]
+    assert (
+        "equal: 3 steps of 2 replicas x 2 stages"
+        in outputs["mpirun -n 4 hpctrain verify my.toml --parallel.stages 2"]
+    )
     assert "from step 9" in outputs["mpirun -n 4 hpctrain train my.toml --train.epochs 5"]
     with h5py.File(folder / "rain.h5") as file:
         assert file["rain"].shape == (24, 2)

@@ -1,0 +1,226 @@
+"""`hpctrain bench pipeline`: forward and backward of a step in stages, against torch's own pipelining.
+
+ours          1F1B, the default; one stage a rank
+ours_gpipe    the same with GPipe
+torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo
+torch_gpipe   the same with ScheduleGPipe
+alone         one process, the whole model, the same micro-batches; the other ranks idle
+limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
+
+No optimizer and no averaging: they are measured by `bench step`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import nn
+
+from hpctrain.averaging.averager import Averager
+from hpctrain.batch import Batch
+from hpctrain.bench.measure import alternate, row, say, start_gloo
+from hpctrain.data import order
+from hpctrain.data.loader import Step
+from hpctrain.engine import Engine
+from hpctrain.errors import ConfigError
+from hpctrain.loss import SummedLoss
+from hpctrain.pipeline import split
+from hpctrain.pipeline.stage import Stage, take_share
+from hpctrain.pipeline.transport import Transport
+from hpctrain.topology import Topology
+
+ROUNDS = 15
+
+
+def mlp() -> nn.Sequential:
+    """Eight layers of 1,024."""
+    layers: list[nn.Module] = []
+    for _ in range(8):
+        layers += [nn.Linear(1024, 1024), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def transformer() -> nn.Sequential:
+    """Eight encoder layers of width 256."""
+    return nn.Sequential(
+        *[nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True) for _ in range(8)]
+    )
+
+
+def cnn() -> nn.Sequential:
+    """Eight convolutions of 32 channels: activations of 2 MiB for a micro-batch of 4."""
+    layers: list[nn.Module] = [nn.Conv2d(4, 32, 3, padding=1), nn.ReLU()]
+    for _ in range(7):
+        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its batch, and the number of micro-batches."""
+
+    make: Callable[[], nn.Sequential]
+    shape: tuple[int, ...]
+    micro_batches: int
+
+
+CASES = {
+    "mlp m=8": Case(mlp, (512, 1024), 8),
+    "mlp m=16": Case(mlp, (512, 1024), 16),
+    "mlp m=32": Case(mlp, (512, 1024), 32),
+    "transformer m=8": Case(transformer, (32, 32, 256), 8),
+    "cnn m=8": Case(cnn, (32, 4, 64, 64), 8),
+}
+
+
+def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure every case, one stage a rank. Collective."""
+    if topology.stages == 1:
+        raise ConfigError("bench pipeline measures stages: start it on 2 ranks or more (mpirun -n 2)")
+    comm = topology.comms.world
+    torch.set_num_threads(topology.threads)
+    start_gloo(comm)
+    rows = []
+    for case in cases or CASES:
+        rows.append(one_case(topology, case))
+        say(comm, f"{case} done")
+    dist.destroy_process_group()
+    return rows
+
+
+def one_case(topology: Topology, name: str) -> dict[str, Any]:
+    """Measure one model."""
+    comm, case = topology.comms.world, CASES[name]
+    torch.manual_seed(3)
+    x = torch.randn(case.shape)
+    with torch.no_grad():
+        y = torch.randn_like(case.make()(x[:1])).expand(len(x), *[-1] * (x.ndim - 1)).contiguous()
+    stages = [our_step(topology, case, x, y, schedule) for schedule in ("1f1b", "gpipe")]
+    contenders = {
+        "ours": stages[0][0],
+        "ours_gpipe": stages[1][0],
+        "torch_1f1b": torch_step(topology, case, x, y, "Schedule1F1B"),
+        "torch_gpipe": torch_step(topology, case, x, y, "ScheduleGPipe"),
+        "alone": alone_step(topology, case, x, y),
+        "limit": limit_step(topology, stages[0][1], case, x),
+    }
+    times = alternate(comm, contenders, ROUNDS)
+    bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
+    times["limit"] = [seconds * bubble for seconds in times["limit"]]
+    for _, engine in stages:
+        assert engine.pipeline is not None
+        engine.pipeline.close()
+        engine.averager.close()
+    size = sum(p.numel() for p in case.make().parameters())
+    return row(name, comm.size, 4 * size, times)
+
+
+def our_step(
+    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str
+) -> tuple[Callable[[], None], Engine]:
+    """Run the engine's own program for a stage; gives the engine too."""
+    torch.manual_seed(1)
+    model = case.make()
+    sizes = order.sizes(len(x), case.micro_batches)
+    starts = np.cumsum([0, *sizes])
+    pieces = split.cut(model, {"x": x[: sizes[0]]}, False, topology.stages, [], "cpu")
+    take_share(model, pieces, topology.stage)
+    stage = Stage(pieces, topology.stage, Transport(topology.comms.pipe, "cpu"))
+    optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
+    owners = [0] * case.micro_batches
+    averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
+    engine = Engine(
+        topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
+        pipeline=stage, schedule=schedule,
+    )  # fmt: skip
+    batches = {
+        v: Batch(np.arange(a, b), {"x": x[a:b]}, {"y": y[a:b]}) for v, (a, b) in enumerate(pairwise(starts))
+    }
+    step_data = Step(0, len(x), batches)
+
+    def step() -> None:
+        averager.begin(batches)
+        failure = engine.run_stage(stage, 0, step_data, sizes, None)
+        if failure is not None:
+            raise failure
+
+    return step, engine
+
+
+def torch_step(
+    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str
+) -> Callable[[], None]:
+    """Take a step as users of torch's pipelining do, cut where ours is."""
+    from torch.distributed import pipelining
+
+    torch.manual_seed(1)
+    model = case.make()
+    cut = split.cut(model, {"x": x[:1]}, False, topology.stages, [], "cpu")
+    assert isinstance(cut, split.Layers)
+    first, last = cut.ranges[topology.stage]
+    part = nn.Sequential(*[layer for _, layer in cut.layers[first:last]])
+    stage = pipelining.PipelineStage(part, topology.stage, topology.stages, torch.device("cpu"))
+    run = getattr(pipelining, schedule)(stage, case.micro_batches, loss_fn=nn.functional.mse_loss)
+    ends = topology.stage == topology.stages - 1
+
+    def step() -> None:
+        for parameter in part.parameters():
+            parameter.grad = None
+        if topology.stage == 0:
+            run.step(x)
+        elif ends:
+            run.step(target=y, losses=[])
+        else:
+            run.step()
+
+    return step
+
+
+def alone_step(topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """Let rank 0 do all of it."""
+    torch.manual_seed(1)
+    model = case.make()
+
+    def step() -> None:
+        if topology.world_rank:
+            return
+        for parameter in model.parameters():
+            parameter.grad = None
+        for one, wanted in zip(x.chunk(case.micro_batches), y.chunk(case.micro_batches)):
+            torch.autograd.backward(nn.functional.mse_loss(model(one), wanted))
+
+    return step
+
+
+def limit_step(topology: Topology, engine: Engine, case: Case, x: torch.Tensor) -> Callable[[], None]:
+    """Run this rank's part on data of its own, gradients straight into place as in ours."""
+    assert engine.pipeline is not None
+    cut = engine.pipeline.cut
+    assert isinstance(cut, split.Layers)
+    first, last = cut.ranges[topology.stage]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        given = x
+        for layer in case.make()[:first] if first else []:  # type: ignore[union-attr]
+            given = layer(given)
+    layers = [layer for _, layer in cut.layers[first:last]]
+    leaves = [one.clone().requires_grad_(first > 0) for one in given.chunk(case.micro_batches)]
+
+    def step() -> None:
+        engine.averager.begin(range(case.micro_batches))
+        for leaf in leaves:
+            value = leaf
+            with engine.straight.forward():
+                for layer in layers:
+                    value = layer(value)
+                total = value.square().sum()
+            with engine.straight.accumulating():
+                torch.autograd.backward(total)
+            leaf.grad = None
+
+    return step

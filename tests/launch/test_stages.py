@@ -1,0 +1,73 @@
+"""Runs of several stages: the same bits as one process, resumed on another number of stages, named failures."""
+
+import pytest
+from conftest import losses, rows
+from test_resume import same_bits, weights
+
+
+def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
+    """2 stages, then 1, then 3 and 2 x 2; one replica has the bits of one process throughout."""
+    words = ["train", "small.toml", "--parallel.micro_batches", "4", "--data.validation", "0.2"]
+    words += ["--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR"]
+    alone = launcher.ranks(1, *words, "--train.run_folder", "alone", "--train.steps", "15")
+    assert alone.status == 0, alone.text
+    for ranks, stages, steps in ((2, 2, 5), (1, 1, 9), (3, 3, 15)):
+        ended = launcher.ranks(
+            ranks, *words, "--train.run_folder", "moved", "--train.steps", steps, "--parallel.stages", stages
+        )
+        assert ended.status == 0, ended.text
+        assert f"1 replicas x {stages} stages" in ended.out
+    assert losses(tmp_path / "alone") == losses(tmp_path / "moved")
+    assert same_bits(weights(tmp_path / "alone"), weights(tmp_path / "moved"))
+    validated = [
+        [r["loss"] for r in rows(tmp_path / x) if r["event"] == "validate"][-1] for x in ("alone", "moved")
+    ]
+    assert validated[0] == validated[1]
+    both = launcher.ranks(
+        4, *words, "--train.run_folder", "moved", "--train.steps", "20", "--parallel.stages", "2",
+        "--parallel.schedule", "gpipe",
+    )  # fmt: skip
+    assert both.status == 0, both.text
+    start = [row for row in rows(tmp_path / "moved") if row["event"] == "start"][-1]
+    assert (start["replicas"], start["stages"], start["micro_batches"], start["resumed_step"]) == (
+        2,
+        2,
+        4,
+        15,
+    )
+    predicted = launcher.ranks(2, "predict", "moved", "--output", "p.h5")
+    assert predicted.status == 0, predicted.text
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(launcher, small):
+    for stages, text in (
+        ("3", "parallel.stages = 3 does not divide the 4 ranks that MPI started: run with -n 6 or set"),
+        ("0", "parallel.stages = 0: at least 1 was expected"),
+    ):
+        ended = launcher.ranks(4, "train", "small.toml", "--parallel.stages", stages)
+        assert ended.status == 2, ended.text
+        assert ended.text.count(text) == 1
+    ended = launcher.ranks(
+        2, "train", "small.toml", "--parallel.stages", "2", "--model.class_path", "stage_models.Deciding"
+    )
+    assert ended.status == 2
+    assert ended.text.count("torch.export can't write Deciding down") == 1
+    assert "Traceback" not in ended.text
+
+
+@pytest.mark.parametrize("backward", ["false", "true"])
+def test_a_failing_layer_ends_the_job_with_its_name(launcher, small, backward):
+    words = ["--model.class_path", "stage_models.breaking_row", "--model.init_args.at", "2"]
+    words += [
+        "--model.init_args.backward",
+        backward,
+        "--parallel.stages",
+        "2",
+        "--parallel.micro_batches",
+        "8",
+    ]
+    ended = launcher.ranks(4, "train", "small.toml", *words, limit=60)
+    assert ended.status == 1, ended.text
+    assert "trouble in a layer" in ended.err
+    assert "at step 0, micro-batch" in ended.err
+    assert "stage 1, on the rank named above" in ended.err
