@@ -315,7 +315,7 @@ def stage_of(
     parallel = config.parallel
     named = models.by_name(module, list(inputs))
     model = split.cut(module, inputs, named, topology.stages, parallel.cuts, topology.device)
-    simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), model.links())
+    simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), *model.links())
     mine, ties = take_share(module, model, topology.stage)
     trained = [tie.name for tie in ties if tie.tensor.requires_grad]
     if trained and config.averaging.invariant:

@@ -101,6 +101,8 @@ def test_skips_to_later_stages_are_waited_for():
     """Stage 0 gives to 1, 2 and 3, as in a U-Net; the bubble stays that of the chain."""
     links = {0: [1, 2, 3], 1: [2], 2: [3], 3: []}
     assert check("1f1b", 4, range(6), links).seconds == check("1f1b", 4, range(6)).seconds
+    back = {0: [1], 1: [2], 2: [3], 3: []}  # gradients of a value that all use come from one to the other
+    assert check("1f1b", 4, range(6), links, back).seconds == check("1f1b", 4, range(6)).seconds
     with pytest.raises(
         ConfigError, match="stage 2 gives activations to an earlier stage: the cut goes through a loop"
     ):

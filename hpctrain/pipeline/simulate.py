@@ -84,13 +84,19 @@ Cost = Callable[[int, Instruction], float]
 
 
 def simulate(
-    programs: Sequence[Sequence[Instruction]], cost: Cost, links: Links | None = None, wire: float = 0.0
+    programs: Sequence[Sequence[Instruction]],
+    cost: Cost,
+    links: Links | None = None,
+    wire: float = 0.0,
+    back: Links | None = None,
 ) -> Simulation:
-    """Run every stage's program. Raises HpctrainError for a deadlock and for passes out of order."""
+    """Run every stage's program. Raises HpctrainError for a deadlock and for passes out of order.
+
+    `back`: by stage, the later stages that its gradients come from; without it those it gives to.
+    """
     stages = len(programs)
     links = chain(stages) if links is None else links
-    sources = {stage: [s for s in range(stages) if stage in links[s]] for stage in range(stages)}
-    machine = _Machine(programs, cost, links, sources, wire)
+    machine = _Machine(programs, cost, links, links if back is None else back, wire)
     while any(machine.advance(stage) for stage in range(stages)):
         pass
     waiting = [s for s in range(stages) if machine.at[s] < len(programs[s])]
@@ -111,11 +117,13 @@ class _Machine:
         programs: Sequence[Sequence[Instruction]],
         cost: Cost,
         links: Links,
-        sources: Mapping[int, Sequence[int]],
+        back: Links,
         wire: float,
     ) -> None:
-        self.programs, self.cost, self.links, self.sources, self.wire = programs, cost, links, sources, wire
+        self.programs, self.cost, self.links, self.back, self.wire = programs, cost, links, back, wire
         stages = len(programs)
+        self.sources = {s: [o for o in range(stages) if s in links[o]] for s in range(stages)}
+        self.targets = {s: [o for o in range(stages) if s in back[o]] for s in range(stages)}
         self.at, self.clock = [0] * stages, [0.0] * stages
         self.sent: dict[tuple[str, int, int, int], float] = {}
         self.live: list[set[int]] = [set() for _ in range(stages)]
@@ -138,14 +146,14 @@ class _Machine:
             case Receive():
                 return self.take(stage, [("F", s, stage, v) for s in self.sources[stage]], f"F in {v}")
             case ReceiveGradient():
-                return self.take(stage, [("B", s, stage, v) for s in self.links[stage]], f"B in {v}")
+                return self.take(stage, [("B", s, stage, v) for s in self.back[stage]], f"B in {v}")
             case Forward():
                 self.need(stage, instruction, f"F in {v}" if self.sources[stage] else "")
                 self.live[stage].add(v)
                 self.found.kept[stage] = max(self.found.kept[stage], len(self.live[stage]))
             case Backward():
                 self.need(stage, instruction, f"F {v}")
-                self.need(stage, instruction, f"B in {v}" if self.links[stage] else "")
+                self.need(stage, instruction, f"B in {v}" if self.back[stage] else "")
                 self.live[stage].discard(v)
             case Send():
                 self.need(stage, instruction, f"F {v}")
@@ -153,7 +161,7 @@ class _Machine:
                 return True
             case SendGradient():
                 self.need(stage, instruction, f"B {v}")
-                self.sent.update({("B", stage, s, v): self.clock[stage] for s in self.sources[stage]})
+                self.sent.update({("B", stage, s, v): self.clock[stage] for s in self.targets[stage]})
                 return True
         kind = "F" if isinstance(instruction, Forward) else "B"
         if f"{kind} {v}" in self.done[stage]:
@@ -180,7 +188,13 @@ class _Machine:
             raise HpctrainError(f"stage {stage} runs {instruction} before `{mark}` is done")
 
 
-def check(name: str, stages: int, micro_batches: Sequence[int], links: Links | None = None) -> Simulation:
+def check(
+    name: str,
+    stages: int,
+    micro_batches: Sequence[int],
+    links: Links | None = None,
+    back: Links | None = None,
+) -> Simulation:
     """Prove a schedule for these numbers before anything runs: unit costs, a backward of two forwards.
 
     Raises HpctrainError where it would hang, ConfigError for links that go backwards.
@@ -191,4 +205,4 @@ def check(name: str, stages: int, micro_batches: Sequence[int], links: Links | N
                 f"stage {stage} gives activations to an earlier stage: the cut goes through a loop"
             )
     programs = [list(program(name, stage, stages, micro_batches)) for stage in range(stages)]
-    return simulate(programs, lambda _, i: 1.0 if isinstance(i, Forward) else 2.0, links)
+    return simulate(programs, lambda _, i: 1.0 if isinstance(i, Forward) else 2.0, links, back=back)

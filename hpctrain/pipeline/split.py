@@ -43,6 +43,14 @@ class Part:
     """By earlier stage (or INPUT): the values that come from there."""
     gives: dict[int, list[str]] = field(default_factory=dict)
     """By later stage: the values that go there."""
+    awaits: dict[int, list[str]] = field(default_factory=dict)
+    """By later stage: the values whose gradients come from there."""
+    returns: dict[int, list[str]] = field(default_factory=dict)
+    """By earlier stage: the values whose gradients go there.
+
+    A value that several stages use gets its gradient as in one process, the latest use first: from
+    stage to stage, each adding its own, and from the first of them to the producer.
+    """
     run: Callable[[Env, int, int], tuple[Env, int]] = lambda env, stream, start: (env, start)
     """(values, stream, draws so far) to (values to give; the model's output under "output"), draws so far."""
 
@@ -58,8 +66,8 @@ class Cut(Protocol):
     def part(self, stage: int, samples: int, training: bool) -> Part:
         """What a stage does with a micro-batch of so many samples."""
 
-    def links(self) -> dict[int, list[int]]:
-        """By stage: the later stages that it gives values to, in training."""
+    def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """By stage: the later stages that it gives values to in training, and that gradients come from."""
 
 
 def cut(
@@ -143,9 +151,10 @@ class Layers:
             found += [f"{name}.{own}" for own, _ in inner]
         return found
 
-    def links(self) -> dict[int, list[int]]:
-        """Each to the next."""
-        return {s: [s + 1] if s + 1 < self.stages else [] for s in range(self.stages)}
+    def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Each to the next, and back."""
+        links = {s: [s + 1] if s + 1 < self.stages else [] for s in range(self.stages)}
+        return links, links
 
     def part(self, stage: int, samples: int, training: bool) -> Part:
         """Run the stage's layers one behind the other."""
@@ -155,15 +164,17 @@ class Layers:
         last = stage == self.stages - 1
 
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
-            value = next(iter(env.values())) if stage == 0 else env["value"]
+            value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]
             if changes and stage:
                 value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
             with Draws(stream, begin) as counting:
                 for layer in layers:
                     value = layer(value)
-            return {"output" if last else "value": value}, counting.count
+            return {"output" if last else f"value {stage}": value}, counting.count
 
-        return Part({stage - 1: ["value"] if stage else []}, {} if last else {stage + 1: ["value"]}, run)
+        before = {stage - 1: [f"value {stage - 1}"]} if stage else {}
+        behind = {} if last else {stage + 1: [f"value {stage}"]}
+        return Part(before, behind, behind, before, run)
 
 
 @dataclass
@@ -214,16 +225,22 @@ class Graph:
         self.used: dict[int, set[str]] = {stage: set() for stage in range(stages)}
         for node in traced.nodes:
             names = {traced.held[a.name] for a in node.all_input_nodes if a.name in traced.held}
-            self.used[traced.stage[node.name]] |= names
+            self.used[traced.stage[node.name]] |= names | self._counter(node)
         self._traced[samples, True] = traced
+
+    def _counter(self, node: fx.Node) -> set[str]:
+        """Give the counter of a BatchNorm's calls, which the module itself moves on."""
+        name = f"{path_of(node)}.num_batches_tracked"
+        return {name} & set(self.real) if node.target is torch.ops.aten.batch_norm.default else set()
 
     def tensors(self, stage: int) -> list[str]:
         """Parameters and buffers that its operators use."""
         return sorted(self.used[stage])
 
-    def links(self) -> dict[int, list[int]]:
-        """Who gives values to whom."""
-        return {s: sorted(self.part(s, self.samples, True).gives) for s in range(self.stages)}
+    def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Who gives values to whom, and waits for whose gradients."""
+        parts = {s: self.part(s, self.samples, True) for s in range(self.stages)}
+        return {s: sorted(p.gives) for s, p in parts.items()}, {s: sorted(p.awaits) for s, p in parts.items()}
 
     def adopt(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take the tensors of this rank's stage, by name, in the place of the whole model's. Local."""
@@ -370,10 +387,19 @@ class Graph:
         for name, stages in wanted.items():
             if stage in stages and home[name] < stage:
                 part.needs.setdefault(home[name], []).append(name)
+            if home[name] == INPUT:
+                continue
+            chain = [home[name], *sorted(other for other in stages if other > home[name])]
+            if stage not in chain:
+                continue
             if home[name] == stage:
-                for other in sorted(stages):
-                    if other > stage:
-                        part.gives.setdefault(other, []).append(name)
+                for other in chain[1:]:
+                    part.gives.setdefault(other, []).append(name)
+            at = chain.index(stage)
+            if at + 1 < len(chain):
+                part.awaits.setdefault(chain[at + 1], []).append(name)
+            if at:
+                part.returns.setdefault(chain[at - 1], []).append(name)
         mine = [node for node in traced.nodes if traced.stage[node.name] == stage]
         numbers, count = {}, 0
         for node in traced.nodes:

@@ -1,8 +1,8 @@
 """One stage at work: receives, runs its part, sends, and the same backwards, micro-batch by micro-batch.
 
 What came from earlier stages are leaves of this stage's own graph: their gradients are what goes
-back. What went to later stages gets its gradients from there, the latest stage's first, as
-autograd would add them up in one process.
+back. What went to later stages gets its gradient from there. Where several stages use a value, the
+gradient of the later ones comes to the one before as a start to add to: as autograd adds in one process.
 
 A stage that fails goes on with its program in name only: it takes what comes and sends word that
 it failed, so that every other stage ends its own program too and all meet where errors are counted.
@@ -34,7 +34,7 @@ class Kept:
     """What the part gave."""
     draws: int = 0
     gradients: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """Of what was sent."""
+    """What came back for values given or used here."""
     returned: dict[int, torch.Tensor] = field(default_factory=dict)
     """Gradients of what was received, by the id of the leaf: as they come, `.grad` would lay them anew."""
 
@@ -112,24 +112,21 @@ class Stage:
     # -- backward ----------------------------------------------------------------------------
 
     def receive_gradient(self, v: int, part: Part) -> None:
-        """Take the gradients of what was sent, those of the latest stage first."""
+        """Take the gradients of what was sent, and of what later stages use too."""
         kept, failed = self.kept[v], None
-        sums: dict[int, torch.Tensor] = {}
-        for target in sorted(part.gives, reverse=True):
+        values = {**kept.found}
+        for given in kept.received.values():
+            values.update(given)
+        for source, names in sorted(part.awaits.items(), reverse=True):
             try:
-                found, _ = self.transport.receive(target, BACKWARD, v)
+                found, _ = self.transport.receive(source, BACKWARD, v)
             except PeerFailedError as error:
                 failed = error
                 continue
-            values = _pytree.tree_leaves({name: kept.found[name] for name in part.gives[target]})
-            for value, gradient in zip(values, found, strict=True):
-                if gradient is not None:
-                    before = sums.get(id(value))
-                    sums[id(value)] = gradient if before is None else before + gradient
+            leaves = _pytree.tree_leaves({name: values[name] for name in names})
+            kept.gradients += [(leaf, g) for leaf, g in zip(leaves, found, strict=True) if g is not None]
         if failed:
             raise failed
-        by_id = {id(value): value for value in _pytree.tree_leaves(kept.found)}
-        kept.gradients = [(by_id[at], gradient) for at, gradient in sums.items()]
 
     def backward(self, v: int, loss: torch.Tensor | None) -> None:
         """Run backward from the loss, or from the gradients that came. Local."""
@@ -143,9 +140,11 @@ class Stage:
     def send_gradient(self, v: int, part: Part) -> None:
         """Start to send the gradients of what was received; the micro-batch is done. Local."""
         kept = self.kept[v]
-        for producer, values in kept.received.items():
-            leaves = [kept.returned.get(id(leaf)) for leaf in _pytree.tree_leaves(values)]
-            self.transport.start(producer, BACKWARD, self.transport.pack(producer, v, leaves, 0))
+        values = {name: value for given in kept.received.values() for name, value in given.items()}
+        for target, names in part.returns.items():
+            leaves = _pytree.tree_leaves({name: values[name] for name in names})
+            gradients = [kept.returned.get(id(leaf)) for leaf in leaves]
+            self.transport.start(target, BACKWARD, self.transport.pack(target, v, gradients, 0))
 
     def forget(self, v: int) -> None:
         """Let go of a micro-batch's activations. Local."""
@@ -160,13 +159,13 @@ class Stage:
         if isinstance(instruction, Receive):
             self._drop(producers, FORWARD, v)
         elif isinstance(instruction, ReceiveGradient):
-            self._drop(sorted(part.gives, reverse=True), BACKWARD, v)
+            self._drop(sorted(part.awaits, reverse=True), BACKWARD, v)
         elif isinstance(instruction, Send):
             for target in part.gives:
                 self.transport.send_failure(target, FORWARD, v)
         elif isinstance(instruction, SendGradient):
-            for producer in producers:
-                self.transport.send_failure(producer, BACKWARD, v)
+            for target in part.returns:
+                self.transport.send_failure(target, BACKWARD, v)
             self.forget(v)
 
     def _drop(self, stages: list[int], tag: int, v: int) -> None:
