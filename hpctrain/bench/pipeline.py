@@ -34,7 +34,7 @@ from hpctrain.pipeline.stage import Stage, take_share
 from hpctrain.pipeline.transport import Transport
 from hpctrain.topology import Topology
 
-ROUNDS = 15
+ROUNDS = 9
 
 
 def mlp() -> nn.Sequential:
@@ -53,7 +53,7 @@ def transformer() -> nn.Sequential:
 
 
 def cnn() -> nn.Sequential:
-    """Eight convolutions of 32 channels: activations of 2 MiB for a micro-batch of 4."""
+    """Eight convolutions of 32 channels: activations of 1 MiB for a micro-batch of 2."""
     layers: list[nn.Module] = [nn.Conv2d(4, 32, 3, padding=1), nn.ReLU()]
     for _ in range(7):
         layers += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
@@ -74,7 +74,7 @@ CASES = {
     "mlp m=16": Case(mlp, (512, 1024), 16),
     "mlp m=32": Case(mlp, (512, 1024), 32),
     "transformer m=8": Case(transformer, (32, 32, 256), 8),
-    "cnn m=8": Case(cnn, (32, 4, 64, 64), 8),
+    "cnn m=8": Case(cnn, (16, 4, 64, 64), 8),
 }
 
 

@@ -35,3 +35,13 @@ def test_wrong_cases_are_named(launcher):
     ended = launcher.ranks(2, "bench", "allreduce", "--case", "1000")
     assert ended.status == 2
     assert "--case 1000: bytes, a multiple of 4096, were expected" in ended.err
+
+
+def test_pipeline_measures_torchs_own_beside_ours(launcher):
+    ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8")
+    assert ended.status == 0, ended.text
+    (row,) = json.loads(ended.out)["rows"]
+    assert set(row["seconds"]) == {"ours", "ours_gpipe", "torch_1f1b", "torch_gpipe", "alone", "limit"}
+    alone = launcher.ranks(1, "bench", "pipeline")
+    assert alone.status == 2
+    assert "bench pipeline measures stages: start it on 2 ranks or more" in alone.err
