@@ -314,7 +314,7 @@ def stage_of(
     """Cut the model, keep this rank's stage of it, and give what runs it. Collective."""
     parallel = config.parallel
     named = models.by_name(module, list(inputs))
-    model = split.cut(module, inputs, named, topology.stages, parallel.cuts, topology.device)
+    model = split.cut(module, inputs, named, topology.stages, parallel.cuts)
     simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), *model.links())
     mine, ties = take_share(module, model, topology.stage)
     trained = [tie.name for tie in ties if tie.tensor.requires_grad]

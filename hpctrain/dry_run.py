@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import tomlkit
 from mpi4py import MPI
 
 from hpctrain import assemble, log
+from hpctrain.assemble import Job
 from hpctrain.config import Config, to_dict
 from hpctrain.errors import DONE
 from hpctrain.log import LOGGER
@@ -15,6 +17,21 @@ from hpctrain.resume import Progress, check_resume, resume
 from hpctrain.topology import Topology
 from hpctrain.validate import Validator
 from hpctrain.wire import together
+
+
+def run_model_once(job: Job) -> None:
+    """Run model and loss on one small batch: shapes that don't fit are found. Collective.
+
+    What the task would learn from the data is not there, so its numbers mean nothing.
+    """
+    world = job.topology.comms.world
+    with together(world), np.errstate(all="ignore"):
+        batch = job.task.batch(job.index.splits["train"].samples(np.arange(1)))
+    with together(world):
+        outputs = job.engine.outputs(batch)
+    with together(world):
+        if outputs is not None:
+            job.engine.loss(outputs, batch)
 
 
 def dry_run(config: Config, comm: MPI.Intracomm) -> int:
@@ -27,6 +44,7 @@ def dry_run(config: Config, comm: MPI.Intracomm) -> int:
         with together(topology.comms.world):
             check_resume(job, stored, run)
         Validator(job, run, Progress())
+        run_model_once(job)
         lines = comm.gather(
             f"rank {topology.world_rank}: replica {topology.replica} stage {topology.stage} "
             f"node {topology.node} {topology.device} threads {topology.threads} "

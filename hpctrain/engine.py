@@ -34,6 +34,7 @@ from hpctrain.gradient import StraightIntoPlace
 from hpctrain.keys import key
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
+from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.schedule import (
     Backward,
     Forward,
@@ -46,7 +47,6 @@ from hpctrain.pipeline.schedule import (
     one_stage,
     program,
 )
-from hpctrain.pipeline.split import Part
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.topology import Topology
@@ -174,7 +174,7 @@ class Engine:
             return RankError(f"sys.exit({error.code}) was called in the model or the loss")
         except Exception as error:
             where = instruction.micro_batch if instruction else "none"
-            error.add_note(f"at step {number}, micro-batch {where}, on the rank named above")
+            error.add_note(f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}")
             return error
         return None
 
@@ -201,7 +201,7 @@ class Engine:
                 failure = RankError(f"sys.exit({error.code}) was called in the model or the loss")
             except Exception as error:
                 error.add_note(
-                    f"at step {number}, micro-batch {v}, stage {stage.stage}, on the rank named above"
+                    f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {self.topology.world_rank}"
                 )
                 failure = error
             if failure is not None and isinstance(instruction, (Send, SendGradient)):

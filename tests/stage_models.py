@@ -83,6 +83,29 @@ class Skips(nn.Module):
         return self.head(torch.cat([d, x], dim=1))
 
 
+class Acting(nn.BatchNorm1d):
+    """Normalises and does more, in code of its own, as some libraries' layers do."""
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        x = functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                                  self.momentum, self.eps)  # fmt: skip
+        return torch.sin(x + 1.0)
+
+
+class Acts(nn.Module):
+    """A BatchNorm with code of its own, called twice."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, out_features)
+        self.norm = Acting(2)
+
+    def forward(self, x):
+        x = self.norm(self.a(x).unflatten(1, (2, 4))).flatten(1)
+        return self.c(self.norm(self.b(x).unflatten(1, (2, 4))).flatten(1))
+
+
 class Tied(nn.Module):
     """One weight at both ends, as language models have it, and once in the middle; random layers of all kinds."""
 
@@ -102,14 +125,20 @@ class Tied(nn.Module):
         return self.last(torch.tanh(h @ self.into.weight.t()) @ self.into.weight)
 
 
-class TiedRow(nn.Sequential):
-    """A layer that stands twice in a row."""
-
-
 def tied_row(in_features: int, out_features: int) -> nn.Sequential:
+    """A layer that stands twice in a row."""
     same = nn.Linear(in_features, in_features)
     return nn.Sequential(same, nn.Tanh(), nn.Linear(in_features, in_features), nn.Tanh(), same,
                          nn.Linear(in_features, out_features))  # fmt: skip
+
+
+def normed_row(in_features: int, out_features: int) -> nn.Sequential:
+    """One BatchNorm at both ends."""
+    same = nn.BatchNorm1d(in_features)
+    inner = [nn.Linear(in_features, in_features) for _ in range(4)]
+    return nn.Sequential(
+        inner[0], same, inner[1], inner[2], inner[3], same, nn.Linear(in_features, out_features)
+    )
 
 
 class FrozenHead(Net):
@@ -136,16 +165,20 @@ class Wide(Net):
         return self.second(torch.tanh(self.inner(torch.tanh(self.first(x)))))
 
 
+class Misfit(Net):
+    """Its second layer takes another width than the first one gives."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.second = nn.Linear(9, out_features)
+
+
 class Deciding(Net):
     """Looks at values: no graph can be written down."""
 
     def forward(self, x):
         h = self.first(x)
         return self.second(torch.tanh(h) if float(h.sum()) > 0 else h)
-
-
-class Breaks(nn.Sequential):
-    pass
 
 
 class Bad(nn.Module):

@@ -10,7 +10,7 @@ from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
-MODELS = ["plain_row", "Row", "Named", "Skips", "Tied", "tied_row", "FrozenHead", "Wide"]
+MODELS = ["plain_row", "Row", "Named", "Skips", "Acts", "Tied", "tied_row", "FrozenHead", "Wide"]
 TIED = ("Tied", "tied_row")
 
 
@@ -74,8 +74,9 @@ def run(job, steps, clip=0.0):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "schedule"), [*((m, "1f1b") for m in MODELS), ("plain_row", "gpipe"), ("Skips", "gpipe")]
+)
 def test_every_split_equals_one_process(world, build, model, schedule):
     """`verify` at every stages x replicas; uneven micro-batches, some of them empty."""
     for stages in layouts(world.size, model):
@@ -232,5 +233,7 @@ def test_what_cannot_be_cut_says_why(world, build):
         ConfigError, match=r"torch.export can't write Deciding down.* or give it a method layers\(\)"
     ):
         build("Deciding", world.size)
+    with pytest.raises(ConfigError, match=r"both call the BatchNorm of 1\.running_mean"):
+        build("normed_row", world.size)
     with pytest.raises(ConfigError, match=r"into\.weight is used by several stages"):
         build("Tied", world.size, invariant=True, micro_batches=4)

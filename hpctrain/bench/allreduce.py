@@ -17,7 +17,7 @@ from mpi4py import MPI
 from hpctrain.averaging.medium import BLOCK, Medium, Wire
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.space import Space, cut
-from hpctrain.bench.measure import alternate, row, say, start_gloo
+from hpctrain.bench.measure import alternate, each, row
 from hpctrain.topology import Topology
 
 SIZES = [1 << bits for bits in (12, 14, 16, 18, 20, 22, 24, 26, 28)]
@@ -26,14 +26,7 @@ SIZES = [1 << bits for bits in (12, 14, 16, 18, 20, 22, 24, 26, 28)]
 
 def bench(topology: Topology, sizes: list[int] | None = None) -> list[dict[str, Any]]:
     """Measure every size. Collective."""
-    comm = topology.comms.world
-    start_gloo(comm)
-    rows = []
-    for size in sizes or SIZES:
-        rows.append(one_size(topology, size))
-        say(comm, f"{size} bytes done")
-    dist.destroy_process_group()
-    return rows
+    return each(topology, sizes or SIZES, one_size)
 
 
 def one_size(topology: Topology, size: int) -> dict[str, Any]:

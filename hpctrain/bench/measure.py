@@ -7,17 +7,18 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
 from hpctrain.errors import HpctrainError
-from hpctrain.topology import processor
+from hpctrain.topology import Topology, processor
 from hpctrain.version import __version__
 
+C = TypeVar("C")
 Contenders = Mapping[str, Callable[[], None]]
 WARM_UP = 3
 YIELDING = "OMPI_MCA_mpi_yield_when_idle"
@@ -51,6 +52,21 @@ def alternate(
                 began = comm.allreduce(began, op=MPI.MIN)
             times[name].append(comm.allreduce((ended - began) / repeats, op=MPI.MAX))
     return times
+
+
+def each(
+    topology: Topology, cases: Sequence[C], one: Callable[[Topology, C], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Measure case by case, with Gloo for the peers. Collective."""
+    comm = topology.comms.world
+    torch.set_num_threads(topology.threads)
+    start_gloo(comm)
+    rows = []
+    for case in cases:
+        rows.append(one(topology, case))
+        say(comm, f"{rows[-1]['case']} done")
+    dist.destroy_process_group()
+    return rows
 
 
 def row(case: str, ranks: int, bytes_: int, times: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from mpi4py import MPI
 from torch import nn
 
 from hpctrain.averaging.averager import Averager
 from hpctrain.batch import Batch
-from hpctrain.bench.measure import alternate, row, say, start_gloo
+from hpctrain.bench.measure import alternate, each, row
 from hpctrain.data import order
 from hpctrain.data.loader import Step
 from hpctrain.engine import Engine
 from hpctrain.errors import ConfigError
 from hpctrain.loss import SummedLoss
 from hpctrain.pipeline import split
+from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.stage import Stage, take_share
 from hpctrain.pipeline.transport import Transport
 from hpctrain.topology import Topology
@@ -82,15 +82,7 @@ def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, 
     """Measure every case, one stage a rank. Collective."""
     if topology.stages == 1:
         raise ConfigError("bench pipeline measures stages: start it on 2 ranks or more (mpirun -n 2)")
-    comm = topology.comms.world
-    torch.set_num_threads(topology.threads)
-    start_gloo(comm)
-    rows = []
-    for case in cases or CASES:
-        rows.append(one_case(topology, case))
-        say(comm, f"{case} done")
-    dist.destroy_process_group()
-    return rows
+    return each(topology, cases or list(CASES), one_case)
 
 
 def one_case(topology: Topology, name: str) -> dict[str, Any]:
@@ -128,7 +120,7 @@ def our_step(
     model = case.make()
     sizes = order.sizes(len(x), case.micro_batches)
     starts = np.cumsum([0, *sizes])
-    pieces = split.cut(model, {"x": x[: sizes[0]]}, False, topology.stages, [], "cpu")
+    pieces = split.cut(model, {"x": x[: sizes[0]]}, False, topology.stages, [])
     take_share(model, pieces, topology.stage)
     stage = Stage(pieces, topology.stage, Transport(topology.comms.pipe, "cpu"))
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
@@ -160,8 +152,8 @@ def torch_step(
 
     torch.manual_seed(1)
     model = case.make()
-    cut = split.cut(model, {"x": x[:1]}, False, topology.stages, [], "cpu")
-    assert isinstance(cut, split.Layers)
+    cut = split.cut(model, {"x": x[:1]}, False, topology.stages, [])
+    assert isinstance(cut, Layers)
     first, last = cut.ranges[topology.stage]
     part = nn.Sequential(*[layer for _, layer in cut.layers[first:last]])
     stage = pipelining.PipelineStage(part, topology.stage, topology.stages, torch.device("cpu"))
@@ -201,7 +193,7 @@ def limit_step(topology: Topology, engine: Engine, case: Case, x: torch.Tensor) 
     """Run this rank's part on data of its own, gradients straight into place as in ours."""
     assert engine.pipeline is not None
     cut = engine.pipeline.cut
-    assert isinstance(cut, split.Layers)
+    assert isinstance(cut, Layers)
     first, last = cut.ranges[topology.stage]
     torch.manual_seed(1)
     with torch.no_grad():

@@ -12,12 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpctrain.averaging.averager import Averager
-from hpctrain.bench.measure import alternate, row, say, start_gloo
+from hpctrain.bench.measure import alternate, each, row
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.models.residual import ResidualNet
 from hpctrain.models.unet import UNet
@@ -76,15 +75,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every case. Collective."""
-    comm = topology.comms.world
-    torch.set_num_threads(topology.threads)
-    start_gloo(comm)
-    rows = []
-    for case in cases or CASES:
-        rows.append(one_case(topology, case))
-        say(comm, f"{case} done")
-    dist.destroy_process_group()
-    return rows
+    return each(topology, cases or list(CASES), one_case)
 
 
 def one_case(topology: Topology, case: str) -> dict[str, Any]:

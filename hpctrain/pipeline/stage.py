@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from hpctrain.errors import ConfigError
+from hpctrain.pipeline.part import INPUT, Cut, Env, Part
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
-from hpctrain.pipeline.split import INPUT, Cut, Env, Part
 from hpctrain.pipeline.transport import BACKWARD, FORWARD, PeerFailedError, Transport
 
 TIED = 4
@@ -247,6 +248,11 @@ def take_share(module: nn.Module, cut: Cut, stage: int) -> tuple[set[int], list[
             mine.add(at)
         elif stage in stages:
             here = copies[at] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        if len(stages) > 1 and name.endswith("running_mean"):
+            raise ConfigError(
+                f"stages {stages[0]} and {stages[-1]} both call the BatchNorm of {name}, whose running "
+                f"statistics have one place: set parallel.cuts so that one stage makes all its calls"
+            )
         if len(stages) > 1:
             ties.append(Tie(name, here, stages[0], tuple(stages[1:])))
     for _, owner in list(module.named_modules()):

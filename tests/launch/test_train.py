@@ -275,3 +275,14 @@ def test_ranks_that_outnumber_cores_are_dealt_out_evenly(launcher):
     whole = cores == list(range(os.cpu_count()))
     expected = [f"core {core} 1" for core in cores for _ in range(2)] if whole and len(cores) > 1 else None
     assert found == expected or (expected is None and len(found) == 2 * len(cores))
+
+
+def test_dry_run_runs_the_model_once(launcher, small):
+    """Alone and in stages: a layer whose width does not fit is found before a queue has been waited in."""
+    for ranks, stages in ((2, 1), (2, 2)):
+        good = launcher.ranks(ranks, "train", "small.toml", "--dry-run", "--parallel.stages", stages)
+        assert good.status == 0, good.text
+        bad = launcher.ranks(ranks, "train", "small.toml", "--dry-run", "--parallel.stages", stages,
+                             "--model.class_path", "stage_models.Misfit")  # fmt: skip
+        assert bad.status != 0
+        assert "shapes cannot be multiplied" in bad.text or "same reduction dim" in bad.text

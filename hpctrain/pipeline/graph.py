@@ -1,0 +1,179 @@
+"""A model as operators, written down by torch.export: a stage runs some, with the model's own parameters.
+
+      graph    conv · bn · relu · conv · bn · add · pool · linear         a list of operators
+      cut      └──── stage 0 ────┘└──────── stage 1 ──────────┘           contiguous, by cost
+      values   relu's result crosses to stage 1; a skip goes straight from its producer to its consumer
+
+A cut may go anywhere but between a tensor and an operator that changes it in place.
+"""
+
+import torch
+from torch import fx, nn
+
+from hpctrain.draws import draws
+from hpctrain.errors import ConfigError
+from hpctrain.pipeline.balance import partition
+from hpctrain.pipeline.operators import changes, cost, forbidden, path_of, roots
+from hpctrain.pipeline.part import INPUT, Part, begins
+from hpctrain.pipeline.runner import Runner
+from hpctrain.pipeline.trace import Traced, Writer
+
+
+class Graph:
+    """A model as operators; a stage runs some of them, with the model's own parameters."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        named: bool,
+        stages: int,
+        cuts: list[str],
+    ) -> None:
+        """Write the forward down for this batch and cut it."""
+        self.stages, self.module = stages, module
+        self.writer = Writer(module, inputs, named, stages)
+        first = dict[int, str]()
+        everything = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        self.real = dict(everything)
+        self.first = {name: first.setdefault(id(t), name) for name, t in everything}
+        self._traced: dict[tuple[int, bool], Traced] = {}
+        samples = self.samples = len(next(iter(inputs.values())))
+        traced = self.writer.write(samples, training=True)
+        self._place(traced, cuts)
+        self.used: dict[int, set[str]] = {stage: set() for stage in range(stages)}
+        for node in traced.nodes:
+            names = {traced.held[a.name] for a in node.all_input_nodes if a.name in traced.held}
+            self.used[traced.stage[node.name]] |= names | self._counter(node)
+        self._traced[samples, True] = traced
+
+    def _counter(self, node: fx.Node) -> set[str]:
+        """Give the counter of a BatchNorm's calls, which the module itself moves on."""
+        name = f"{path_of(node)}.num_batches_tracked"
+        return {name} & set(self.real) if node.target is torch.ops.aten.batch_norm.default else set()
+
+    def tensors(self, stage: int) -> list[str]:
+        """Parameters and buffers that its operators use."""
+        return sorted(self.used[stage])
+
+    def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Who gives values to whom, and waits for whose gradients."""
+        parts = {s: self.part(s, self.samples, True) for s in range(self.stages)}
+        return {s: sorted(p.gives) for s, p in parts.items()}, {s: sorted(p.awaits) for s, p in parts.items()}
+
+    def adopt(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the tensors of this rank's stage, by name, in the place of the whole model's. Local."""
+        self.real = dict(tensors)
+
+    # -- cutting -----------------------------------------------------------------------------
+
+    def _place(self, traced: Traced, cuts: list[str]) -> None:
+        """Give every operator its stage."""
+        nodes = traced.nodes
+        at = {node.name: i for i, node in enumerate(nodes)}
+        if cuts:
+            ranges = begins(cuts, [path_of(node) for node in nodes], "modules")
+            edges = [start for start, _ in ranges[1:]]
+            wrong = sorted(set(edges) & forbidden(nodes, at))
+            if wrong:
+                raise ConfigError(
+                    f"parallel.cuts: {cuts[edges.index(wrong[0])]} begins between a tensor and an operator "
+                    f"that changes it in place ({nodes[wrong[0]].name}): cut elsewhere, or leave "
+                    f"inplace = True out there"
+                )
+        else:
+            bad = forbidden(nodes, at)
+            starts = [
+                0,
+                *[i for i, node in enumerate(nodes) if i and i not in bad and self._heavy(node, traced)],
+            ]
+            if len(starts) < self.stages:  # fewer weights than stages: between any two operators then
+                starts = [i for i in range(len(nodes)) if i not in bad]
+            costs = [cost(node) for node in nodes]
+            pieces = list(zip(starts, [*starts[1:], len(nodes)]))
+            groups = partition([sum(costs[a:b]) for a, b in pieces], self.stages)
+            edges = [pieces[start][0] for start, _ in groups[1:]]
+        for i, node in enumerate(nodes):
+            traced.stage[node.name] = sum(edge <= i for edge in edges)
+
+    def _heavy(self, node: fx.Node, traced: Traced) -> bool:
+        """Whether a stage may begin here: at an operator with a matrix of its own."""
+        return any(
+            self.real[traced.held[a.name]].ndim > 1 for a in node.all_input_nodes if a.name in traced.held
+        )
+
+    def _follow(self, traced: Traced) -> None:
+        """Place the operators of another number of samples, or of eval mode: where their parameters are."""
+        owner: dict[str, list[int]] = {}
+        for stage, names in self.used.items():
+            for name in names:
+                owner.setdefault(self.first[name], []).append(stage)
+        for node in traced.nodes:
+            inputs = [traced.stage[a.name] for a in node.all_input_nodes if a.name in traced.stage]
+            stage = max(inputs, default=0)
+            for a in node.all_input_nodes:
+                if a.name in traced.held:
+                    homes = owner.get(self.first[traced.held[a.name]], [0])
+                    later = [home for home in homes if home >= stage]
+                    if not later:
+                        raise ConfigError(
+                            f"the model runs {traced.held[a.name]} in another order in eval mode or with "
+                            f"another number of samples than in training, which stages can't follow"
+                        )
+                    stage = min(later)
+            traced.stage[node.name] = stage
+        for node in traced.nodes:  # what is changed in place is changed where it was made
+            if changes(node) is not None:
+                root = roots(traced.nodes)[node.name]
+                if root in traced.stage and traced.stage[root] != traced.stage[node.name]:
+                    raise ConfigError(
+                        f"{node.name} changes in place what another stage made: leave inplace = True out"
+                    )
+
+    # -- running -----------------------------------------------------------------------------
+
+    def part(self, stage: int, samples: int, training: bool) -> Part:
+        """Run the stage's operators."""
+        if (samples, training) not in self._traced:
+            traced = self.writer.write(samples, training)
+            self._follow(traced)
+            self._traced[samples, training] = traced
+        traced = self._traced[samples, training]
+        last = self.stages - 1
+        home = {**traced.stage, **dict.fromkeys(traced.inputs, INPUT)}
+        wanted: dict[str, set[int]] = {}
+        for node in traced.nodes:
+            for a in node.all_input_nodes:
+                if a.name in home:
+                    wanted.setdefault(a.name, set()).add(traced.stage[node.name])
+        for name in traced.outputs:
+            if isinstance(name, str) and name in home:
+                wanted.setdefault(name, set()).add(last)
+        part = Part()
+        for name, stages in wanted.items():
+            if stage in stages and home[name] < stage:
+                part.needs.setdefault(home[name], []).append(name)
+            if home[name] == INPUT:
+                continue
+            chain = [home[name], *sorted(other for other in stages if other > home[name])]
+            if stage not in chain:
+                continue
+            if home[name] == stage:
+                for other in chain[1:]:
+                    part.gives.setdefault(other, []).append(name)
+            at = chain.index(stage)
+            if at + 1 < len(chain):
+                part.awaits.setdefault(chain[at + 1], []).append(name)
+            if at:
+                part.returns.setdefault(chain[at - 1], []).append(name)
+        mine = [node for node in traced.nodes if traced.stage[node.name] == stage]
+        numbers, count = {}, 0
+        for node in traced.nodes:
+            if draws(node.target, node.args, dict(node.kwargs)):
+                numbers[node.name] = count
+                count += 1
+        part.run = Runner(self.module, self.real.__getitem__, traced, mine, numbers, stage == last)
+        return part

@@ -1,0 +1,85 @@
+"""A model whose layers follow one another: a stage runs some of them, one behind the other."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from hpctrain.draws import Draws
+from hpctrain.errors import ConfigError
+from hpctrain.pipeline.balance import partition
+from hpctrain.pipeline.part import Env, Part, begins
+
+
+def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
+    """Give a model's layers by name where each takes what the one before gave; None where unknown."""
+    names = {id(m): name for name, m in module.named_modules()}
+    layers: Any = getattr(module, "layers", None)
+    if callable(layers) and not isinstance(layers, nn.Module):
+        given = list(layers())
+        if not all(isinstance(layer, nn.Module) and id(layer) in names for layer in given):
+            raise ConfigError(f"{type(module).__name__}.layers() must give submodules of the model, in order")
+        return [(names[id(layer)], layer) for layer in given]
+    if type(module) is not nn.Sequential:
+        return None
+    return list(_flat(module, ""))
+
+
+def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module._modules.items():  # named_children leaves out what stands twice
+        assert child is not None
+        if type(child) is nn.Sequential and not child._forward_hooks and not child._forward_pre_hooks:
+            yield from _flat(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+class Layers:
+    """Layers in a row; a stage runs some of them."""
+
+    def __init__(self, layers: list[tuple[str, nn.Module]], stages: int, cuts: list[str]) -> None:
+        """Cut them by the numbers of their parameters, or where `cuts` says."""
+        self.layers, self.stages = layers, stages
+        if cuts:
+            self.ranges = begins(cuts, [name for name, _ in layers], "layers")
+        else:
+            self.ranges = partition([1.0 + sum(p.numel() for p in m.parameters()) for _, m in layers], stages)
+
+    def tensors(self, stage: int) -> list[str]:
+        """Parameters and buffers of its layers."""
+        start, stop = self.ranges[stage]
+        found = []
+        for name, layer in self.layers[start:stop]:
+            inner = [
+                *layer.named_parameters(remove_duplicate=False),
+                *layer.named_buffers(remove_duplicate=False),
+            ]
+            found += [f"{name}.{own}" for own, _ in inner]
+        return found
+
+    def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Each to the next, and back."""
+        links = {s: [s + 1] if s + 1 < self.stages else [] for s in range(self.stages)}
+        return links, links
+
+    def part(self, stage: int, samples: int, training: bool) -> Part:
+        """Run the stage's layers one behind the other."""
+        start, stop = self.ranges[stage]
+        layers = [layer for _, layer in self.layers[start:stop]]
+        changes = any(getattr(m, "inplace", False) for layer in layers for m in layer.modules())
+        last = stage == self.stages - 1
+
+        def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
+            value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]
+            if changes and stage:
+                value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
+            with Draws(stream, begin) as counting:
+                for layer in layers:
+                    value = layer(value)
+            return {"output" if last else f"value {stage}": value}, counting.count
+
+        before = {stage - 1: [f"value {stage - 1}"]} if stage else {}
+        behind = {} if last else {stage + 1: [f"value {stage}"]}
+        return Part(before, behind, behind, before, run)

@@ -1,0 +1,94 @@
+"""What the operators of a written-down forward say of themselves: place, aliases, work. Pure."""
+
+import torch
+from torch import fx
+
+
+def path_of(node: fx.Node) -> str:
+    """Give the path of the innermost module that an operator stands in."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).split("@")[0] if stack else ""
+
+
+def kind_of(node: fx.Node) -> str:
+    """Give the class of the innermost module that an operator stands in."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][1]) if stack else ""
+
+
+def changes(node: fx.Node) -> fx.Node | None:
+    """Give the value that an operator changes in place, if any."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return None
+    for argument, value in zip(schema.arguments, node.args):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+            return value
+    return None
+
+
+def roots(nodes: list[fx.Node]) -> dict[str, str]:
+    """By value: the one whose memory it may show."""
+    found: dict[str, str] = {}
+    for node in nodes:
+        schema = getattr(node.target, "_schema", None)
+        aliases = schema is None or any(r.alias_info is not None for r in schema.returns)
+        composite = schema is not None and schema.name.split("::")[-1] in (
+            "reshape",
+            "contiguous",
+            "to",
+            "flatten",
+        )
+        source = node.all_input_nodes[0].name if node.all_input_nodes and (aliases or composite) else None
+        found[node.name] = found.get(source, source) if source is not None else node.name
+    return found
+
+
+def forbidden(nodes: list[fx.Node], at: dict[str, int]) -> set[int]:
+    """Where no stage may begin: between a tensor and what changes it in place, or calls of one BatchNorm."""
+    found: set[int] = set()
+    calls: dict[str, list[int]] = {}
+    for i, node in enumerate(nodes):
+        if node.target is torch.ops.aten.batch_norm.default:  # its running statistics have one place
+            calls.setdefault(path_of(node), []).append(i)
+    for places in calls.values():
+        found |= set(range(places[0] + 1, places[-1] + 1))
+    root = roots(nodes)
+    for i, node in enumerate(nodes):
+        changed = changes(node)
+        if changed is not None:
+            begin = at.get(root.get(changed.name, changed.name), -1)
+            found |= set(range(begin + 1, i + 1)) if begin >= 0 else set()
+    return found
+
+
+PER_NUMBER = 40.0
+"""Multiplications and additions that a core does while it moves one number from and to memory."""
+PASSES = {"dropout": 5.0, "batch_norm": 3.0, "group_norm": 3.0, "layer_norm": 3.0, "native_group_norm": 3.0}
+"""How often an operator goes over its numbers, or what drawing them costs."""
+
+
+def cost(node: fx.Node) -> float:
+    """Estimate an operator's work in multiplications and additions, from the shapes alone. Pure.
+
+    Not measured: a cut that differs from run to run would change the order in which the squares of a
+    norm are added, and runs are to repeat bit for bit.
+    """
+    out = node.meta.get("val")
+    size = float(out.numel()) if isinstance(out, torch.Tensor) else 1.0
+    shapes = [
+        a.meta["val"].shape for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)
+    ]
+    moved = size + (float(shapes[0].numel()) if shapes else 0.0)
+    name = getattr(node.target, "_opname", "")
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and changes(node) is None and any(r.alias_info is not None for r in schema.returns):
+        return 1.0  # a view
+    work = PER_NUMBER * moved * PASSES.get(name, 1.0)
+    if name == "linear" or name.startswith("conv"):
+        return work + 2.0 * size * float(shapes[1][1:].numel())
+    if name in ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"):
+        return work + 2.0 * size * float(shapes[0][-1] if shapes and len(shapes[0]) else 1)
+    if name == "scaled_dot_product_attention":
+        return work + 4.0 * size * float(shapes[1][-2])
+    return work

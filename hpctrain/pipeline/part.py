@@ -1,0 +1,63 @@
+"""What a stage does in one forward, and what a model in stages offers, however it was cut."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hpctrain.errors import ConfigError
+
+INPUT = -1
+"""The stage of the model's inputs: whoever needs one reads it from the data."""
+Env = dict[str, Any]
+
+
+@dataclass
+class Part:
+    """What one stage does in one forward."""
+
+    needs: dict[int, list[str]] = field(default_factory=dict)
+    """By earlier stage (or INPUT): the values that come from there."""
+    gives: dict[int, list[str]] = field(default_factory=dict)
+    """By later stage: the values that go there."""
+    awaits: dict[int, list[str]] = field(default_factory=dict)
+    """By later stage: the values whose gradients come from there."""
+    returns: dict[int, list[str]] = field(default_factory=dict)
+    """By earlier stage: the values whose gradients go there.
+
+    A value that several stages use gets its gradient as in one process, the latest use first: from
+    stage to stage, each adding its own, and from the first of them to the producer.
+    """
+    run: Callable[[Env, int, int], tuple[Env, int]] = lambda env, stream, start: (env, start)
+    """(values, stream, draws so far) to (values to give; the model's output under "output"), draws so far."""
+
+
+class Cut(Protocol):
+    """A model in stages."""
+
+    stages: int
+
+    def tensors(self, stage: int) -> list[str]:
+        """Names of the parameters and buffers that a stage uses."""
+
+    def part(self, stage: int, samples: int, training: bool) -> Part:
+        """What a stage does with a micro-batch of so many samples."""
+
+    def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """By stage: the later stages that it gives values to in training, and that gradients come from."""
+
+
+def begins(cuts: list[str], owners: list[str], what: str) -> list[tuple[int, int]]:
+    """Find where named modules begin, in order; gives each stage's (start, stop). Pure.
+
+    >>> begins(["b"], ["a", "a", "b.0", "c"], "layers")
+    [(0, 2), (2, 4)]
+    """
+    edges = [0]
+    for name in cuts:
+        at = next((i for i, o in enumerate(owners) if o == name or o.startswith(name + ".")), -1)
+        if at <= edges[-1]:
+            known = list(dict.fromkeys(owners))
+            why = "is not among" if at < 0 else "does not come behind the cut before it among"
+            raise ConfigError(f"parallel.cuts: {name} {why} the {what} {', '.join(known[:12])}")
+        edges.append(at)
+    return list(zip(edges, [*edges[1:], len(owners)]))

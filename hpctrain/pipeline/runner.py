@@ -1,0 +1,89 @@
+"""Runs the operators of a stage, called as the module would call them.
+
+Linear layers and embeddings go through the functions that `gradient` watches, BatchNorm through its
+module (whose calls `averaging` watches), everything else straight to torch: so stages have the bits
+of the whole model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree
+
+from hpctrain.draws import seed
+from hpctrain.pipeline.operators import kind_of, path_of
+from hpctrain.pipeline.part import Env
+from hpctrain.pipeline.trace import Constant, Traced
+
+
+@dataclass
+class Runner:
+    """Runs operators of one stage."""
+
+    module: nn.Module
+    real: Callable[[str], torch.Tensor]
+    """Gives a parameter or buffer by name."""
+    traced: Traced
+    nodes: list[fx.Node]
+    numbers: dict[str, int]
+    last: bool
+
+    def __call__(self, given: Env, stream: int, start: int) -> tuple[Env, int]:
+        """Run from what was given; draws are numbered over the whole forward."""
+        traced, env = self.traced, dict(given)
+        env.update({node: given[name] for node, name in traced.inputs.items() if name in given})
+
+        def value(node: fx.Node) -> Any:
+            if node.name in traced.held:
+                return self.real(traced.held[node.name])
+            return traced.constants[node.name] if node.name in traced.constants else env[node.name]
+
+        for node in self.nodes:
+            arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+            if node.name in self.numbers:
+                seed(stream, self.numbers[node.name])
+            env[node.name] = self._call(node, arguments, named)
+        if self.last:
+            values = [o.value if isinstance(o, Constant) else self._output(o, env) for o in traced.outputs]
+            env["output"] = _pytree.tree_unflatten(values, traced.tree)
+        return env, start
+
+    def _output(self, name: str, env: Env) -> Any:
+        return self.real(self.traced.held[name]) if name in self.traced.held else env[name]
+
+    def _call(self, node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Call an operator as the module would: through the functions that the gradient's mode watches."""
+        target = node.target
+        if target is torch.ops.aten.batch_norm.default:
+            owner = self.module.get_submodule(path_of(node))
+            if isinstance(owner, _BatchNorm):
+                return normalise(owner, arguments[0])
+        # what attention calls inside is hidden from modes in eager mode too
+        hidden = "MultiheadAttention" in kind_of(node)
+        if target is torch.ops.aten.linear.default and not hidden:
+            return functional.linear(*arguments, **named)
+        if target is torch.ops.aten.embedding.default and not hidden:
+            weight, indices, *rest = arguments
+            padding = rest[0] if rest and rest[0] >= 0 else None
+            if not any(rest[1:]):
+                return functional.embedding(indices, weight, padding)
+        with torch._C.DisableTorchFunction():
+            return target(*arguments, **named)  # type: ignore[operator]
+
+
+def normalise(owner: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
+    """Call a BatchNorm's module for its normalisation alone: what a subclass adds is written down too."""
+    own = type(owner).forward
+    if own is _BatchNorm.forward or hasattr(owner, "meeting"):
+        return owner(x)  # type: ignore[no-any-return]
+    owner.forward = MethodType(_BatchNorm.forward, owner)  # type: ignore[method-assign]
+    try:
+        return owner(x)  # type: ignore[no-any-return]
+    finally:
+        del owner.forward

@@ -1,0 +1,107 @@
+"""Writes a model's forward down as operators, with torch.export, on tensors without memory."""
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hpctrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A plain value that the model gives out."""
+
+    value: Any
+
+
+@dataclass
+class Traced:
+    """A forward as operators, for one number of samples."""
+
+    nodes: list[fx.Node]
+    inputs: dict[str, str]
+    """By placeholder: the model's input."""
+    held: dict[str, str]
+    """By placeholder: the parameter or buffer."""
+    constants: dict[str, Any]
+    outputs: list[Any]
+    """Names of values, or plain constants."""
+    tree: Any
+    stage: dict[str, int] = field(default_factory=dict)
+
+
+class Writer:
+    """Writes one model's forward down, for any number of samples, in training and eval mode."""
+
+    def __init__(self, module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages: int) -> None:
+        """Take the module, one batch for its shapes, and whether forward gets its inputs by name."""
+        self.module, self.named, self.stages = module, named, stages
+        self.like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
+        self.fake = FakeTensorMode()
+        self.skeleton = skeleton(module, self.fake)
+
+    def write(self, samples: int, training: bool) -> Traced:
+        """Write the forward down with torch.export, on tensors without memory."""
+        self.module.train(training)  # a user's train() may keep parts in eval mode
+        for name, m in self.module.named_modules():
+            self.skeleton.get_submodule(name).training = m.training
+        with self.fake:
+            fakes = {
+                name: torch.zeros((samples, *shape), dtype=dtype)
+                for name, (shape, dtype) in self.like.items()
+            }
+        arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what can't be written down is an error below
+                program = torch.export.export(self.skeleton, *arguments, strict=False)
+        except Exception as error:
+            line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+            raise ConfigError(
+                f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
+                f"down, so it can't be cut ({type(error).__name__}: {line.strip()}); make it an "
+                f"nn.Sequential, or give it a method layers() that lists submodules which follow one another"
+            ) from None
+        signature = program.graph_signature
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        order = list(fakes) if not self.named else list(program.call_spec.in_spec.child(1).context)
+        inputs = dict(zip(signature.user_inputs, order))
+        constants = {
+            name: program.constants[c] for name, c in signature.inputs_to_lifted_tensor_constants.items()
+        }
+        nodes, outputs = [], []
+        counters = {name for name, of in held.items() if of.endswith("num_batches_tracked")}
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                if counters & {a.name for a in node.all_input_nodes}:
+                    counters.add(node.name)  # BatchNorm's own counting, which its module does
+                else:
+                    nodes.append(node)
+            elif node.op == "get_attr":
+                constants[node.name] = getattr(program.graph_module, str(node.target))
+            elif node.op == "output":
+                outputs = [a.name if isinstance(a, fx.Node) else Constant(a) for a in node.args[0]]
+        return Traced(
+            nodes,
+            {str(k): v for k, v in inputs.items()},
+            held,
+            constants,
+            outputs,
+            program.call_spec.out_spec,
+        )
+
+
+def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
+    """Copy a module without its memory."""
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        with fake:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        wanted = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if wanted else empty
+    return copy.deepcopy(module, memo)
