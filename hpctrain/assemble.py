@@ -258,6 +258,8 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         cuda_aware=topology.cuda_aware,
         pipe=topology.comms.pipe,
     )
+    if pipeline and pipeline.ties:
+        averager.nothing_early()
     with together(world):
         names = list(task.input_shapes)
         engine = Engine(

@@ -308,3 +308,28 @@ def test_after_an_error_the_next_step_is_right(world):
     bits = [w.numpy().tobytes() for w in before]
     assert all(share == bits for share in world.allgather(bits))
     averager.close()
+
+
+@pytest.mark.mpi
+def test_gradients_of_other_ranks_are_added_before_anything_leaves(world):
+    """A weight that stages share: its copies' gradients come when backward is over."""
+    found = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        module = Net()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        averager = Averager(module, optimizer, world, node_of=[r % 2 for r in range(world.size)])
+        averager.nothing_early()
+        averager.begin([world.rank])
+        loss = module(torch.full((2, 40), 0.1 * (world.rank + 1))).square().sum()
+        if early:  # the same gradient by autograd alone
+            loss = loss + 3.0 * module.first.weight.sum()
+        loss.backward()
+        if not early:
+            averager.add(module.first.weight, torch.full_like(module.first.weight, 3.0))
+            averager.add(module.never.weight, torch.zeros_like(module.never.weight))
+        averager.joined(world.rank, 1.0, 2.0)
+        averager.step()
+        found.append(module.first.weight.detach().clone())
+        averager.close()
+    torch.testing.assert_close(found[0], found[1])

@@ -30,7 +30,7 @@ from hpctrain.averaging import build, sentinel
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.medium import BLOCK, Sink
 from hpctrain.averaging.node import Node
-from hpctrain.averaging.overlap import Overlap
+from hpctrain.averaging.overlap import WAYS, Choice, Overlap
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.running import RunningStatistics
 from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal
@@ -227,6 +227,14 @@ class Averager:
     def forward_of(self, micro_batch: int) -> None:
         """Note that the forward of a micro-batch follows, where passes are not in turn. Local."""
         self.running.micro_batch = micro_batch
+
+    def nothing_early(self) -> None:
+        """Let no bucket leave before `step`: gradients of other ranks will be added at the end. Local.
+
+        The same on all replicas.
+        """
+        if self.overlap:
+            self.overlap.choice = Choice(self.comm, WAYS[:1])
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add a gradient that another rank has computed to what has joined here. Local."""
