@@ -30,7 +30,7 @@ case ${1:-} in
       echo "== the suite at $ranks ranks"
       doctests=()
       if ((ranks == 1)); then doctests=(--doctest-modules hpctrain); fi
-      limited 600 mpirun -n "$ranks" coverage run -m pytest --color=no tests "${doctests[@]}" \
+      limited 900 mpirun -n "$ranks" coverage run -m pytest --color=no tests "${doctests[@]}" \
         --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long
     done
     echo "== what starts mpirun itself"
