@@ -48,6 +48,7 @@ def vhosts(tmp_path_factory):
     try:
         script("up", "3")
         script("shape", "1gbit")
+        run.script = script
         yield run
     finally:
         script("down")
@@ -92,3 +93,12 @@ def test_ways_are_tried_and_bfloat16_halves_the_bytes(vhosts):
     assert short["digests"] != exact["digests"]
     for sent, all_sent in zip(short["sent"], exact["sent"]):
         assert sent == pytest.approx(all_sent / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(("hosts", "stages"), [("h0:2,h1:2", 2), ("h0:2,h1:1,h2:1", 4)])
+def test_stages_lie_across_hosts_and_equal_one_process(vhosts, hosts, stages):
+    """The default recipe's U-Net, whose skips cross the link, and averaging within the stages' replicas."""
+    ranks = sum(int(host.split(":")[1]) for host in hosts.split(","))
+    command = [sys.executable, "-m", "hpctrain", "verify", "--parallel.stages", str(stages)]
+    text = vhosts.script("run", str(ranks), hosts, "-x", "PYTHONPATH", *command)
+    assert f"equal: 3 steps of {ranks // stages} replicas x {stages} stages against 1 x 1" in text
