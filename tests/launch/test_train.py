@@ -123,7 +123,6 @@ def test_sys_exit_in_the_model_on_one_rank_ends_all(launcher, small, tmp_path):
         (["train", "climat"], "CONFIG climat: no such file or recipe: did you mean climate?"),
         (["trian"], "trian is no verb: did you mean train?"),
         (["climate"], "climate is no verb: did you mean `hpctrain train climate`?"),
-        (["train", "small.toml", "--parallel.stages", "2"], "parallel.stages = 2: pipeline stages are not built yet"),
         (["train", "small.toml", "--model.class_path", "helpers.Nett"], "helpers has no Nett: did you mean Net"),
         (["train", "small.toml", "--model.init_args.wdith", "3"], "model.init_args.wdith: helpers.Dropping has no such"),
         (["train", "small.toml", "--data.targets", "z"], "part0.h5: dataset z is not in the file"),
