@@ -97,7 +97,7 @@ def check_resume(job: Job, stored: loading.Stored | None, run: RunFolder) -> Non
         raise ConfigError(different(run, lines))
     earlier = stored.state.get("processors", job.processors)
     if earlier != job.processors:
-        warn_of_unlike_processors("are not those that the run began on", [*earlier, "now", *job.processors])
+        warn_of_unlike_processors("are not those of the session before", [*earlier, "now", *job.processors])
 
 
 def different(run: RunFolder, lines: list[str]) -> str:

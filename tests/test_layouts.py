@@ -307,7 +307,7 @@ def test_a_resume_on_other_processors_says_so(topology, files, monkeypatch, capl
         state["processors"] = known
         with caplog.at_level("WARNING"):
             check_resume(job, stored, None)
-        told = "are not those that the run began on (old kind; now; new kind)" in caplog.text
+        told = "are not those of the session before (old kind; now; new kind)" in caplog.text
         assert told == (known == ["old kind"])
     job.close()
 

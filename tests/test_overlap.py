@@ -18,6 +18,7 @@ from hpctrain.averaging.memory import NodeMemory, Rendezvous
 from hpctrain.averaging.overlap import TURNS, WAYS, Choice, Mover
 from hpctrain.averaging.space import UNIT
 from hpctrain.config import Averaging
+from hpctrain.errors import HpctrainError
 from hpctrain.gradient import StraightIntoPlace
 
 
@@ -104,7 +105,7 @@ def test_buckets_leave_before_backward_is_over(world, way, monkeypatch):
     assert told
     assert max(told) >= count // 2
     assert max(told) < count, "the bucket of a parameter without gradient must wait for the end"
-    order = averager.places._order
+    order = averager.places.order
     assert sorted(order) == list(range(count))
     assert order != list(range(count)), "layers are used in another order than they are registered"
 
@@ -236,7 +237,47 @@ def test_a_failure_of_the_mover_is_told_to_all_before_it_is_raised(world):
     assert result.errors == 1
     assert (result.failure is not None) == (world.rank == 1)
     assert all(torch.equal(a, p) for a, p in zip(before, module.parameters()))
+    with pytest.raises(
+        HpctrainError, match="failed in an earlier step"
+    ):  # a message may be lost or come twice
+        averager.begin([world.rank])
     averager.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", WAYS)
+def test_the_moment_of_every_bucket_names_who_was_late_for_it(world, way, monkeypatch):
+    """The last rank takes long over the gradient of `first`, which comes last, and over nothing else."""
+    if world.size == 1:
+        return
+    monkeypatch.setattr(Choice, "note", lambda self, seconds: None)
+    module, slow = Net(), world.size - 1
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, fused=True)
+    averager = Averager(module, optimizer, world, node_of=[r % 2 for r in range(world.size)])
+    averager.overlap.choice.way = way
+    assert averager.ready_times() == []
+    for _ in range(4):
+        averager.begin([world.rank])
+        loss = module(torch.ones(2, 40)).square().sum()
+        module.first.weight.register_hook(lambda g: time.sleep(0.1 * (world.rank == slow)))
+        loss.backward()
+        averager.joined(world.rank, 1.0, 2.0)
+        averager.step()
+        module.first.weight._backward_hooks.clear()
+    found = averager.ready_times()
+    assert len(found) == len(averager.medium.buckets)
+    late = [name for name, seconds in found if seconds.argmax() == slow and seconds[slow] - seconds[0] > 0.08]
+    assert any("first.weight" in name for name in late), found
+    if way == "after":  # all leave at the end
+        assert len(late) == len(found)
+    else:
+        assert not seconds_apart(found[0][1]), found
+    averager.close()
+
+
+def seconds_apart(seconds):
+    """Whether some rank was much later than another."""
+    return seconds.max() - seconds.min() > 0.08
 
 
 @pytest.mark.mpi

@@ -41,7 +41,7 @@ from hpctrain.errors import DriftError, HpctrainError
 from hpctrain.piece import Piece, of_module
 from hpctrain.wire import raise_together
 
-FLAGS = ("errors", "stops", "saves", "changed")
+FLAGS = ("errors", "stops", "saves", "changed", "broken")
 TIMES = ("reading", "other", "computing", "transfer")
 
 
@@ -53,6 +53,8 @@ class Flags:
     stops: int = 0
     saves: int = 0
     changed: int = 0
+    broken: int = 0
+    """Its traffic with the other nodes failed: what is on its way will not arrive."""
     reading: float = 0.0
     """Seconds."""
     other: float = 0.0
@@ -146,7 +148,7 @@ class Averager:
         self.overlap = self._choose_overlap()
         self._losses = np.zeros((2, len(self.owners)))
         self._coming: list[int] = []
-        self._begun = False
+        self._begun = self._broken = False
         self._began = self._transfer = 0.0
         self.places.point(0, self.medium.slots[0])
 
@@ -205,7 +207,14 @@ class Averager:
         """Start a step: no gradient has joined; these micro-batches of this replica follow. Local.
 
         `taking_part`: the replicas with samples, for SyncBatchNorm (default: all).
+
+        Raises HpctrainError where moving gradients failed in an earlier step, on this rank or another.
         """
+        if self._broken:
+            raise HpctrainError(
+                "moving gradients between nodes failed in an earlier step, and its messages may still be on "
+                "their way: build the job anew, from its last checkpoint"
+            )
         if self.sync:
             self.sync.begin(list(range(self.comm.size) if taking_part is None else taking_part))
         self._began, self._begun = time.perf_counter(), True
@@ -317,6 +326,8 @@ class Averager:
             for group, rate in zip(self.optimizer.param_groups, lr or (), strict=lr is not None):
                 group["lr"] = rate
             norm = self._update(used, 1.0 / weight, clip)
+        elif flags["broken"]:
+            self._broken = True  # waiting for what is on its way could last for ever
         else:
             self.medium.skip()
         if self.overlap:
@@ -331,7 +342,7 @@ class Averager:
             if self.overlap:
                 self.overlap.take_over()
         except Exception as error:
-            self.flags.errors = 1
+            self.flags.errors = self.flags.broken = 1
             return error
         return None
 
@@ -477,6 +488,24 @@ class Averager:
             told = DriftError(next(text for text in texts if text))
             told.agreed = True
             raise told from drift
+
+    def ready_times(self) -> list[tuple[str, NDArray[np.float64]]]:
+        """Give each bucket's parameters and when it was full on each replica, in the order they leave.
+
+        Seconds since the end of the step before, shape (replicas,), the mean over the steps so far;
+        nothing where there is one node: all is averaged at once then. Collective over the replicas.
+        """
+        if not self.overlap or not self.overlap.steps:
+            return []
+        every = np.array(self.comm.allgather(self.overlap.ready / self.overlap.steps))
+        found = []
+        for at in self.places.order:
+            bucket = self.medium.buckets[at]
+            inside = self.spaces[bucket.space].inside(*bucket.range)
+            found.append(
+                (inside[0].name + (f" … {inside[-1].name}" if len(inside) > 1 else ""), every[:, at])
+            )
+        return found
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use; what a node shares is its first rank's. Local."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 from mpi4py import MPI
 
 from hpctrain.averaging.node import Node
@@ -126,10 +127,15 @@ class Overlap:
         self._learnt = False
         self.polled = 0.0
         """Seconds of this step's backward that went into moving buckets."""
+        self.ready = np.zeros(len(node.buckets))
+        """Seconds from the end of the step before to the moment when each bucket was full, summed over steps."""
+        self.steps = 0
+        """Steps in that sum."""
+        self._ended, self._full = 0.0, 0
 
     def begin(self) -> None:
         """Start a step. Local."""
-        self.polled = 0.0
+        self.polled, self._full = 0.0, 0
 
     def last(self) -> None:
         """Note that the backward that follows is the last of the step. Local."""
@@ -139,24 +145,34 @@ class Overlap:
             self.mover.start()
 
     def _tell(self, count: int) -> None:
+        self._note_full(count)
         self.node.announce(count)
         if self.choice.way == "between":
             began = time.perf_counter()
             self.node.poll()
             self.polled += time.perf_counter() - began
 
+    def _note_full(self, count: int) -> None:
+        """Keep the moment when the first `count` buckets of the order were full here, before any meeting."""
+        if self._ended:  # ranks end a step together: from there moments compare without a common clock
+            self.ready[self.places.order[self._full : count]] += time.perf_counter() - self._ended
+        self._full = count
+
     def take_over(self) -> None:
-        """Let only the caller move buckets from now on. Local."""
+        """Let only the caller move buckets from now on: backward is over, all are full. Local."""
+        self._note_full(len(self.ready))
         self.mover.stop()
 
     def note(self, seconds: float) -> None:
         """End a step that took this long; the first one shows the order of the buckets. Collective."""
+        self.steps += bool(self._ended)
         if not self._learnt:
             self._learnt = True
             order = self.node.comm.bcast(self.places.filling_order(), root=0)
             self.node.learn(order)
             self.places.learn(order)
         self.choice.note(seconds)
+        self._ended = time.perf_counter()
 
     def close(self) -> None:
         """End the thread. Local."""

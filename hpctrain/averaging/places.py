@@ -33,7 +33,8 @@ class Places:
         self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.named.values()]  # type: ignore[no-untyped-call]
         self._telling: Callable[[int], None] | None = None
         self._buckets_of: list[list[int]] = [[] for _ in self.named]
-        self._order: list[int] = []
+        self.order: list[int] = []
+        """Numbers of the buckets, as they are told."""
         self._told = 0
         self._missing: list[int] = []
         self._came: dict[int, int] = {}
@@ -43,18 +44,17 @@ class Places:
     def watch(self, buckets: Sequence[Bucket]) -> None:
         """Take the buckets; their order is that of the list until another is learnt. Local."""
         for at, (space, start, stop) in enumerate(buckets):
-            for seat in self.spaces[space].seats:
-                if seat.start < stop and seat.stop > start:
-                    self._buckets_of[seat.index].append(at)
-        self._order = list(range(len(buckets)))
+            for seat in self.spaces[space].inside(start, stop):
+                self._buckets_of[seat.index].append(at)
+        self.order = list(range(len(buckets)))
 
     def learn(self, order: list[int]) -> None:
         """Take the order in which buckets are told. Local."""
-        self._order = order
+        self.order = order
 
     def filling_order(self) -> list[int]:
         """Order the buckets by the last backward: as their last parameters came; those that waited last."""
-        last = [-1] * len(self._order)
+        last = [-1] * len(self.order)
         for index, buckets in enumerate(self._buckets_of):
             for at in buckets:
                 last[at] = max(last[at], self._came.get(index, len(self.named)))
@@ -69,7 +69,7 @@ class Places:
         """Note that what comes now is final; `tell(n)` hears that n buckets of the order are full. Local."""
         self._telling, self._told = tell, 0
         self._came = {}
-        counts = [0] * len(self._order)
+        counts = [0] * len(self.order)
         for buckets in self._buckets_of:
             for at in buckets:
                 counts[at] += 1
@@ -134,7 +134,7 @@ class Places:
         for at in self._buckets_of[index]:
             self._missing[at] -= 1
         told = self._told
-        while told < len(self._order) and not self._missing[self._order[told]]:
+        while told < len(self.order) and not self._missing[self.order[told]]:
             told += 1
         if told > self._told:
             self._told = told
@@ -144,7 +144,7 @@ class Places:
         """Refuse a gradient of a bucket that is on its way."""
         if self._telling is None or index not in self._came:
             return
-        if any(at in self._order[: self._told] for at in self._buckets_of[index]):
+        if any(at in self.order[: self._told] for at in self._buckets_of[index]):
             name = list(self.named)[index]
             raise HpctrainError(
                 f"a gradient of {name} came after its bucket was sent: one backward brings it in several "

@@ -85,6 +85,10 @@ class Space:
         """Bytes of one copy."""
         return self.size * self.dtype.itemsize
 
+    def inside(self, start: int, stop: int) -> list[Seat]:
+        """Give the parameters that have numbers in [start, stop)."""
+        return [seat for seat in self.seats if seat.start < stop and seat.stop > start]
+
     def cut(self, limit_bytes: int) -> None:
         """Cut the space into buckets of whole units, of about `limit_bytes`; it holds all its parameters."""
         step = max(1, limit_bytes // self.dtype.itemsize // UNIT) * UNIT

@@ -56,6 +56,13 @@ class Waiting:
             "waited_for": self.peers[last][0],
         }
 
+    def buckets(self, found: list[tuple[str, NDArray[np.float64]]]) -> list[dict[str, Any]]:
+        """Say of each bucket, in the order they leave, when it was full, and on whom it waited.
+
+        `found` gives its parameters and seconds by replica.
+        """
+        return [{"parameters": name, "ready_seconds": spread(times, self.peers)} for name, times in found]
+
     def line(self, seconds: float) -> str:
         """Say in one line who was waited for in steps that took `seconds` in all; "" where nobody waits."""
         steps = int(self.slowest.sum())
