@@ -192,10 +192,10 @@ class Loop:
             return STOPPED_EARLY
         found = self.validator.at_end()
         self.save()
-        reason = self.at.ended or f"all {job.total_steps} steps done"
-        self.run_folder.row("end", self.at.step, status="done", reason=reason)
         if ready := self.waiting.buckets(job.averager.ready_times()):
             self.run_folder.row("buckets", self.at.step, buckets=ready)
+        reason = self.at.ended or f"all {job.total_steps} steps done"
+        self.run_folder.row("end", self.at.step, status="done", reason=reason)
         waited = self.waiting.line(job.engine.clock.total)
         if waited:
             LOGGER.info("%s", waited)

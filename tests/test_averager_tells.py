@@ -43,15 +43,15 @@ def test_times_name_the_slowest(world):
 @pytest.mark.mpi
 @pytest.mark.parametrize("sharded", [True, False])
 def test_memory_counts_what_a_node_shares_once(world, sharded):
-    """One unit of weights: 4 KiB. Moments are cut between the ranks, or whole on each."""
+    """Two units of weights, 4 KiB each: parameters share none. Moments are cut between the ranks, or whole on each."""
     module = nn.Linear(32, 31)
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     averager = Averager(module, optimizer, world, sharded=sharded)
     found = {name: world.allreduce(size) for name, size in averager.memory().items()}
     numbers = 32 * 31 + 31
     copies = 1 if sharded else world.size
-    assert found["weights"] == copies * 4096
-    assert found["gradients"] == world.size * 4096
+    assert found["weights"] == copies * 8192
+    assert found["gradients"] == world.size * 8192
     assert found["optimizer"] == copies * 2 * 4 * numbers
     assert found["between nodes"] == 0
     averager.close()

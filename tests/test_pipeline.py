@@ -64,11 +64,12 @@ def alone_like(job, steps, clip=0.0):
 
 
 def run(job, steps, clip=0.0):
+    """Take steps, every other one of them clipped: both ways to new weights."""
     losses, position = [], 0
     for number in range(steps):
         step = job.loader.read(position)
-        result = job.engine.step(number, step, clip)
-        losses.append((result.loss, result.weight))
+        result = job.engine.step(number, step, clip if number % 2 else 0.0)
+        losses.append((result.loss, result.weight, result.norm))
         position = step.next_position
     return losses
 
@@ -88,12 +89,12 @@ def test_every_split_equals_one_process(world, build, model, schedule):
 @pytest.mark.mpi
 @pytest.mark.parametrize("model", MODELS)
 def test_one_replica_has_the_bits_of_one_process(world, build, model):
-    """Losses and weights after some steps; where a weight is used by two stages, its sum has another order."""
+    """Losses, norms and weights, clipped or not; where two stages use a weight, its sum has another order."""
     if world.size not in layouts(world.size, model):
         pytest.skip("as many stages as ranks, two at least")
     job = build(model, world.size, micro_batches=5)
-    losses = run(job, 4)
-    expected, state = alone_like(job, 4)
+    losses = run(job, 4, clip=0.05)
+    expected, state = alone_like(job, 4, clip=0.05)
     mine = job.engine.module.state_dict()
     if model in TIED:
         for name, value in mine.items():  # some roundings of numbers around 1
@@ -112,8 +113,8 @@ def test_one_replica_has_the_bits_of_one_process(world, build, model):
 def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, model):
     for stages in [1, *layouts(world.size)]:
         job = build(model, stages, micro_batches=6, invariant=True)
-        losses = run(job, 3)
-        expected, state = alone_like(job, 3)
+        losses = run(job, 4, clip=0.05)
+        expected, state = alone_like(job, 4, clip=0.05)
         assert losses == expected
         other = [n for n, v in job.engine.module.state_dict().items() if not torch.equal(v, state[n])]
         assert not other, (stages, other)
@@ -122,11 +123,11 @@ def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, mod
 @pytest.mark.mpi
 @pytest.mark.parametrize("model", ["Skips", "tied_row"])
 def test_clipping_is_by_the_norm_over_all_stages(world, build, model):
-    """Each weight once, also the one that two stages use. The norm's sum has another order: not the same bits."""
+    """Each weight once, also the one that two stages use. Replicas add in another order: not the same bits."""
     for stages in layouts(world.size):
         job = build(model, stages, micro_batches=4)
-        run(job, 3, clip=0.05)
-        _, state = alone_like(job, 3, clip=0.05)
+        run(job, 4, clip=0.05)
+        _, state = alone_like(job, 4, clip=0.05)
         for name, value in job.engine.module.state_dict().items():
             torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-3)
 

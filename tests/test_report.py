@@ -156,6 +156,9 @@ def test_who_was_waited_for_is_named():
     assert "waited 32.5% of the time" in line
     assert "rank 4 on b (75% of the steps; 33% would be even)" in line
     assert Waiting([(0, "a")]).line(1.0) == ""
+    (row,) = waiting.buckets([("a.weight … b.bias", np.array([0.1, 0.2, 0.9]))])
+    late = {"min": 0.1, "median": 0.2, "max": 0.9, "rank": 4, "host": "b"}
+    assert row == {"parameters": "a.weight … b.bias", "ready_seconds": late}
 
 
 def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):

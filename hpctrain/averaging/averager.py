@@ -408,12 +408,19 @@ class Averager:
             target.copy_(mean)
 
     def _norm(self) -> float:
-        """Add up the units' squares in one order, the same on every rank and layout of replicas.
+        """Add up the parameters' squares: the same bits on every rank, layout of replicas and split.
 
-        Collective over the stages.
+        A parameter's units are its own, added in one order; the sum over parameters is exact
+        (Shewchuk 1997, by math.fsum), so it does not show which stage has which. Collective over the stages.
         """
-        squares = sum(float(np.sum(np.square(units.numpy()))) for units in self.medium.units)
-        return math.sqrt(sum(self.pipe.allgather(squares)) if self.pipe else squares)
+        squares: list[float] = []
+        for space, units in zip(self.spaces, self.medium.units):
+            starts = [seat.start // UNIT for seat in space.seats if seat.numbers]
+            if starts:
+                squares += np.add.reduceat(np.square(units.numpy()), starts).tolist()
+        if self.pipe:
+            squares = [value for share in self.pipe.allgather(squares) for value in share]
+        return math.sqrt(math.fsum(squares)) if np.isfinite(squares).all() else math.nan
 
     def _step_stored(self, factor: float, whole: bool) -> None:
         """Clip and step by the mean gradient that lies in slot 0."""
@@ -495,16 +502,15 @@ class Averager:
         Seconds since the end of the step before, shape (replicas,), the mean over the steps so far;
         nothing where there is one node: all is averaged at once then. Collective over the replicas.
         """
-        if not self.overlap or not self.overlap.steps:
+        if not (self.overlap and self.overlap.steps and isinstance(self.medium, Node)):
             return []
         every = np.array(self.comm.allgather(self.overlap.ready / self.overlap.steps))
         found = []
         for at in self.places.order:
             bucket = self.medium.buckets[at]
             inside = self.spaces[bucket.space].inside(*bucket.range)
-            found.append(
-                (inside[0].name + (f" … {inside[-1].name}" if len(inside) > 1 else ""), every[:, at])
-            )
+            ends = dict.fromkeys((inside[0].name, inside[-1].name)) if inside else ["padding"]
+            found.append((" … ".join(ends), every[:, at]))
         return found
 
     def memory(self) -> dict[str, int]:

@@ -128,7 +128,7 @@ class Overlap:
         self.polled = 0.0
         """Seconds of this step's backward that went into moving buckets."""
         self.ready = np.zeros(len(node.buckets))
-        """Seconds from the end of the step before to the moment when each bucket was full, summed over steps."""
+        """Seconds from the end of the step before until each bucket was full, summed over steps."""
         self.steps = 0
         """Steps in that sum."""
         self._ended, self._full = 0.0, 0

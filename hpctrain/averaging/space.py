@@ -1,6 +1,6 @@
 """Where every gradient and weight lies: flat memory, one space for each dtype and device.
 
-      space    │ head.weight │ pad │ head.bias │ pad │  body.weight │ pad │ …      64-byte views
+      space    │ head.weight │ pad │ head.bias │ pad │  body.weight │ pad │ …      units of their own
       shelves  └──────────── shelf 0 ───────────────┘ └─── shelf 1 ───────┘        25 MiB
       buckets  └─── bucket 0 ──┘└── bucket 1 ──┘└── bucket 2 ──┘                   whole units
       units    ├──────┼──────┼──────┼──────┼──────┼──────┼──────┼──────┤           1,024 numbers
@@ -10,7 +10,7 @@ one optimizer group stand together. Buckets are what is summed at once: the shel
 cuts of them where a link asks for it. Where the numbers lie does not depend on that cut. The
 same layout serves gradients, weights and optimizer state. A rank's share of a bucket is a run of
 whole units, so that shares, and the sums of squares of the norm, do not depend on who computes
-them.
+them; no unit holds two parameters, so they do not depend on what else is trained here either.
 """
 
 from collections.abc import Iterator, Mapping
@@ -96,13 +96,12 @@ class Space:
 
     def add(self, parameters: list[tuple[str, int, nn.Parameter, int]]) -> None:
         """Append a shelf, for now a bucket: (name, index, parameter, group) each."""
-        step = ALIGNMENT // self.dtype.itemsize
         begin = end = self.size
         for name, index, parameter, group in sorted(parameters, key=lambda entry: entry[3]):
             count = numbers(parameter)
             self.seats.append(Seat(name, index, parameter, group, end, count))
-            end += up(count, step)
-        self.size = up(end, UNIT)
+            end += up(count, UNIT)
+        self.size = end
         self.buckets.append((begin, self.size))
 
 

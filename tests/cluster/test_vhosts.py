@@ -95,6 +95,19 @@ def test_ways_are_tried_and_bfloat16_halves_the_bytes(vhosts):
         assert sent == pytest.approx(all_sent / 2, rel=0.02)
 
 
+def test_a_run_says_of_every_bucket_when_it_was_full(vhosts, tmp_path):
+    run = tmp_path / "run"
+    options = ["--train.run_folder", str(run), "--train.steps", "12", "--train.validate_steps", "12"]
+    command = [sys.executable, "-m", "hpctrain", "train", *options, "--report.pictures", "false"]
+    vhosts.script("run", "2", "h0:1,h1:1", "-x", "PYTHONPATH", *command)
+    found = rows((run / "metrics.jsonl").read_text(encoding="utf-8"))
+    (buckets,) = [row["buckets"] for row in found if row["event"] == "buckets"]
+    assert {bucket["ready_seconds"]["rank"] for bucket in buckets} <= {0, 1}
+    moments = [bucket["ready_seconds"]["min"] for bucket in buckets]
+    assert min(moments) > 0.0
+    assert moments == sorted(moments), "buckets leave in the order in which they are full"
+
+
 @pytest.mark.parametrize(("hosts", "stages"), [("h0:2,h1:2", 2), ("h0:2,h1:1,h2:1", 4)])
 def test_stages_lie_across_hosts_and_equal_one_process(vhosts, hosts, stages):
     """The default recipe's U-Net, whose skips cross the link, and averaging within the stages' replicas."""
