@@ -26,6 +26,7 @@ endif
 
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/installed
+MODELS := $(VENV)/models
 export PATH := $(BIN):$(PATH)
 
 # Root is refused by Open MPI unless told twice. More ranks than cores: start them all the same,
@@ -61,13 +62,22 @@ check-mpi: $(STAMP)
 train: check-mpi
 	@mpirun -n $(RANKS) python -m hpctrain train --train.run_folder 'runs/climate-#' $(ARGS)
 
-test: $(STAMP)
+# models from PyPI have an environment of their own, which sees all that is installed for us
+$(MODELS)/models $(MODELS)/models-long: $(STAMP)
+	@echo "installing third-party models into $(MODELS)"
+	@rm -f $@
+	@$(PYTHON) -m venv $(MODELS) \
+	  && cp tests/models/beside.pth $(MODELS)/lib/python3*/site-packages/ \
+	  && $(MODELS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(@F)]' \
+	  && touch $@ || echo "they could not be installed: the tests with them are left out"
+
+test: $(STAMP) $(MODELS)/models
 	@tests/run.sh
 
 test-cluster: $(STAMP)
 	@tests/run.sh cluster
 
-test-long: $(STAMP)
+test-long: $(STAMP) $(MODELS)/models-long
 	@tests/run.sh long
 
 lint: $(STAMP)

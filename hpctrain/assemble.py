@@ -336,12 +336,19 @@ def stage_of(
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:
-    """Refuse a module with state that a checkpoint would lose. Local."""
-    extra = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
+    """Refuse a module with state that a checkpoint would lose; tell of what only may be state. Local."""
+    others = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
+    extra = [name for name in others if name.rpartition(".")[2] == "_extra_state"]
     if extra:
         raise ConfigError(
             f"the model keeps {extra[0]} by get_extra_state, which checkpoints don't hold: "
             f"keep it in a buffer (register_buffer)"
+        )
+    if others:  # a state_dict of the model's own; libraries put the constructor's arguments there
+        LOGGER.info(
+            "the model's own state_dict has %s, which is no tensor: checkpoints don't hold it, and a resume "
+            "builds it anew from the configuration",
+            ", ".join(others[:3]),
         )
 
 

@@ -25,12 +25,16 @@ def whole(name: str, tensor: Any) -> Piece:
     return Piece(name, shape, 0, math.prod(shape), tensor)
 
 
+def tensors_of(module: Any, **how: Any) -> dict[str, Any]:
+    """Weights and persistent buffers by name: a module's own state_dict may hold other things beside them."""
+    return {name: value for name, value in module.state_dict(**how).items() if hasattr(value, "detach")}
+
+
 def of_module(module: Any) -> list[Piece]:
     """Weights and persistent buffers of a module as whole pieces, a shared one once."""
-    kept = module.state_dict(keep_vars=True)
     found, seen = [], set()
-    for name, tensor in kept.items():
-        if hasattr(tensor, "detach") and id(tensor) not in seen:
+    for name, tensor in tensors_of(module, keep_vars=True).items():
+        if id(tensor) not in seen:
             seen.add(id(tensor))
             found.append(whole(f"model.{name}", tensor.detach()))
     return found

@@ -11,6 +11,7 @@ from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.models import build as models
 from hpctrain.parse import from_toml
+from hpctrain.piece import tensors_of
 
 
 def open_run(run: Path, step: int | None = None) -> tuple[Config, loading.Stored]:
@@ -42,14 +43,14 @@ def load_module(run: Path, step: int | None = None) -> torch.nn.Module:
 def rebuild(stored: loading.Stored, config: Config) -> torch.nn.Module:
     """Build a run's model with a checkpoint's weights, in eval mode. Local; needs no data."""
     module = models.build(config.model, config.train.seed)
-    state = module.state_dict()
+    state = tensors_of(module)
     loaded = {name: tensor for name, tensor in state.items() if f"model.{name}" in stored.tensors}
     for name in loaded:
         loaded[name] = stored.read(f"model.{name}")
     # a tensor with several names is stored under its first
     missing = set(state) - set(loaded)
     module.load_state_dict(loaded, strict=False)
-    after = module.state_dict()
+    after = tensors_of(module)
     aliases = {id_of(after[name]) for name in loaded}
     lost = [name for name in missing if id_of(after[name]) not in aliases]
     if lost:
@@ -65,7 +66,7 @@ def id_of(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
 def export(run: Path, output: Path, step: int | None = None) -> Path:
     """Write a plain state_dict: safetensors, or torch's own format for .pt and .pth. Local."""
     module = load_module(run, step)
-    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in tensors_of(module).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     if output.suffix == ".safetensors":

@@ -26,6 +26,7 @@ from hpctrain.averaging.sync_norm import SyncBatchNorm
 from hpctrain.config import Config
 from hpctrain.data.loader import Step
 from hpctrain.log import LOGGER
+from hpctrain.piece import tensors_of
 from hpctrain.topology import Topology
 from hpctrain.wire import from_root, raise_together
 
@@ -129,7 +130,7 @@ def one_step(job: Job, alone: Job | None, number: int, step: Step[Any]) -> str |
 
 def snapshot(job: Job) -> dict[str, torch.Tensor]:
     """Copy all weights and buffers, of all stages. Collective over them."""
-    mine = {name: value.detach().clone() for name, value in job.engine.module.state_dict().items()}
+    mine = {name: value.detach().clone() for name, value in tensors_of(job.engine.module).items()}
     if not job.engine.pipeline:
         return mine
     return {name: value for share in job.topology.comms.pipe.allgather(mine) for name, value in share.items()}
@@ -138,7 +139,7 @@ def snapshot(job: Job) -> dict[str, torch.Tensor]:
 def restore(job: Job, state: dict[str, torch.Tensor]) -> None:
     """Put weights and buffers back. A tied one may have come under one of its names only."""
     with torch.no_grad():
-        for name, value in job.engine.module.state_dict().items():
+        for name, value in tensors_of(job.engine.module).items():
             if name in state:
                 value.copy_(state[name])
     job.refresh()

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis MPLCONFIGDIR="$PWD/.cache/matplotlib"
+models=$(dirname "$(dirname "$(command -v python)")")/models # made by make
 export COVERAGE_FILE="$PWD/.coverage"
 mkdir -p "$MPLCONFIGDIR"
 scratch=$(mktemp -d)
@@ -21,9 +22,19 @@ limited() { # SECONDS COMMAND...: ends the command and what it started, and says
   return "$status"
 }
 
+third_party() { # RANKS ARGUMENTS...
+  local ranks=$1
+  shift
+  echo "== models of others in $ranks stages"
+  limited 1200 mpirun -n "$ranks" "$models/bin/python" -m pytest --color=no tests/models "$@"
+}
+
 case ${1:-} in
   cluster) limited 1200 python -m pytest --color=no tests/cluster -m cluster --override-ini "addopts=--strict-markers -p no:cacheprovider" ;;
-  long) limited 7200 python -m pytest --color=no tests/long -m long --override-ini "addopts=--strict-markers -p no:cacheprovider" ;;
+  long)
+    if [[ -e $models/models-long ]]; then for ranks in 2 3 4; do third_party "$ranks" -m "long or not long"; done; fi
+    limited 7200 python -m pytest --color=no tests/long -m long --override-ini "addopts=--strict-markers -p no:cacheprovider"
+    ;;
   '')
     coverage erase
     for ranks in 1 2 3 4; do
@@ -31,8 +42,9 @@ case ${1:-} in
       doctests=()
       if ((ranks == 1)); then doctests=(--doctest-modules hpctrain); fi
       limited 900 mpirun -n "$ranks" coverage run -m pytest --color=no tests "${doctests[@]}" \
-        --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long
+        --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long --ignore=tests/models
     done
+    if [[ -e $models/models ]]; then for ranks in 2 4; do third_party "$ranks" -m "not long"; done; fi
     echo "== what starts mpirun itself"
     limited 1800 coverage run -m pytest --color=no tests/launch --override-ini "addopts=--strict-markers -p no:cacheprovider"
     coverage combine -q

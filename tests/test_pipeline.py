@@ -7,10 +7,11 @@ from helpers import config_of
 from hpctrain import assemble
 from hpctrain.config import Optimizer
 from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.piece import tensors_of
 from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
-MODELS = ["plain_row", "Row", "Named", "Skips", "Acts", "Tied", "tied_row", "FrozenHead", "Wide"]
+MODELS = ["plain_row", "Row", "Named", "Skips", "Acts", "Tied", "tied_row", "FrozenHead", "Wide", "Filled"]
 TIED = ("Tied", "tied_row")
 
 
@@ -58,7 +59,7 @@ def alone_like(job, steps, clip=0.0):
     with Topology.build(MPI.COMM_SELF) as topology:
         alone = assemble.build(config, topology)
         losses = run(alone, steps, clip)
-        state = {n: v.clone() for n, v in alone.engine.module.state_dict().items()}
+        state = {n: v.clone() for n, v in tensors_of(alone.engine.module).items()}
         alone.close()
     return losses, state
 
@@ -95,7 +96,7 @@ def test_one_replica_has_the_bits_of_one_process(world, build, model):
     job = build(model, world.size, micro_batches=5)
     losses = run(job, 4, clip=0.05)
     expected, state = alone_like(job, 4, clip=0.05)
-    mine = job.engine.module.state_dict()
+    mine = tensors_of(job.engine.module)
     if model in TIED:
         for name, value in mine.items():  # some roundings of numbers around 1
             torch.testing.assert_close(value, state[name], rtol=1e-5, atol=1e-6)

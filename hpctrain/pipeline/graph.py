@@ -105,6 +105,23 @@ class Graph:
             self.real[traced.held[a.name]].ndim > 1 for a in node.all_input_nodes if a.name in traced.held
         )
 
+    def _let_constants_wait(self, traced: Traced) -> None:
+        """Make what depends on no input and no parameter (zeros to be filled, say) where it is used first."""
+        constant: set[str] = set()
+        for node in traced.nodes:
+            fixed = all(a.name in constant for a in node.all_input_nodes)
+            if fixed and not draws(node.target, node.args, dict(node.kwargs)):
+                constant.add(node.name)
+        wanted = {name: stage for name, stage in traced.stage.items() if name not in constant}
+        for node in reversed(traced.nodes):
+            users = [wanted[user.name] for user in node.users if user.name in wanted]
+            if node.name in constant and users:
+                wanted[node.name] = min(users)
+        for node in traced.nodes:  # one that nothing uses stays with what it looks at
+            if node.name in constant:
+                inputs = [traced.stage[a.name] for a in node.all_input_nodes]
+                traced.stage[node.name] = wanted.get(node.name, max(inputs, default=0))
+
     def _follow(self, traced: Traced) -> None:
         """Place the operators of another number of samples, or of eval mode: where their parameters are."""
         owner: dict[str, list[int]] = {}
@@ -125,6 +142,7 @@ class Graph:
                         )
                     stage = min(later)
             traced.stage[node.name] = stage
+        self._let_constants_wait(traced)
         for node in traced.nodes:  # what is changed in place is changed where it was made
             if changes(node) is not None:
                 root = roots(traced.nodes)[node.name]

@@ -1,10 +1,10 @@
 """Messages between stages: a header that says what follows, then each tensor's bytes.
 
-      header   {"v": 3, "leaves": [["t", "float32", [8, 16], [16, 1], true], ["c", 3]], "tree": …, "draws": 2}
+      header   {"v": 3, "leaves": [["t", "float32", [8, 16], [16, 1], true, 0], …], "tree": …, "draws": 2}
       then     one message a tensor, straight from and into its memory
 
-A tensor keeps its strides on the way, gaps and repetitions included: kernels add in the order in
-which memory lies, so another layout would give other bits.
+A tensor keeps its strides on the way, gaps and repetitions included, and how far behind a 64-byte line
+it begins: kernels add in the order in which memory lies, so another layout would give other bits.
 
 Nothing is pickled. Sends are started and not waited for; between two ranks messages keep their
 order, and both sides run the micro-batches in the same one. A stage that has failed goes on to send
@@ -28,6 +28,8 @@ from hpctrain.topology import named
 
 FORWARD, BACKWARD = 0, 2
 """Tags of headers; the tensors' is one more."""
+LINE = 64
+"""Bytes: where torch's own memory begins, and what kernels choose their path by."""
 MOST = 1 << 30
 """Bytes of one message: counts are 32-bit integers in most MPIs."""
 YIELDS = 300
@@ -77,7 +79,8 @@ class Transport:
             if isinstance(leaf, torch.Tensor):
                 laid, flat = memory_of(leaf.detach().to("cpu"))
                 kind = str(leaf.dtype).removeprefix("torch.")
-                listed.append(["t", kind, list(leaf.shape), list(laid.stride()), leaf.requires_grad])
+                behind = laid.data_ptr() % LINE
+                listed.append(["t", kind, list(leaf.shape), list(laid.stride()), leaf.requires_grad, behind])
                 flats.append(flat.view(torch.uint8))
             elif leaf is None or isinstance(leaf, (bool, int, float, str)):
                 listed.append(["c", leaf])
@@ -119,8 +122,10 @@ class Transport:
             if leaf[0] == "c":
                 leaves.append(leaf[1])
                 continue
-            _, kind, shape, strides, grad = leaf
-            memory = torch.empty(span(shape, strides), dtype=getattr(torch, kind))
+            _, kind, shape, strides, grad, behind = leaf
+            dtype = getattr(torch, kind)
+            first = behind // dtype.itemsize
+            memory = torch.empty(first + span(shape, strides), dtype=dtype)[first:]
             flat = memory.view(torch.uint8).numpy()
             for at in range(0, len(flat), MOST):
                 self._wait(stage, tag + 1)
