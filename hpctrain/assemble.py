@@ -35,6 +35,7 @@ from hpctrain.piece import Piece, of_module
 from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.stage import Stage, take_share
 from hpctrain.pipeline.transport import Transport
+from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
 from hpctrain.topology import Topology, processor
 from hpctrain.wire import from_root, together
@@ -65,6 +66,11 @@ class Job:
     def averager(self) -> Averager:
         """The engine's averager."""
         return self.engine.averager
+
+    @property
+    def stage(self) -> Stage | None:
+        """This rank's stage, where there are several."""
+        return self.engine.pipeline if isinstance(self.engine, StagedEngine) else None
 
     @property
     def plateau(self) -> bool:
@@ -101,8 +107,7 @@ class Job:
 
     def refresh(self) -> None:
         """Bring new weights to the stages that keep copies. Collective."""
-        if self.engine.pipeline:
-            self.engine.pipeline.refresh()
+        self.engine.refresh()
 
     def restore_weights(self, stored: Stored) -> None:
         """Take the weights and what the task learnt. Collective."""
@@ -132,8 +137,8 @@ class Job:
         self.loader.close()
         self.reader.close()
         self.averager.close()
-        if self.engine.pipeline and sys.exc_info()[0] is None:  # freeing is collective
-            self.engine.pipeline.close()
+        if self.stage and sys.exc_info()[0] is None:  # freeing is collective
+            self.stage.close()
 
 
 def check_classes(config: Config) -> None:
@@ -262,17 +267,10 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         averager.nothing_early()
     with together(world):
         names = list(task.input_shapes)
-        engine = Engine(
-            topology,
-            module,
-            SummedLoss(loss),
-            averager,
-            names,
-            train.seed,
-            train.autocast,
-            pipeline=pipeline,
-            schedule=config.parallel.schedule,
-        )
+        common = topology, module, SummedLoss(loss), averager, names, train.seed, train.autocast
+        engine = Engine(*common)
+        if pipeline:
+            engine = StagedEngine(*common, pipeline=pipeline, schedule=config.parallel.schedule)
         scheduler = schedules.build(config, averager, total_steps(config, index))
     loader = Loader(
         index.splits["train"],

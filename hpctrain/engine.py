@@ -5,7 +5,7 @@
           Backward v   gradients join the buckets
       averager.step    one sum, the mean, the new weights
 
-With several stages the program also has messages, and every stage runs its own (`pipeline/`).
+With several stages `staged.py` runs the passes.
 
 A micro-batch gives the same bits wherever it is computed: its samples, its random stream and
 its kernels do not depend on the layout.
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mpi4py import MPI
@@ -34,21 +34,7 @@ from hpctrain.gradient import StraightIntoPlace
 from hpctrain.keys import key
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
-from hpctrain.pipeline.part import Part
-from hpctrain.pipeline.schedule import (
-    Backward,
-    Forward,
-    Instruction,
-    Receive,
-    ReceiveGradient,
-    Send,
-    SendGradient,
-    forward_only,
-    one_stage,
-    program,
-)
-from hpctrain.pipeline.stage import Stage
-from hpctrain.pipeline.transport import PeerFailedError
+from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
 from hpctrain.topology import Topology
 from hpctrain.wire import raise_together
 
@@ -91,11 +77,16 @@ class Engine:
     seed: int
     autocast: str = "none"
     clock: Clock = field(default_factory=Clock)
-    pipeline: Stage | None = None
-    """This rank's stage, where there are several."""
-    schedule: str = "1f1b"
     on_gradient: Callable[[int], None] | None = None
     """Called after each micro-batch's backward; `verify` looks at gradients with it."""
+
+    echoes: ClassVar[tuple[type[Exception], ...]] = (PeerEndedError,)
+    """Failures that only follow another rank's."""
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the model's outputs come out on this rank."""
+        return True
 
     def __post_init__(self) -> None:
         """Learn how forward gets its inputs."""
@@ -129,13 +120,10 @@ class Engine:
             step.micro_batches, sorted({r for r, size in zip(self.averager.owners, sizes) if size})
         )
         self.module.train()
-        if self.pipeline:
-            failure = self.run_stage(self.pipeline, number, step, sizes, failure)
-        elif failure is None:
-            failure = self.run_micro_batches(number, step)
+        failure = self.run_passes(number, step, sizes, failure)
         flags = self.averager.flags
         flags.errors, flags.stops, flags.saves = int(failure is not None), int(stop), int(save)
-        if isinstance(failure, (PeerEndedError, PeerFailedError)):
+        if isinstance(failure, self.echoes):
             failure = None  # the rank that failed tells why
         computed = time.perf_counter()
         flags.reading, flags.computing = self.clock.reading - self._read, computed - began
@@ -154,12 +142,21 @@ class Engine:
             diverged = DivergedError(self._explain(number, result))
             diverged.agreed = True  # every rank has the same sums
             raise diverged
-        if self.pipeline:
-            self.pipeline.refresh()
+        self.refresh()
         return result
 
-    def run_micro_batches(self, number: int, step: Step[Batch]) -> Exception | None:
-        """Run the instructions; give the failure of this rank, if any. Local: nothing is summed."""
+    def refresh(self) -> None:
+        """Bring new weights to where copies are kept. Collective."""
+
+    def run_passes(
+        self, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
+    ) -> Exception | None:
+        """Run the passes of the step unless it failed before; give the failure of this rank, if any. Local.
+
+        `sizes`: samples of each of the step's micro-batches; nothing is summed over replicas.
+        """
+        if failure is not None:
+            return failure
         instruction: Instruction | None = None
         try:
             for instruction in one_stage(step.micro_batches):
@@ -177,74 +174,6 @@ class Engine:
             error.add_note(f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}")
             return error
         return None
-
-    def run_stage(
-        self, stage: Stage, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
-    ) -> Exception | None:
-        """Run this stage's program to its end; in name only once it has failed. Collective (stages)."""
-        mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
-        parts = {size: stage.part(size, True) for size in {sizes[v] for v in mine} if size}
-        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine):
-            v = instruction.micro_batch
-            if not sizes[v]:
-                if isinstance(instruction, Backward):
-                    self.averager.joined(v, 0.0, 0.0)
-                continue
-            if failure is not None:
-                stage.fail(instruction, parts[sizes[v]])
-                continue
-            try:
-                self._execute_stage(stage, instruction, number, step, parts[sizes[v]])
-            except HpctrainError as error:
-                failure = error
-            except SystemExit as error:
-                failure = RankError(f"sys.exit({error.code}) was called in the model or the loss")
-            except Exception as error:
-                error.add_note(
-                    f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {self.topology.world_rank}"
-                )
-                failure = error
-            if failure is not None and isinstance(instruction, (Send, SendGradient)):
-                stage.fail(instruction, parts[sizes[v]])  # nothing of it has left; a receive took all
-        stage.collect(self.averager.add)
-        stage.transport.finish()
-        return failure
-
-    def _execute_stage(
-        self, stage: Stage, instruction: Instruction, number: int, step: Step[Batch], part: Part
-    ) -> None:
-        v = instruction.micro_batch
-        batch = step.micro_batches[v]
-        match instruction:
-            case Receive():
-                stage.receive(v, part)
-            case Forward():
-                self.averager.forward_of(v)
-                stream = key(self.seed, number, v)
-                set_generators(stream >> 1)
-                resident = 0 if self._stepped else resident_bytes()
-                with self.straight.forward(), self._precision():
-                    outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
-                if stage.last:
-                    self._losses[v] = self._checked(
-                        number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
-                    )
-                if resident:  # of all micro-batches that are on their way at once
-                    self.activation_bytes += max(0, resident_bytes() - resident)
-            case Send():
-                stage.send(v, part)
-            case ReceiveGradient():
-                stage.receive_gradient(v, part)
-            case Backward():
-                total, weight = self._losses.pop(v, (None, 0.0))
-                with self.straight.accumulating():
-                    stage.backward(v, total)
-                self.averager.joined(v, float(total.detach()) if total is not None else 0.0, weight)
-                if stage.stage == 0:
-                    stage.forget(v)
-            case SendGradient():
-                stage.send_gradient(v, part)
-                stage.forget(v)
 
     def _execute(self, instruction: Instruction, number: int, batch: Batch) -> None:
         if isinstance(instruction, Forward):
@@ -313,42 +242,10 @@ class Engine:
         Else collective over the stages: the last has the outputs, with `everywhere` all have them.
         """
         self.module.eval()
-        if self.pipeline:
-            return self._outputs_of_stages(self.pipeline, batch, everywhere)
         set_generators(key(self.seed, EVALUATION) >> 1)
         with self._precision():
             found = models.call(self.module, batch.to(self.topology.device).inputs, self.named)
         return to_float(found, "cpu")
-
-    def _outputs_of_stages(self, stage: Stage, batch: Batch, everywhere: bool) -> Any:
-        """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""
-        pipe, found = self.topology.comms.pipe, None
-        failure: Exception | None = None
-        part = stage.part(len(batch), False)
-        stream = key(self.seed, EVALUATION)
-        for instruction in forward_only(stage.stage, stage.cut.stages, 0):
-            if failure is not None:
-                stage.fail(instruction, part)
-                continue
-            try:
-                match instruction:
-                    case Receive():
-                        stage.receive(0, part)
-                    case Forward():
-                        set_generators(stream >> 1)
-                        with self._precision():
-                            inputs = batch.to(self.topology.device).inputs
-                            found = to_float(stage.forward(0, part, inputs, stream), "cpu")
-                    case Send():
-                        stage.send(0, part)
-            except Exception as error:
-                failure = error
-                if isinstance(instruction, Send):
-                    stage.fail(instruction, part)
-        stage.transport.finish()
-        stage.forget(0)
-        raise_together(pipe, None if isinstance(failure, PeerFailedError) else failure)
-        return pipe.bcast(found, root=pipe.size - 1) if everywhere else found
 
     def evaluate(
         self,
@@ -365,7 +262,7 @@ class Engine:
         try:
             for batch in batches:
                 outputs = self.outputs(batch)
-                if self.pipeline and not self.pipeline.last:
+                if not self.has_outputs:
                     continue
                 total, weight = self.loss(outputs, batch)
                 found = {"loss": (float(total), float(weight)), **measure(outputs, batch)}

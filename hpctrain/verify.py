@@ -131,7 +131,7 @@ def one_step(job: Job, alone: Job | None, number: int, step: Step[Any]) -> str |
 def snapshot(job: Job) -> dict[str, torch.Tensor]:
     """Copy all weights and buffers, of all stages. Collective over them."""
     mine = {name: value.detach().clone() for name, value in tensors_of(job.engine.module).items()}
-    if not job.engine.pipeline:
+    if not job.stage:
         return mine
     return {name: value for share in job.topology.comms.pipe.allgather(mine) for name, value in share.items()}
 
@@ -231,7 +231,7 @@ def micro_batch_at_fault(
     job: Job, alone: Job | None, weights: dict[str, torch.Tensor], number: int, step: Step[Any], name: str
 ) -> str:
     """Compare one micro-batch at a time, to say which rank computes which one wrong. Collective."""
-    if job.engine.pipeline:
+    if job.stage:
         return "look at the layers around it, and at what crosses between the stages there"
     if synced(job):
         return "SyncBatchNorm joins all micro-batches, so none can be looked at alone"
@@ -266,7 +266,7 @@ def gradient_of(
     restore(job, weights)
     job.averager.begin([micro_batch])
     one = replace(step, micro_batches={micro_batch: step.micro_batches[micro_batch]})
-    failure = job.engine.run_micro_batches(number, one)
+    failure = job.engine.run_passes(number, one, [], None)
     if failure is not None:
         raise failure
     return job.averager.gradient(name).detach().cpu().clone()

@@ -25,13 +25,13 @@ from hpctrain.batch import Batch
 from hpctrain.bench.measure import alternate, each, row
 from hpctrain.data import order
 from hpctrain.data.loader import Step
-from hpctrain.engine import Engine
 from hpctrain.errors import ConfigError
 from hpctrain.loss import SummedLoss
 from hpctrain.pipeline import split
 from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.stage import Stage, take_share
 from hpctrain.pipeline.transport import Transport
+from hpctrain.staged import StagedEngine
 from hpctrain.topology import Topology
 
 ROUNDS = 9
@@ -105,7 +105,6 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
     bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
     times["limit"] = [seconds * bubble for seconds in times["limit"]]
     for _, engine in stages:
-        assert engine.pipeline is not None
         engine.pipeline.close()
         engine.averager.close()
     size = sum(p.numel() for p in case.make().parameters())
@@ -114,7 +113,7 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
 
 def our_step(
     topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str
-) -> tuple[Callable[[], None], Engine]:
+) -> tuple[Callable[[], None], StagedEngine]:
     """Run the engine's own program for a stage; gives the engine too."""
     torch.manual_seed(1)
     model = case.make()
@@ -126,7 +125,7 @@ def our_step(
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
     owners = [0] * case.micro_batches
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
-    engine = Engine(
+    engine = StagedEngine(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
         pipeline=stage, schedule=schedule,
     )  # fmt: skip
@@ -137,7 +136,7 @@ def our_step(
 
     def step() -> None:
         averager.begin(batches)
-        failure = engine.run_stage(stage, 0, step_data, sizes, None)
+        failure = engine.run_passes(0, step_data, sizes, None)
         if failure is not None:
             raise failure
 
@@ -189,9 +188,8 @@ def alone_step(topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor)
     return step
 
 
-def limit_step(topology: Topology, engine: Engine, case: Case, x: torch.Tensor) -> Callable[[], None]:
+def limit_step(topology: Topology, engine: StagedEngine, case: Case, x: torch.Tensor) -> Callable[[], None]:
     """Run this rank's part on data of its own, gradients straight into place as in ours."""
-    assert engine.pipeline is not None
     cut = engine.pipeline.cut
     assert isinstance(cut, Layers)
     first, last = cut.ranges[topology.stage]

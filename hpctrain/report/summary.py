@@ -111,7 +111,7 @@ def draw(job: Job, run: RunFolder) -> None:
     Collective over the stages of the first replica: the maps are of the model's outputs.
     """
     if not run.writes:
-        if job.engine.pipeline and job.topology.replica == 0:
+        if job.stage and job.topology.replica == 0:
             with suppress(Exception):  # rank 0 says what is wrong
                 job.task.maps(lambda batch: job.engine.outputs(batch, everywhere=True))
         return

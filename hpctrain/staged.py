@@ -1,0 +1,152 @@
+"""The engine of a model in stages: every stage runs its own program, with messages around its passes.
+
+A stage that fails goes on with its program in name only (`pipeline/stage.py`), so that all meet where
+errors are counted. Evaluation is a program of one forward.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from hpctrain.averaging.sync_norm import PeerEndedError
+from hpctrain.batch import Batch
+from hpctrain.data.loader import Step
+from hpctrain.draws import set_generators
+from hpctrain.engine import EVALUATION, Engine, resident_bytes, to_float
+from hpctrain.errors import HpctrainError, RankError
+from hpctrain.keys import key
+from hpctrain.pipeline.part import Part
+from hpctrain.pipeline.schedule import (
+    Backward,
+    Forward,
+    Instruction,
+    Receive,
+    ReceiveGradient,
+    Send,
+    SendGradient,
+    forward_only,
+    program,
+)
+from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.transport import PeerFailedError
+from hpctrain.wire import raise_together
+
+
+@dataclass(kw_only=True)
+class StagedEngine(Engine):
+    """Takes steps and evaluates, this rank being one stage of a replica."""
+
+    pipeline: Stage
+    """This rank's stage."""
+    schedule: str = "1f1b"
+
+    echoes: ClassVar[tuple[type[Exception], ...]] = (PeerEndedError, PeerFailedError)
+
+    @property
+    def has_outputs(self) -> bool:
+        """The last stage has them."""
+        return self.pipeline.last
+
+    def refresh(self) -> None:
+        """Give the owners' new weights to the copies of other stages. Collective (stages)."""
+        self.pipeline.refresh()
+
+    def run_passes(
+        self, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
+    ) -> Exception | None:
+        """Run this stage's program to its end; in name only once it has failed. Collective (stages)."""
+        stage = self.pipeline
+        mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
+        parts = {size: stage.part(size, True) for size in {sizes[v] for v in mine} if size}
+        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine):
+            v = instruction.micro_batch
+            if not sizes[v]:
+                if isinstance(instruction, Backward):
+                    self.averager.joined(v, 0.0, 0.0)
+                continue
+            if failure is not None:
+                stage.fail(instruction, parts[sizes[v]])
+                continue
+            try:
+                self._execute_staged(instruction, number, step, parts[sizes[v]])
+            except HpctrainError as error:
+                failure = error
+            except SystemExit as error:
+                failure = RankError(f"sys.exit({error.code}) was called in the model or the loss")
+            except Exception as error:
+                error.add_note(
+                    f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {self.topology.world_rank}"
+                )
+                failure = error
+            if failure is not None and isinstance(instruction, (Send, SendGradient)):
+                stage.fail(instruction, parts[sizes[v]])  # nothing of it has left; a receive took all
+        stage.collect(self.averager.add)
+        stage.transport.finish()
+        return failure
+
+    def _execute_staged(self, instruction: Instruction, number: int, step: Step[Batch], part: Part) -> None:
+        stage, v = self.pipeline, instruction.micro_batch
+        batch = step.micro_batches[v]
+        match instruction:
+            case Receive():
+                stage.receive(v, part)
+            case Forward():
+                self.averager.forward_of(v)
+                stream = key(self.seed, number, v)
+                set_generators(stream >> 1)
+                resident = 0 if self._stepped else resident_bytes()
+                with self.straight.forward(), self._precision():
+                    outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
+                if stage.last:
+                    self._losses[v] = self._checked(
+                        number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
+                    )
+                if resident:  # of all micro-batches that are on their way at once
+                    self.activation_bytes += max(0, resident_bytes() - resident)
+            case Send():
+                stage.send(v, part)
+            case ReceiveGradient():
+                stage.receive_gradient(v, part)
+            case Backward():
+                total, weight = self._losses.pop(v, (None, 0.0))
+                with self.straight.accumulating():
+                    stage.backward(v, total)
+                self.averager.joined(v, float(total.detach()) if total is not None else 0.0, weight)
+                if stage.stage == 0:
+                    stage.forget(v)
+            case SendGradient():
+                stage.send_gradient(v, part)
+                stage.forget(v)
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
+        """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""
+        self.module.eval()
+        stage, pipe, found = self.pipeline, self.topology.comms.pipe, None
+        failure: Exception | None = None
+        part = stage.part(len(batch), False)
+        stream = key(self.seed, EVALUATION)
+        for instruction in forward_only(stage.stage, stage.cut.stages, 0):
+            if failure is not None:
+                stage.fail(instruction, part)
+                continue
+            try:
+                match instruction:
+                    case Receive():
+                        stage.receive(0, part)
+                    case Forward():
+                        set_generators(stream >> 1)
+                        with self._precision():
+                            inputs = batch.to(self.topology.device).inputs
+                            found = to_float(stage.forward(0, part, inputs, stream), "cpu")
+                    case Send():
+                        stage.send(0, part)
+            except Exception as error:
+                failure = error
+                if isinstance(instruction, Send):
+                    stage.fail(instruction, part)
+        stage.transport.finish()
+        stage.forget(0)
+        raise_together(pipe, None if isinstance(failure, PeerFailedError) else failure)
+        return pipe.bcast(found, root=pipe.size - 1) if everywhere else found
