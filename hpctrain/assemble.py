@@ -156,6 +156,11 @@ def check_invariant(config: Config, replicas: int) -> None:
     """Check what the same bits on any layout ask for. Local."""
     if not config.averaging.invariant:
         return
+    if config.parallel.gradients == "fast":
+        raise ConfigError(
+            "parallel.gradients = fast adds micro-batches in an order that depends on the stages, and "
+            "averaging.invariant = true asks for the same bits: leave one of them out"
+        )
     if config.averaging.wire != "exact":
         raise ConfigError(
             f"averaging.wire = {config.averaging.wire} rounds what crosses between nodes: the bits would "
@@ -270,7 +275,10 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         common = topology, module, SummedLoss(loss), averager, names, train.seed, train.autocast
         engine = Engine(*common)
         if pipeline:
-            engine = StagedEngine(*common, pipeline=pipeline, schedule=config.parallel.schedule)
+            parallel = config.parallel
+            engine = StagedEngine(
+                *common, pipeline=pipeline, schedule=parallel.schedule, merges=parallel.gradients == "fast"
+            )
         scheduler = schedules.build(config, averager, total_steps(config, index))
     loader = Loader(
         index.splits["train"],

@@ -56,9 +56,13 @@ class Parallel:
     micro_batches: int | Literal["auto"] = "auto"
     """Micro-batches of one step over all replicas; auto: one a replica, four times the stages a replica
     with several stages."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
     """In which order a stage runs its passes: 1f1b keeps the activations of as many micro-batches as there
-    are stages, gpipe those of all. The results are the same bits."""
+    are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers.
+    The results are the same bits."""
+    gradients: Literal["strict", "fast"] = "strict"
+    """strict: the bits of one process with the same micro-batches. fast: stages compute the weight gradients
+    of several small micro-batches at once, whose sum has another order."""
     cuts: list[str] = field(default_factory=list)
     """Modules that begin a stage, such as ["encoder.3", "decoder.0"] for three; empty: cut by work."""
 
@@ -210,7 +214,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Give {"section.key": value} of a configuration, nested dataclasses included.
 
     >>> flatten(Parallel(stages=2))
-    {'stages': 2, 'micro_batches': 'auto', 'schedule': '1f1b', 'cuts': []}
+    {'stages': 2, 'micro_batches': 'auto', 'schedule': '1f1b', 'gradients': 'strict', 'cuts': []}
     """
     flat: dict[str, Any] = {}
     for entry in fields(config):

@@ -91,7 +91,7 @@ class Engine:
     def __post_init__(self) -> None:
         """Learn how forward gets its inputs."""
         self.named = models.by_name(self.module, self.names)
-        self.straight = StraightIntoPlace(self.module, self.averager.place, self.averager.filled)
+        self.straight = StraightIntoPlace(self.module, self.averager.places)
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
         self._read, self._ended, self._stepped = 0.0, 0.0, False
         self.activation_bytes = 0

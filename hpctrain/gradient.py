@@ -11,15 +11,20 @@ and for an embedding only the rows that were looked up are added, place[i] ← p
 autograd makes a whole table of mostly zeros. Convolutions and norms have no kernel that writes
 where it is told: theirs are copied, which is little beside their own work.
 
+In a pipeline the products of linear layers may wait, so that the gradient that another stage waits for
+leaves first; there products of several micro-batches may also become one (`merges`): the weight's
+memory is passed over once for all of them, but the sum has another order.
+
 The user's module is not touched: while the forward runs, a torch-function mode sees each
 `F.linear` and `F.embedding` whose weight has a place. Everything that could tell the difference
 takes autograd's own way: hooks on the weight, gradients of gradients, `torch.autograd.grad` in
 the user's code, autocast, functorch, small weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,8 +34,24 @@ from torch.overrides import TorchFunctionMode
 SMALLEST = 16384
 """Elements: below it the product is too short for its passes over memory to matter."""
 
-Place = Callable[[nn.Parameter], tuple[torch.Tensor, bool] | None]
-"""Gives the memory of a weight's gradient and whether nothing has joined it yet; None: not managed."""
+MERGED_ROWS = 512
+"""Rows of a product that is long enough: merging more gains nothing."""
+
+
+class Places(Protocol):
+    """Where weight gradients go."""
+
+    def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
+        """Give the memory of a gradient and whether nothing has joined it yet; None: not managed."""
+
+    def filled(self, parameter: torch.Tensor) -> None:
+        """Note that a gradient has been added in its place."""
+
+    def later(self, parameter: torch.Tensor) -> bool:
+        """Tell whether a gradient may be computed after its backward; if so it is waited for."""
+
+    def caught_up(self, parameter: torch.Tensor) -> None:
+        """Note that no gradient of the parameter waits any more."""
 
 
 class _Linear(torch.autograd.Function):
@@ -83,14 +104,28 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None
 
 
+@dataclass(frozen=True)
+class Product:
+    """A weight gradient gᵀ·x that waits to be computed."""
+
+    micro_batch: int
+    parameter: nn.Parameter
+    g: torch.Tensor
+    x: torch.Tensor
+
+
 class StraightIntoPlace(TorchFunctionMode):
     """Entered for the forward; `accumulating` is entered for the backward that fills the places."""
 
-    def __init__(self, module: nn.Module, place: Place, filled: Callable[[nn.Parameter], None]) -> None:
-        """Take what gives places, and what is told when one has been filled."""
+    def __init__(self, module: nn.Module, places: Places, merges: bool = False) -> None:
+        """Take what gives places; `merges`: products that wait may become one, in another order of sums."""
         super().__init__()
-        self._place, self._filled = place, filled
-        self._active = False
+        self._places, self.merges = places, merges
+        self._active, self._micro_batch = False, -1
+        self._waiting: dict[int, list[Product]] = {}
+        """By the id of the parameter, in the order of the backward passes."""
+        self._never_later: set[int] = set()
+        """Weights that embeddings add to: the order of the sum would be another."""
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
         """Whether part of the module is compiled: no mode can look inside."""
         self.weights = {
@@ -111,13 +146,42 @@ class StraightIntoPlace(TorchFunctionMode):
             yield
 
     @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Let weight gradients go into their places: this backward is the one that is averaged."""
-        self._active = True
+    def accumulating(self, micro_batch: int = -1) -> Iterator[None]:
+        """Let weight gradients go into their places: this backward is the one that is averaged.
+
+        With the number of a micro-batch, those of linear layers may wait for `weights_of` it.
+        """
+        self._active, self._micro_batch = True, micro_batch
         try:
             yield
         finally:
-            self._active = False
+            self._active, self._micro_batch = False, -1
+
+    def begin(self) -> None:
+        """Start a step: nothing waits. Local."""
+        self._waiting.clear()
+
+    @torch.no_grad()
+    def weights_of(self, micro_batch: int, last: bool) -> None:
+        """Compute the products that wait for a micro-batch or one before it; with `last` all. Local.
+
+        Merging, those of a weight wait until they are long enough together.
+        """
+        for parameter_id, products in list(self._waiting.items()):
+            due = [p for p in products if p.micro_batch <= micro_batch or last]
+            if self.merges and due and not last and sum(len(p.g) for p in due) < MERGED_ROWS:
+                continue
+            if self.merges and len(due) > 1:
+                self._join(due[0].parameter, torch.cat([p.g for p in due]), torch.cat([p.x for p in due]))
+            else:
+                for product in due:
+                    self._join(product.parameter, product.g, product.x)
+            rest = products[len(due) :]
+            if rest:
+                self._waiting[parameter_id] = rest
+            else:
+                del self._waiting[parameter_id]
+                self._places.caught_up(due[0].parameter)
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -142,36 +206,46 @@ class StraightIntoPlace(TorchFunctionMode):
             or parameter._backward_hooks  # the user's hooks want to see the gradient
             or parameter.dtype != dtype
         )
-        return not own_way and self._place(parameter) is not None
+        return not own_way and self._places.place(parameter) is not None
 
     def add_rows(self, parameter: nn.Parameter, indices: torch.Tensor, g: torch.Tensor, padding: int) -> None:
         """Add rows g: (n, width) to rows `indices`: (n,) of the parameter's place, in that order. Local."""
-        found = self._place(parameter)
+        found = self._places.place(parameter)
         assert found is not None
         place, first = found
+        self._never_later.add(id(parameter))
         if first:
             place.zero_()
         if padding >= 0:
             kept = indices != padding
             indices, g = indices[kept], g[kept]
         place.index_add_(0, indices, g)
-        self._filled(parameter)
+        self._places.filled(parameter)
 
     def join(self, parameter: nn.Parameter, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """Add gᵀ·x to the parameter's place and give None, or give it to autograd.
+        """Add gᵀ·x to the parameter's place, now or later, and give None, or give it to autograd.
 
         g: (rows, out), x: (rows, in). Local.
         """
-        found = self._place(parameter) if self.fills(parameter, g.dtype) else None
-        if found is None:
+        if not self.fills(parameter, g.dtype):
             return g.t() @ x
+        waits = self._micro_batch >= 0 and id(parameter) not in self._never_later
+        if waits and self._places.later(parameter):
+            product = Product(self._micro_batch, parameter, g.detach(), x.detach())
+            self._waiting.setdefault(id(parameter), []).append(product)
+        else:
+            self._join(parameter, g, x)
+        return None
+
+    def _join(self, parameter: nn.Parameter, g: torch.Tensor, x: torch.Tensor) -> None:
+        found = self._places.place(parameter)
+        assert found is not None
         place, first = found
         if first:
             torch.mm(g.t(), x, out=place)
         else:
             place.addmm_(g.t(), x)
-        self._filled(parameter)
-        return None
+        self._places.filled(parameter)
 
 
 def _linear_arguments(

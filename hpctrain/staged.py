@@ -19,6 +19,8 @@ from hpctrain.keys import key
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.schedule import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
     Receive,
@@ -40,8 +42,18 @@ class StagedEngine(Engine):
     pipeline: Stage
     """This rank's stage."""
     schedule: str = "1f1b"
+    merges: bool = False
+    """Whether weight gradients of several micro-batches may be computed at once (`parallel.gradients`)."""
 
     echoes: ClassVar[tuple[type[Exception], ...]] = (PeerEndedError, PeerFailedError)
+
+    def __post_init__(self) -> None:
+        """Start with nothing that waits."""
+        super().__post_init__()
+        self.straight.merges = self.merges
+        self._last_backward = -1
+        self._joining: dict[int, tuple[float, float]] = {}
+        """Loss and weight of micro-batches whose weight gradients wait."""
 
     @property
     def has_outputs(self) -> bool:
@@ -58,11 +70,15 @@ class StagedEngine(Engine):
         """Run this stage's program to its end; in name only once it has failed. Collective (stages)."""
         stage = self.pipeline
         mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
+        working = [v for v in mine if sizes[v]]
+        self._last_backward = working[-1] if working else -1
+        self._joining.clear()
+        self.straight.begin()
         parts = {size: stage.part(size, True) for size in {sizes[v] for v in mine} if size}
-        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine):
+        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine, early=True):
             v = instruction.micro_batch
             if not sizes[v]:
-                if isinstance(instruction, Backward):
+                if isinstance(instruction, (Backward, BackwardInput)):
                     self.averager.joined(v, 0.0, 0.0)
                 continue
             if failure is not None:
@@ -108,13 +124,23 @@ class StagedEngine(Engine):
                 stage.send(v, part)
             case ReceiveGradient():
                 stage.receive_gradient(v, part)
-            case Backward():
+            case Backward() | BackwardInput():
                 total, weight = self._losses.pop(v, (None, 0.0))
-                with self.straight.accumulating():
+                # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
+                waits = isinstance(instruction, BackwardInput) and self.averager.growing is None
+                if v == self._last_backward:
+                    self.averager.last_backward()
+                with self.straight.accumulating(v if waits else -1):
                     stage.backward(v, total)
-                self.averager.joined(v, float(total.detach()) if total is not None else 0.0, weight)
+                self._joining[v] = float(total.detach()) if total is not None else 0.0, weight
+                if not waits:
+                    self.averager.joined(v, *self._joining.pop(v))
                 if stage.stage == 0:
                     stage.forget(v)
+            case BackwardWeight():
+                if v in self._joining:
+                    self.straight.weights_of(v, last=v == self._last_backward)
+                    self.averager.joined(v, *self._joining.pop(v))
             case SendGradient():
                 stage.send_gradient(v, part)
                 stage.forget(v)

@@ -14,8 +14,8 @@ class Owner:
 
     def __init__(self, module):
         self.places = {id(p): torch.full_like(p, 7.0) for p in module.parameters()}
-        self.joined = []
-        for p in module.parameters():
+        self.joined, self.caught = [], []
+        for p in (p for p in module.parameters() if p.requires_grad):
             p.register_post_accumulate_grad_hook(self.ready)
 
     def place(self, parameter):
@@ -28,6 +28,12 @@ class Owner:
             if parameter.grad is not place:
                 place.copy_(dense)
             self.filled(parameter)
+
+    def later(self, parameter):
+        return True
+
+    def caught_up(self, parameter):
+        self.caught.append(id(parameter))
 
     def filled(self, parameter):
         parameter.grad = self.places[id(parameter)]
@@ -58,7 +64,7 @@ def make(kind=Tied):
 def run(module, batches, work=None):
     """Gradients by autograd alone, and straight into place."""
     owner = Owner(module)
-    straight = StraightIntoPlace(module, owner.place, owner.filled)
+    straight = StraightIntoPlace(module, owner)
     for x in batches:
         with straight.forward():
             loss = (work or (lambda m, x: m(x).square().sum()))(module, x)
@@ -144,7 +150,7 @@ def test_functorch_autocast_and_evaluation_take_their_own_way():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
     module = make()
     owner = Owner(module)
-    straight = StraightIntoPlace(module, owner.place, owner.filled)
+    straight = StraightIntoPlace(module, owner)
     with torch.autocast("cpu", dtype=torch.bfloat16), straight.forward():
         assert module(x).dtype == torch.bfloat16
     with straight.forward(), torch.no_grad():
@@ -160,10 +166,13 @@ def test_a_frozen_weight_and_a_frozen_bias():
 
     torch.manual_seed(6)
     module, x = frozen(), torch.randn(3, 6)
-    straight_module, owner = module, {id(p): torch.zeros_like(p) for p in module.parameters()}
-    straight = StraightIntoPlace(module, lambda p: (owner[id(p)], True), lambda p: None)
+    places = Owner(module)
+    owner = places.places
+    for place in owner.values():
+        place.zero_()
+    straight = StraightIntoPlace(module, places)
     with straight.forward():
-        loss = straight_module(x).square().sum()
+        loss = module(x).square().sum()
     with straight.accumulating():
         loss.backward()
     (g,) = torch.autograd.grad(module(x).square().sum(), module[1].weight)
@@ -249,3 +258,47 @@ def test_autocast_that_begins_inside_the_forward_takes_its_own_way():
     found, _ = run(two(), [x], work)
     for name, value in expected(two(), [x], work).items():
         assert torch.equal(found[name], value), name
+
+
+def row():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def waiting(batches, merges, after):
+    """Gradients whose products wait; `after` micro-batch v those of some are computed."""
+    module = make(row)
+    owner = Owner(module)
+    straight = StraightIntoPlace(module, owner, merges)
+    straight.begin()
+    for v, x in enumerate(batches):
+        with straight.forward():
+            loss = module(x).square().sum()
+        with straight.accumulating(v):
+            loss.backward()
+        before = len(owner.joined)
+        for due in after.get(v, []):
+            straight.weights_of(due, last=due == len(batches) - 1)
+        yield v, owner, len(owner.joined) - before, module
+
+
+def test_products_that_wait_give_the_same_bits():
+    batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(4)]
+    expected_places, _ = run(make(row), batches)
+    found = list(waiting(batches, False, {1: [0], 3: [1, 2, 3]}))
+    counts, (_, owner, _, module) = [count for _, _, count, _ in found], found[-1]
+    assert counts == [0, 3, 0, 9], "three weights, a product each of a micro-batch"
+    assert len(owner.caught) == 3
+    for name, parameter in module.named_parameters():
+        assert torch.equal(owner.places[id(parameter)], expected_places[name]), name
+
+
+def test_merged_products_are_one(monkeypatch):
+    """Up to the rounding of 28 terms in another order."""
+    batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(4)]
+    expected_places, _ = run(make(row), batches)
+    monkeypatch.setattr(gradient, "MERGED_ROWS", 14)
+    found = list(waiting(batches, True, {v: [v] for v in range(4)}))
+    counts, (_, owner, _, module) = [count for _, _, count, _ in found], found[-1]
+    assert counts == [0, 3, 0, 3], "two micro-batches each are long enough"
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(owner.places[id(parameter)], expected_places[name], rtol=1e-5, atol=1e-6)

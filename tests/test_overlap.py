@@ -49,7 +49,7 @@ def steps(world, way, count=8, node_of=None, mine=1, bf16=False, work=None, shar
     averager = Averager(module, optimizer, world, config, owners, node_of=nodes, sharded=sharded)
     if averager.overlap:
         averager.overlap.choice = Choice(world, (way,))
-    straight = StraightIntoPlace(module, averager.place, averager.filled)
+    straight = StraightIntoPlace(module, averager.places)
     norms = []
     for step in range(count):
         own = [v for v, owner in enumerate(owners) if owner == world.rank]

@@ -49,6 +49,23 @@ def build(world, files):
         thing.close()
 
 
+@pytest.fixture
+def waits(monkeypatch):
+    """Lets every linear layer's weight gradient wait; counts those that do."""
+    from hpctrain import gradient
+    from hpctrain.averaging.places import Places
+
+    monkeypatch.setattr(gradient, "SMALLEST", 1)
+    asked, later = [], Places.later
+
+    def counting(self, parameter):
+        asked.append(later(self, parameter))
+        return asked[-1]
+
+    monkeypatch.setattr(Places, "later", counting)
+    return asked
+
+
 def alone_like(job, steps, clip=0.0):
     """Losses and weights of one process with the same micro-batches; every rank does it by itself."""
     from dataclasses import replace
@@ -93,7 +110,42 @@ def test_one_replica_has_the_bits_of_one_process(world, build, model):
     """Losses, norms and weights, clipped or not; where two stages use a weight, its sum has another order."""
     if world.size not in layouts(world.size, model):
         pytest.skip("as many stages as ranks, two at least")
-    job = build(model, world.size, micro_batches=5)
+    has_bits_of_one_process(world, build(model, world.size, micro_batches=5), model)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("model", ["plain_row", "Skips", "Wide", "Tied", "tied_row"])
+def test_weight_gradients_that_wait_keep_the_bits(world, build, waits, model, schedule):
+    """Every schedule, with all linear layers straight into place; those of stage 0 wait in zb-h1 only."""
+    if world.size not in layouts(world.size, model):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build(model, world.size, micro_batches=5, schedule=schedule)
+    has_bits_of_one_process(world, job, model)
+    if job.topology.stage or schedule == "zb-h1":
+        linear = [
+            m for m in job.engine.module.modules() if isinstance(m, torch.nn.Linear) and m.weight is not None
+        ]
+        assert any(waits) or not linear or "Tied" in model
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["plain_row", "Skips"])
+def test_fast_gradients_are_close(world, build, waits, model):
+    """Merged products add in another order: 1e-5 of values around 1, for 4 steps of Adam 1e-4."""
+    for stages in layouts(world.size, model):
+        job = build(model, stages, micro_batches=6, schedule="zb-h1", gradients="fast")
+        assert compare(job, 3) is None
+        assert any(waits)
+
+
+@pytest.mark.mpi
+def test_fast_and_invariant_exclude_each_other(world, build):
+    with pytest.raises(ConfigError, match="parallel.gradients = fast adds micro-batches in an order"):
+        build("plain_row", world.size, micro_batches=6, gradients="fast", invariant=True)
+
+
+def has_bits_of_one_process(world, job, model):
     losses = run(job, 4, clip=0.05)
     expected, state = alone_like(job, 4, clip=0.05)
     mine = tensors_of(job.engine.module)
@@ -112,8 +164,8 @@ def test_one_replica_has_the_bits_of_one_process(world, build, model):
 @pytest.mark.mpi
 @pytest.mark.parametrize("model", ["Row", "Skips"])
 def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, model):
-    for stages in [1, *layouts(world.size)]:
-        job = build(model, stages, micro_batches=6, invariant=True)
+    for stages, schedule in [(1, "1f1b"), *((s, n) for s in layouts(world.size) for n in ("1f1b", "zb-h1"))]:
+        job = build(model, stages, micro_batches=6, invariant=True, schedule=schedule)
         losses = run(job, 4, clip=0.05)
         expected, state = alone_like(job, 4, clip=0.05)
         assert losses == expected

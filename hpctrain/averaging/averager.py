@@ -148,7 +148,7 @@ class Averager:
         self.overlap = self._choose_overlap()
         self._losses = np.zeros((2, len(self.owners)))
         self._coming: list[int] = []
-        self._begun = self._broken = False
+        self._begun = self._broken = self._told_last = False
         self._began = self._transfer = 0.0
         self.places.point(0, self.medium.slots[0])
 
@@ -230,8 +230,15 @@ class Averager:
         self.places.begin()
         self.places.point(0, self.medium.slots[0])
         self.medium.begin()
-        if self.overlap and len(self._coming) == 1:
+        self._told_last = False
+        if len(self._coming) == 1:
+            self.last_backward()
+
+    def last_backward(self) -> None:
+        """Note that the backward that follows is this replica's last one of the step. Local."""
+        if self.overlap and not self._told_last:
             self.overlap.last()
+        self._told_last = True
 
     def forward_of(self, micro_batch: int) -> None:
         """Note that the forward of a micro-batch follows, where passes are not in turn. Local."""
@@ -276,8 +283,8 @@ class Averager:
         self._losses[:, micro_batch] = loss, weight
         self._coming = [v for v in self._coming if v != micro_batch]
         self.running.micro_batch = self._coming[0] if self._coming else 0
-        if self.overlap and len(self._coming) == 1:
-            self.overlap.last()
+        if len(self._coming) == 1:
+            self.last_backward()
         if self.growing is None:
             return
         self.places.complete()

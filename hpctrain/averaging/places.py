@@ -1,6 +1,7 @@
 """Where each gradient of this rank goes, and which have come.
 
       place(p)    where the gradient of p is to be computed, and filled(p) that it was; or
+      later(p)    it will be, after the backward, and caught_up(p) that none of p's waits any more; or
       ready(p)    autograd's hook: p has all its gradient of this backward, in `.grad` or in place
       complete()  what nothing has joined is zero
 
@@ -38,6 +39,11 @@ class Places:
         self._told = 0
         self._missing: list[int] = []
         self._came: dict[int, int] = {}
+        self._waiting: set[int] = set()
+        """Parameters whose gradients are computed after their backward."""
+        self._mixed: set[int] = set()
+        """Parameters that autograd has brought something for."""
+        self._steps = 0
         self.repeats = False
         """Whether one backward has brought a parameter's gradient in several portions."""
 
@@ -64,6 +70,8 @@ class Places:
         """Start a step: no gradient has joined. Local."""
         self.used.zero_()
         self._telling, self._missing = None, []
+        self._waiting.clear()
+        self._steps += 1
 
     def last_backward(self, tell: Callable[[int], None] | None) -> None:
         """Note that what comes now is final; `tell(n)` hears that n buckets of the order are full. Local."""
@@ -101,9 +109,27 @@ class Places:
     def filled(self, parameter: torch.Tensor) -> None:
         """Note that a gradient has been added in its place. Local."""
         index = self._index[id(parameter)]
-        parameter.grad = self._views[index]
         self._fresh[index] = False
         self.used[index] += 1
+
+    def later(self, parameter: torch.Tensor) -> bool:
+        """Tell whether a gradient may be computed after its backward; if so it is waited for. Local.
+
+        Not in the first step, which shows what autograd brings, nor for what autograd adds to: the
+        sum would have another order.
+        """
+        index = self._index[id(parameter)]
+        if self._steps < 2 or index in self._mixed:
+            return False
+        self._waiting.add(index)
+        return True
+
+    def caught_up(self, parameter: torch.Tensor) -> None:
+        """Note that no gradient of the parameter waits any more. Local."""
+        index = self._index[id(parameter)]
+        self._waiting.discard(index)
+        if self._missing:
+            self._note(index)
 
     def ready(self, parameter: torch.Tensor) -> None:
         """Note that autograd has brought a parameter's gradient of this backward. Local."""
@@ -113,13 +139,15 @@ class Places:
             self._not_late(index)
             if grad.layout != torch.strided:
                 grad = grad.to_dense()
+            self._mixed.add(index)
             if grad.data_ptr() != view.data_ptr() or not grad.numel():
                 if self._fresh[index]:
                     view.copy_(grad)
                 else:
                     view.add_(grad)
+            parameter.grad = view  # the next micro-batch adds to it by itself
             self.filled(parameter)
-        if self._missing:
+        if self._missing and index not in self._waiting:
             self._note(index)
 
     def _note(self, index: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hpctrain.averaging.space import Seat, Space, aligned
+from hpctrain.averaging.space import UNIT, Seat, Space, aligned, up
 from hpctrain.errors import CheckpointError
 from hpctrain.piece import Piece, whole
 
@@ -170,10 +170,9 @@ class Adam:
         runs: list[list[int]] = []
         first = max(0, bisect_right(self._starts[number], start) - 1)
         last_one = bisect_left(self._starts[number], stop)
-        seats = space.seats[first:last_one]
-        for seat, nxt in zip(seats, [*space.seats[first + 1 : last_one + 1], None]):
-            end = nxt.start if nxt and nxt.start <= stop else seat.stop
-            a, b = max(start, seat.start), min(stop, end)
+        for seat in space.seats[first:last_one]:
+            # to the end of its last unit: the kernel's last few numbers would have other bits than the rest
+            a, b = max(start, seat.start), min(stop, up(seat.stop, UNIT))
             if a >= b or not self._used[seat.index]:
                 continue
             last = runs[-1] if runs else None

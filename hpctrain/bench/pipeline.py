@@ -1,7 +1,7 @@
 """`hpctrain bench pipeline`: forward and backward of a step in stages, against torch's own pipelining.
 
-ours          1F1B, the default; one stage a rank
-ours_gpipe    the same with GPipe
+ours          the default schedule; one stage a rank
+ours_…        1F1B, GPipe, ZB-H1, each strict; ours_fast ZB-H1 with weight gradients merged
 torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo
 torch_gpipe   the same with ScheduleGPipe
 alone         one process, the whole model, the same micro-batches; the other ranks idle
@@ -92,19 +92,23 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
     x = torch.randn(case.shape)
     with torch.no_grad():
         y = torch.randn_like(case.make()(x[:1])).expand(len(x), *[-1] * (x.ndim - 1)).contiguous()
-    stages = [our_step(topology, case, x, y, schedule) for schedule in ("1f1b", "gpipe")]
+    stages = {
+        "ours": our_step(topology, case, x, y, "1f1b"),
+        "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
+        "ours_zb": our_step(topology, case, x, y, "zb-h1"),
+        "ours_fast": our_step(topology, case, x, y, "zb-h1", merges=True),
+    }
     contenders = {
-        "ours": stages[0][0],
-        "ours_gpipe": stages[1][0],
+        **{name: step for name, (step, _) in stages.items()},
         "torch_1f1b": torch_step(topology, case, x, y, "Schedule1F1B"),
         "torch_gpipe": torch_step(topology, case, x, y, "ScheduleGPipe"),
         "alone": alone_step(topology, case, x, y),
-        "limit": limit_step(topology, stages[0][1], case, x),
+        "limit": limit_step(topology, stages["ours"][1], case, x),
     }
     times = alternate(comm, contenders, ROUNDS)
     bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
     times["limit"] = [seconds * bubble for seconds in times["limit"]]
-    for _, engine in stages:
+    for _, engine in stages.values():
         engine.pipeline.close()
         engine.averager.close()
     size = sum(p.numel() for p in case.make().parameters())
@@ -112,7 +116,7 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
 
 
 def our_step(
-    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str
+    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str, merges: bool = False
 ) -> tuple[Callable[[], None], StagedEngine]:
     """Run the engine's own program for a stage; gives the engine too."""
     torch.manual_seed(1)
@@ -127,7 +131,7 @@ def our_step(
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
     engine = StagedEngine(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
-        pipeline=stage, schedule=schedule,
+        pipeline=stage, schedule=schedule, merges=merges,
     )  # fmt: skip
     batches = {
         v: Batch(np.arange(a, b), {"x": x[a:b]}, {"y": y[a:b]}) for v, (a, b) in enumerate(pairwise(starts))

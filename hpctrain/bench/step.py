@@ -103,7 +103,7 @@ def our_step(topology: Topology, model: nn.Module, x: torch.Tensor) -> Callable[
     comm = topology.comms.data
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     averager = Averager(model, optimizer, comm, crowded=topology.crowded)
-    straight = StraightIntoPlace(model, averager.place, averager.filled)
+    straight = StraightIntoPlace(model, averager.places)
 
     def step() -> None:
         averager.begin([comm.rank])

@@ -8,10 +8,18 @@ F forward, B backward, each of one micro-batch; 4 stages (rows), micro-batches 0
     .  .  F0 F1 F2 F3 .  .  B0 B1 B2 B3            .  .  F0 F1 .  B0 F2 B1 F3 B2 .  B3
     .  .  .  F0 F1 F2 F3 B0 B1 B2 B3               .  .  .  F0 B0 F1 B1 F2 B2 F3 B3
 
+    zero_bubble: I the gradient of the stage's input, W that of its weights, B = I + W, all of one length
+    F0 F1 F2 F3 .  .  .  I0 W0 I1 W1 I2 W2 I3 W3
+    .  F0 F1 F2 .  .  I0 F3 I1 W0 I2 W1 I3 W2 W3
+    .  .  F0 F1 .  I0 F2 I1 F3 I2 W0 I3 W1 W2 W3
+    .  .  .  F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3
+
 p stages, m micro-batches, F and B of one length: both leave a stage idle for p - 1 forwards and p - 1
 backwards, (p-1)/(m+p-1) of the time. gpipe (Huang et al. 2019) keeps m micro-batches' activations,
-one_f_one_b (Narayanan et al. 2019) at most p. Both run the backward passes in the order of the
-micro-batches, as one process does: gradients add up to the same bits.
+one_f_one_b (Narayanan et al. 2019) at most p. zero_bubble (ZB-H1 of Qi et al. 2023) fills the gaps of
+one_f_one_b with weight gradients, which nobody waits for, and keeps at most p too: p - 1 gaps of length
+F + I - W are left a stage. All run the backward passes in the order of the micro-batches, as one process
+does: gradients add up to the same bits.
 
 Around each pass stand its messages: activations from earlier stages before F, to later ones behind
 it; gradients the other way around B. A send is started and not waited for, a receive is.
@@ -40,6 +48,14 @@ class Backward(Instruction):
     """Run backward of the micro-batch; its gradients join the sum."""
 
 
+class BackwardInput(Instruction):
+    """Compute the gradients of what the stage received; those of its weights wait."""
+
+
+class BackwardWeight(Instruction):
+    """Compute the weight gradients that wait; they join the sum."""
+
+
 class Receive(Instruction):
     """Take the activations that earlier stages sent."""
 
@@ -59,6 +75,8 @@ class SendGradient(Instruction):
 SHORT: dict[type[Instruction], str] = {
     Forward: "F",
     Backward: "B",
+    BackwardInput: "I",
+    BackwardWeight: "W",
     Receive: "rF",
     Send: "sF",
     ReceiveGradient: "rB",
@@ -108,7 +126,32 @@ def one_f_one_b(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterat
         yield Backward(micro_batch)
 
 
-SCHEDULES: dict[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe}
+def zero_bubble(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+    """Run one_f_one_b's passes; weight gradients of `stage` micro-batches wait, and fill its gaps.
+
+    So every stage keeps as many micro-batches as the first one of one_f_one_b does.
+
+    >>> [str(i) for i in zero_bubble(1, 2, [0, 1, 2])]
+    ['F0', 'I0', 'F1', 'I1', 'W0', 'F2', 'I2', 'W1', 'W2']
+    """
+    waiting: list[int] = []
+    forwards = len(micro_batches)
+    for instruction in one_f_one_b(stage, stages, micro_batches):
+        v = instruction.micro_batch
+        if isinstance(instruction, Forward):
+            forwards -= 1
+            yield instruction
+            continue
+        yield BackwardInput(v)
+        waiting.append(v)
+        cooling = not forwards and stage < stages - 1
+        if waiting and (cooling or len(waiting) > stage):
+            yield BackwardWeight(waiting.pop(0))
+    for v in waiting:
+        yield BackwardWeight(v)
+
+
+SCHEDULES: dict[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe, "zb-h1": zero_bubble}
 """By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
 
 
@@ -125,13 +168,19 @@ def forward_only(stage: int, stages: int, micro_batch: int) -> Iterator[Instruct
         yield Send(micro_batch)
 
 
-def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+def program(
+    name: str, stage: int, stages: int, micro_batches: Sequence[int], early: bool = False
+) -> Iterator[Instruction]:
     """Give what one stage does in a step: its passes, with their messages around them.
+
+    `early`: the gradient that another stage waits for leaves before the weights' own is computed.
 
     >>> [str(i) for i in program("1f1b", 0, 2, [0, 1])]
     ['F0', 'sF0', 'F1', 'sF1', 'rB0', 'B0', 'rB1', 'B1']
     >>> [str(i) for i in program("1f1b", 1, 2, [0, 1])]
     ['rF0', 'F0', 'B0', 'sB0', 'rF1', 'F1', 'B1', 'sB1']
+    >>> [str(i) for i in program("1f1b", 1, 2, [0], early=True)]
+    ['rF0', 'F0', 'I0', 'sB0', 'W0']
     """
     if stages == 1:
         yield from one_stage(micro_batches)
@@ -145,9 +194,14 @@ def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) ->
             yield instruction
             if not last:
                 yield Send(micro_batch)
+        elif isinstance(instruction, BackwardWeight):
+            yield instruction
         else:
+            split = early and not first and isinstance(instruction, Backward)
             if not last:
                 yield ReceiveGradient(micro_batch)
-            yield instruction
+            yield BackwardInput(micro_batch) if split else instruction
             if not first:
                 yield SendGradient(micro_batch)
+            if split:
+                yield BackwardWeight(micro_batch)

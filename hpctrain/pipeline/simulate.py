@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.pipeline.schedule import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
     Receive,
@@ -105,8 +107,13 @@ def simulate(
         raise HpctrainError(f"deadlock: every stage waits for a message that is not sent: {each}")
     left = [(s, v) for s in range(stages) for v in sorted(machine.live[s])]
     if left:
-        raise HpctrainError(f"stage {left[0][0]} runs micro-batch {left[0][1]} forward and never backward")
+        raise HpctrainError(
+            f"stage {left[0][0]} runs micro-batch {left[0][1]} forward and never all of its backward"
+        )
     return machine.found
+
+
+KINDS: dict[type[Instruction], str] = {Forward: "F", BackwardWeight: "W"}
 
 
 class _Machine:
@@ -151,9 +158,13 @@ class _Machine:
                 self.need(stage, instruction, f"F in {v}" if self.sources[stage] else "")
                 self.live[stage].add(v)
                 self.found.kept[stage] = max(self.found.kept[stage], len(self.live[stage]))
-            case Backward():
+            case Backward() | BackwardInput():
                 self.need(stage, instruction, f"F {v}")
                 self.need(stage, instruction, f"B in {v}" if self.back[stage] else "")
+                if isinstance(instruction, Backward):
+                    self.live[stage].discard(v)
+            case BackwardWeight():
+                self.need(stage, instruction, f"B {v}")
                 self.live[stage].discard(v)
             case Send():
                 self.need(stage, instruction, f"F {v}")
@@ -163,7 +174,7 @@ class _Machine:
                 self.need(stage, instruction, f"B {v}")
                 self.sent.update({("B", stage, s, v): self.clock[stage] for s in self.targets[stage]})
                 return True
-        kind = "F" if isinstance(instruction, Forward) else "B"
+        kind = KINDS.get(type(instruction), "B")
         if f"{kind} {v}" in self.done[stage]:
             raise HpctrainError(f"stage {stage} runs {instruction} twice")
         self.done[stage].add(f"{kind} {v}")
@@ -195,7 +206,7 @@ def check(
     links: Links | None = None,
     back: Links | None = None,
 ) -> Simulation:
-    """Prove a schedule for these numbers before anything runs: unit costs, a backward of two forwards.
+    """Prove a schedule for these numbers before anything runs: a backward of two forwards, halved if split.
 
     Raises HpctrainError where it would hang, ConfigError for links that go backwards.
     """
@@ -204,5 +215,5 @@ def check(
             raise ConfigError(
                 f"stage {stage} gives activations to an earlier stage: the cut goes through a loop"
             )
-    programs = [list(program(name, stage, stages, micro_batches)) for stage in range(stages)]
-    return simulate(programs, lambda _, i: 1.0 if isinstance(i, Forward) else 2.0, links, back=back)
+    programs = [list(program(name, stage, stages, micro_batches, early=True)) for stage in range(stages)]
+    return simulate(programs, lambda _, i: 2.0 if isinstance(i, Backward) else 1.0, links, back=back)

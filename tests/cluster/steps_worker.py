@@ -38,7 +38,7 @@ def take(steps, way, node_of, wire):
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
     nodes = [int(digit) for digit in node_of] or None
     averager = Averager(module, optimizer, world, Averaging(wire=wire), node_of=nodes)
-    straight = StraightIntoPlace(module, averager.place, averager.filled)
+    straight = StraightIntoPlace(module, averager.places)
     torch.manual_seed(world.rank)
     x = torch.randn(16, 256)
     before = 0

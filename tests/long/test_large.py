@@ -21,7 +21,7 @@ world = MPI.COMM_WORLD
 module = nn.Embedding({rows}, {width}, _weight=torch.zeros({rows}, {width}, dtype=torch.bfloat16))
 assert module.weight.numel() > 2**31
 averager = Averager(module, torch.optim.SGD(module.parameters(), lr=1.0), world, shelf_bytes=2**40)
-straight = StraightIntoPlace(module, averager.place, averager.filled)
+straight = StraightIntoPlace(module, averager.places)
 # the first and the last row, one at the middle, and the one where number 2^31 lies
 rows = [0, {rows} // 2, 2**31 // {width}, {rows} - 1]
 averager.begin([world.rank])
