@@ -1,0 +1,257 @@
+"""A model that is built without memory: its weights come into being where, and if, they are wanted.
+
+While the constructor runs, large tensors are shapes only, and what would have been done to them is
+written down, by the memory that it reads and writes:
+
+      empty(4096, 4096)  ──►  m0          uniform_(m0)  reads m0, writes m0, generator at g0
+      materialise(m0)         replays the lines that m0 depends on, in order, with the generator at g0
+
+So each weight has the bits that the plain constructor gives after the same `torch.manual_seed`, whichever
+of them are asked for. Random numbers are drawn at once too, into memory that is let go, to move the
+generator on: the most that exists at a time is the largest tensor.
+
+A constructor that looks at a number of a large tensor gets it, by a replay.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SMALL = 4096
+"""Elements: tensors up to this size are made as ever, so constructors may look at them."""
+
+
+class Shapes(FakeTensorMode):
+    """Tensors without memory; copies of a module stay in the same mode."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shapes":
+        return self
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor of some memory: what a line reads or writes."""
+
+    memory: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Line:
+    """An operation that was not done."""
+
+    function: Any
+    arguments: Any
+    named: Any
+    reads: frozenset[int]
+    writes: tuple[int | None, ...]
+    """The memory of each output; None for one that is no tensor."""
+    changes: frozenset[int]
+    """What it writes, new memory and old."""
+    generator: tuple[torch.Generator, torch.Tensor] | None
+    """And its state, for random numbers."""
+
+
+class Deferred(TorchDispatchMode):
+    """Entered while a constructor runs; afterwards gives the tensors that are wanted."""
+
+    def __init__(self) -> None:
+        """Start with nothing written down."""
+        super().__init__()
+        self.shapes = Shapes(allow_non_fake_inputs=True)
+        self.lines: list[Line] = []
+        self._kept: dict[int, torch.Tensor] = {}
+        """A tensor of each memory: while it is kept no other memory has its number."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Do what concerns small tensors; write down the rest."""
+        named = named or {}
+        given = [t for t in _pytree.tree_leaves((arguments, named)) if isinstance(t, torch.Tensor)]
+        if not any(isinstance(t, FakeTensor) for t in given):
+            if given or not self._large(function, arguments, named):
+                return function(*arguments, **named)
+        elif function is torch.ops.aten._local_scalar_dense.default or self._writes_real(
+            function, arguments, named
+        ):
+            real, real_named = self._real((arguments, named))
+            return function(*real, **real_named)
+        generator = self._draw(function, arguments, named)
+        with self.shapes:
+            found = function(*arguments, **named)
+        self._write_down(function, arguments, named, found, generator)
+        return found
+
+    def _large(self, function: Any, arguments: Any, named: Any) -> bool:
+        """Whether a call makes a large tensor from no other."""
+        if torch.device(named.get("device") or "cpu").type != "cpu":
+            return False
+        with self.shapes:
+            found = function(*arguments, **named)
+        tensors = [t for t in _pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+        return any(t.numel() > SMALL for t in tensors)
+
+    def _writes_real(self, function: Any, arguments: Any, named: Any) -> bool:
+        return any(not isinstance(t, FakeTensor) for t in changed(function, arguments, named))
+
+    def _draw(
+        self, function: Any, arguments: Any, named: Any
+    ) -> tuple[torch.Generator, torch.Tensor] | None:
+        """Move the generator on as the call would have; give its state before."""
+        if torch.Tag.nondeterministic_seeded not in function.tags:
+            return None
+        generator = named.get("generator") or torch.default_generator
+        state = generator.get_state()
+        overwritten = {id(t) for t in changed(function, arguments, named)}
+
+        def stand_in(value: Any) -> Any:
+            if not isinstance(value, FakeTensor):
+                return value
+            if id(value) in overwritten:
+                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
+            return self._real(value)
+
+        real, real_named = _pytree.tree_map(stand_in, (arguments, named))
+        function(*real, **real_named)
+        return generator, state
+
+    def _write_down(
+        self, function: Any, arguments: Any, named: Any, found: Any, generator: Any
+    ) -> None:
+        outputs = _pytree.tree_leaves(found)
+        memories = tuple(memory_of(t) if isinstance(t, FakeTensor) else None for t in outputs)
+        fresh = {m for m in memories if m is not None and m not in self._kept}
+        written = {memory_of(t) for t in changed(function, arguments, named)}
+        for tensor in outputs:
+            if isinstance(tensor, FakeTensor):
+                self._kept.setdefault(memory_of(tensor), tensor)
+        if not (fresh or written):
+            return  # another view of the same memory
+        reads = set[int]()
+
+        def described(value: Any) -> Any:
+            if isinstance(value, FakeTensor):
+                reads.add(memory_of(value))
+                return View(
+                    memory_of(value), tuple(value.size()), value.stride(), value.storage_offset(), value.dtype
+                )
+            return value.clone() if isinstance(value, torch.Tensor) else value
+
+        told, told_named = _pytree.tree_map(described, (arguments, named))
+        self.lines.append(
+            Line(function, told, told_named, frozenset(reads), memories, frozenset(fresh | written), generator)
+        )
+
+    # -- afterwards --------------------------------------------------------------------------
+
+    def _real(self, values: Any) -> Any:
+        """Give a tree with the tensors it would have. Local."""
+        fakes = [t for t in _pytree.tree_leaves(values) if isinstance(t, FakeTensor)]
+        memories = self._replay({memory_of(t) for t in fakes})
+
+        def real(value: Any) -> Any:
+            if not isinstance(value, FakeTensor):
+                return value
+            base = memories[memory_of(value)]
+            return laid(base, value)
+
+        return _pytree.tree_map(real, values)
+
+    def _replay(self, wanted: set[int]) -> dict[int, torch.Tensor]:
+        """Do the lines that some memories depend on; gives a tensor of each."""
+        needed, lines = set(wanted), []
+        for line in reversed(self.lines):
+            if line.changes & needed:
+                lines.append(line)
+                needed |= line.reads
+        last = {m: at for at, line in enumerate(reversed(lines)) for m in line.reads | line.changes}
+        memories: dict[int, torch.Tensor] = {}
+
+        def real(value: Any) -> Any:
+            return laid(memories[value.memory], value) if isinstance(value, View) else value
+
+        for at, line in enumerate(reversed(lines)):
+            arguments, named = _pytree.tree_map(
+                real, (line.arguments, line.named), is_leaf=lambda v: isinstance(v, View)
+            )
+            before = None
+            if line.generator:
+                generator, state = line.generator
+                before = generator.get_state()
+                generator.set_state(state)
+            outputs = _pytree.tree_leaves(line.function(*arguments, **named))
+            if line.generator and before is not None:
+                generator.set_state(before)
+            for memory, output in zip(line.writes, outputs):
+                if memory is not None:
+                    memories.setdefault(memory, output)
+            for memory in [m for m in memories if last[m] <= at and m not in wanted]:
+                del memories[memory]
+        return memories
+
+    @torch.no_grad()
+    def materialise(self, module: nn.Module, wanted: Iterable[torch.Tensor], device: str) -> dict[int, Any]:
+        """Put real tensors into the module for those that are wanted; the others stay as they are. Local.
+
+        Gives {id of the tensor that was there: tensor}; what was real already is itself.
+        """
+        made: dict[int, Any] = {}
+        for tensor in wanted:
+            if id(tensor) in made:
+                continue
+            value = self._real(tensor.detach() if isinstance(tensor, FakeTensor) else tensor)
+            if isinstance(tensor, FakeTensor) or value.device != torch.device(device):
+                value = value.detach().to(device)
+                if isinstance(tensor, nn.Parameter):
+                    value = nn.Parameter(value, tensor.requires_grad)
+            made[id(tensor)] = value
+        for owner in module.modules():
+            for kept in (owner._parameters, owner._buffers):
+                for name, tensor in kept.items():
+                    if tensor is not None and id(tensor) in made:
+                        kept[name] = made[id(tensor)]
+        return made
+
+
+def changed(function: Any, arguments: Any, named: Any) -> Iterator[torch.Tensor]:
+    """Give the tensors that an operator writes to."""
+    for at, declared in enumerate(function._schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            value = arguments[at] if at < len(arguments) else named.get(declared.name)
+            yield from (t for t in _pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Number a tensor's memory; views of one memory have one number."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def laid(base: torch.Tensor, like: Any) -> torch.Tensor:
+    """Give the tensor that lies in the memory of `base` as another one does in its own."""
+    view = like if isinstance(like, View) else None
+    size = view.size if view else tuple(like.size())
+    stride = view.stride if view else like.stride()
+    offset = view.offset if view else like.storage_offset()
+    flat = torch.empty(0, dtype=like.dtype).set_(base.untyped_storage(), offset, size, stride)
+    return flat
+
+
+@contextmanager
+def deferring(deferred: Deferred | None) -> Iterator[None]:
+    """Build what follows without memory, if asked."""
+    if deferred is None:
+        yield
+        return
+    with deferred:
+        yield
