@@ -31,9 +31,10 @@ from hpctrain.errors import ConfigError
 from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.models import build as models
+from hpctrain.models.deferred import Deferred
 from hpctrain.piece import Piece, of_module
 from hpctrain.pipeline import simulate, split
-from hpctrain.pipeline.stage import Stage, take_share
+from hpctrain.pipeline.stage import Stage, every_tensor, take_share, users_of
 from hpctrain.pipeline.transport import Transport
 from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
@@ -242,21 +243,30 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         task.prepare(source(config, topology, index, reader), learn)
     with together(world):
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
-        module = models.build(model, train.seed).to(topology.device)
+        deferred = None
+        if topology.stages > 1:
+            module, deferred = models.without_memory(model, train.seed)
+        else:
+            module = models.build(model, train.seed).to(topology.device)
         refuse_extra_state(module)
         synced = synchronise(module, config, count, topology.replicas)
-    same_start(module, world)
+    same_parameters(module, world)
     with together(world):
         spec = train.loss
         loss = construct.build(spec, "train.loss", **loss_arguments(spec))
-        optimizer = groups.build(config.optimizer, module)
     pipeline = None
-    if topology.stages > 1:
+    if topology.stages == 1:
+        with together(world):
+            optimizer = groups.build(config.optimizer, module)
+        same_start(module, world)
+    else:
         with together(world):
             example = task.batch(
                 index.splits["train"].samples(np.arange(max(order.sizes(train.batch, count))))
             )
-            pipeline = stage_of(config, topology, module, example.inputs, optimizer)
+            pipeline, optimizer = stage_of(config, topology, module, deferred, example.inputs)
+        same_start(module, topology.comms.data)
+        pipeline.refresh()
     averager = Averager(
         module,
         optimizer,
@@ -316,14 +326,24 @@ def stage_of(
     config: Config,
     topology: Topology,
     module: torch.nn.Module,
+    deferred: Deferred | None,
     inputs: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> Stage:
-    """Cut the model, keep this rank's stage of it, and give what runs it. Collective."""
+) -> tuple[Stage, torch.optim.Optimizer]:
+    """Cut the model, keep this rank's stage of it, give what runs it and its optimizer. Collective.
+
+    Only now the stage's tensors are made, where the model was built without memory.
+    """
     parallel = config.parallel
     named = models.by_name(module, list(inputs))
     model = split.cut(module, inputs, named, topology.stages, parallel.cuts)
     simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), *model.links())
+    if deferred:
+        tensors = dict(every_tensor(module))
+        wanted = [tensors[n] for n, stages in users_of(module, model).items() if topology.stage in stages]
+        deferred.materialise(module, wanted, topology.device)
+    else:
+        module.to(topology.device)
+    optimizer = groups.build(config.optimizer, module)  # over all parameters: stages have the same groups
     mine, ties = take_share(module, model, topology.stage)
     trained = [tie.name for tie in ties if tie.tensor.requires_grad]
     if trained and config.averaging.invariant:
@@ -338,7 +358,7 @@ def stage_of(
         del optimizer.state[parameter]
     stage = Stage(model, topology.stage, Transport(topology.comms.pipe, topology.device))
     stage.ties = ties
-    return stage
+    return stage, optimizer
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:
@@ -358,11 +378,8 @@ def refuse_extra_state(module: torch.nn.Module) -> None:
         )
 
 
-def same_start(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
-    """Give all ranks rank 0's weights: a constructor may draw from a stream that has no seed. Collective.
-
-    Raises ConfigError where the ranks have other parameters, or the same in another order.
-    """
+def same_parameters(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
+    """Raise ConfigError where the ranks have other parameters, or the same in another order. Collective."""
     pieces = of_module(module)
     mine = [(piece.name, piece.shape, str(piece.tensor.dtype)) for piece in pieces]
     first = comm.bcast(mine, root=0)
@@ -373,7 +390,11 @@ def same_start(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
                 f"the model's constructor gives ranks different parameters ({other[0]}): it must not "
                 f"depend on the rank, on random numbers or on the order of a set"
             )
-    for piece in pieces:
+
+
+def same_start(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
+    """Give all ranks rank 0's weights: a constructor may draw from a stream that has no seed. Collective."""
+    for piece in of_module(module):
         broadcast(comm, piece.tensor, 0)
 
 

@@ -227,3 +227,11 @@ class Filled(nn.Module):
         state = super().state_dict(*args, **kwargs)
         state["_metadata"] = {"made": "by a library"}
         return state
+
+
+def heavy(in_features: int, out_features: int, width: int = 4096) -> nn.Sequential:
+    """Four layers of 64 MiB; with gradients and Adam's moments a gibibyte in all."""
+    layers = [nn.Linear(in_features, width, bias=False)]
+    for _ in range(4):
+        layers += [nn.Linear(width, width, bias=False), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(width, out_features))

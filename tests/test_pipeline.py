@@ -114,6 +114,28 @@ def test_one_replica_has_the_bits_of_one_process(world, build, model):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("model", MODELS)
+def test_a_stage_makes_its_own_weights_alone(world, build, monkeypatch, model):
+    """However small: each is made by the stages that use it, with the bits of the whole model."""
+    from hpctrain.models import deferred
+
+    made = []
+    materialise = deferred.Deferred.materialise
+
+    def counting(self, module, wanted, device):
+        made.extend(wanted)
+        return materialise(self, module, made, device)
+
+    monkeypatch.setattr(deferred, "SMALL", 0)
+    monkeypatch.setattr(deferred.Deferred, "materialise", counting)
+    if world.size not in layouts(world.size, model):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build(model, world.size, micro_batches=5)
+    assert len({id(t) for t in made}) < len(alone_like(job, 0)[1]) or model == "FrozenHead"
+    has_bits_of_one_process(world, job, model)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
 @pytest.mark.parametrize("model", ["plain_row", "Skips", "Wide", "Tied", "tied_row"])
 def test_weight_gradients_that_wait_keep_the_bits(world, build, waits, model, schedule):

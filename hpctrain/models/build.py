@@ -20,6 +20,8 @@ from torch import nn
 from hpctrain import construct
 from hpctrain.config import ClassPath
 from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
+from hpctrain.models.deferred import Deferred
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -68,13 +70,38 @@ def tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def without_memory(spec: ClassPath, seed: int) -> tuple[nn.Module, Deferred | None]:
+    """Build the module with large tensors as shapes, and what makes those that are wanted. Local.
+
+    Their numbers are those of `build`. A constructor that can't be run so is run as ever, and
+    there is nothing to be made.
+    """
+    deferred = Deferred()
+    try:
+        with deferred:
+            module = build(spec, seed)
+        deferred.complete(module)
+        return module, deferred
+    except Exception as error:
+        module = build(spec, seed)  # its own faults show again
+        LOGGER.warning(
+            "the model's constructor can't run without memory (%s: %s): every rank builds the whole model "
+            "before it keeps its stage",
+            type(error.__cause__ or error).__name__,
+            error.__cause__ or error,
+        )
+        return module, None
+
+
 def build(spec: ClassPath, seed: int) -> nn.Module:
     """Build the module on the CPU; its weights depend on the seed alone. Local."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     arguments = {n: tupled(v) if n in FILLED else v for n, v in spec.init_args.items()}
-    module = construct.build(spec, "model", **arguments)
-    torch.random.set_rng_state(state)
+    try:
+        module = construct.build(spec, "model", **arguments)
+    finally:
+        torch.random.set_rng_state(state)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model.class_path = {spec.class_path!r} is no torch.nn.Module")
     if not any(parameter.requires_grad for parameter in module.parameters()):

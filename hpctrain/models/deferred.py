@@ -14,7 +14,6 @@ A constructor that looks at a number of a large tensor gets it, by a replay.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ SMALL = 4096
 """Elements: tensors up to this size are made as ever, so constructors may look at them."""
 
 
-class Shapes(FakeTensorMode):
+class Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Tensors without memory; copies of a module stay in the same mode."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shapes":
@@ -62,12 +61,12 @@ class Line:
     """And its state, for random numbers."""
 
 
-class Deferred(TorchDispatchMode):
+class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Entered while a constructor runs; afterwards gives the tensors that are wanted."""
 
     def __init__(self) -> None:
         """Start with nothing written down."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes = Shapes(allow_non_fake_inputs=True)
         self.lines: list[Line] = []
         self._kept: dict[int, torch.Tensor] = {}
@@ -78,9 +77,8 @@ class Deferred(TorchDispatchMode):
     ) -> Any:
         """Do what concerns small tensors; write down the rest."""
         named = named or {}
-        given = [t for t in _pytree.tree_leaves((arguments, named)) if isinstance(t, torch.Tensor)]
-        if not any(isinstance(t, FakeTensor) for t in given):
-            if given or not self._large(function, arguments, named):
+        if not any(isinstance(t, FakeTensor) for t in _pytree.tree_leaves((arguments, named))):
+            if not self._makes_large(function, arguments, named):
                 return function(*arguments, **named)
         elif function is torch.ops.aten._local_scalar_dense.default or self._writes_real(
             function, arguments, named
@@ -93,21 +91,22 @@ class Deferred(TorchDispatchMode):
         self._write_down(function, arguments, named, found, generator)
         return found
 
-    def _large(self, function: Any, arguments: Any, named: Any) -> bool:
-        """Whether a call makes a large tensor from no other."""
-        if torch.device(named.get("device") or "cpu").type != "cpu":
-            return False
-        with self.shapes:
-            found = function(*arguments, **named)
+    def _makes_large(self, function: Any, arguments: Any, named: Any) -> bool:
+        """Whether a call that gets no deferred tensor makes a large one on the CPU."""
+        if any(found.alias_info is not None for found in function._schema.returns):
+            return False  # a view, or written in place
+        try:
+            with self.shapes:
+                found = function(*arguments, **named)
+        except Exception:
+            return False  # its shape depends on numbers, or it fails: as ever
         tensors = [t for t in _pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
-        return any(t.numel() > SMALL for t in tensors)
+        return any(t.numel() > SMALL and t.device.type == "cpu" for t in tensors)
 
     def _writes_real(self, function: Any, arguments: Any, named: Any) -> bool:
         return any(not isinstance(t, FakeTensor) for t in changed(function, arguments, named))
 
-    def _draw(
-        self, function: Any, arguments: Any, named: Any
-    ) -> tuple[torch.Generator, torch.Tensor] | None:
+    def _draw(self, function: Any, arguments: Any, named: Any) -> tuple[torch.Generator, torch.Tensor] | None:
         """Move the generator on as the call would have; give its state before."""
         if torch.Tag.nondeterministic_seeded not in function.tags:
             return None
@@ -126,9 +125,7 @@ class Deferred(TorchDispatchMode):
         function(*real, **real_named)
         return generator, state
 
-    def _write_down(
-        self, function: Any, arguments: Any, named: Any, found: Any, generator: Any
-    ) -> None:
+    def _write_down(self, function: Any, arguments: Any, named: Any, found: Any, generator: Any) -> None:
         outputs = _pytree.tree_leaves(found)
         memories = tuple(memory_of(t) if isinstance(t, FakeTensor) else None for t in outputs)
         fresh = {m for m in memories if m is not None and m not in self._kept}
@@ -143,17 +140,25 @@ class Deferred(TorchDispatchMode):
         def described(value: Any) -> Any:
             if isinstance(value, FakeTensor):
                 reads.add(memory_of(value))
-                return View(
-                    memory_of(value), tuple(value.size()), value.stride(), value.storage_offset(), value.dtype
-                )
+                offset = int(value.storage_offset())
+                return View(memory_of(value), tuple(value.size()), value.stride(), offset, value.dtype)
             return value.clone() if isinstance(value, torch.Tensor) else value
 
         told, told_named = _pytree.tree_map(described, (arguments, named))
-        self.lines.append(
-            Line(function, told, told_named, frozenset(reads), memories, frozenset(fresh | written), generator)
-        )
+        changes = frozenset(fresh | written)
+        self.lines.append(Line(function, told, told_named, frozenset(reads), memories, changes, generator))
 
     # -- afterwards --------------------------------------------------------------------------
+
+    def complete(self, module: nn.Module) -> None:
+        """Make what modules keep as plain attributes: nobody can tell who uses it. Local."""
+        for owner in module.modules():
+            for name, value in list(owner.__dict__.items()):
+                if name.startswith("_") and name in vars(nn.Module()):
+                    continue
+                if any(isinstance(leaf, FakeTensor) for leaf in _pytree.tree_leaves(value)):
+                    with torch.no_grad():
+                        owner.__dict__[name] = self._real(value)
 
     def _real(self, values: Any) -> Any:
         """Give a tree with the tensors it would have. Local."""
@@ -201,11 +206,8 @@ class Deferred(TorchDispatchMode):
         return memories
 
     @torch.no_grad()
-    def materialise(self, module: nn.Module, wanted: Iterable[torch.Tensor], device: str) -> dict[int, Any]:
-        """Put real tensors into the module for those that are wanted; the others stay as they are. Local.
-
-        Gives {id of the tensor that was there: tensor}; what was real already is itself.
-        """
+    def materialise(self, module: nn.Module, wanted: Iterable[torch.Tensor], device: str) -> None:
+        """Put real tensors into the module for those that are wanted; the others stay as they are. Local."""
         made: dict[int, Any] = {}
         for tensor in wanted:
             if id(tensor) in made:
@@ -218,10 +220,9 @@ class Deferred(TorchDispatchMode):
             made[id(tensor)] = value
         for owner in module.modules():
             for kept in (owner._parameters, owner._buffers):
-                for name, tensor in kept.items():
-                    if tensor is not None and id(tensor) in made:
-                        kept[name] = made[id(tensor)]
-        return made
+                for name, old in kept.items():
+                    if old is not None and id(old) in made:
+                        kept[name] = made[id(old)]
 
 
 def changed(function: Any, arguments: Any, named: Any) -> Iterator[torch.Tensor]:
@@ -245,13 +246,3 @@ def laid(base: torch.Tensor, like: Any) -> torch.Tensor:
     offset = view.offset if view else like.storage_offset()
     flat = torch.empty(0, dtype=like.dtype).set_(base.untyped_storage(), offset, size, stride)
     return flat
-
-
-@contextmanager
-def deferring(deferred: Deferred | None) -> Iterator[None]:
-    """Build what follows without memory, if asked."""
-    if deferred is None:
-        yield
-        return
-    with deferred:
-        yield

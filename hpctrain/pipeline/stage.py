@@ -221,28 +221,42 @@ def catcher(into: dict[int, torch.Tensor], at: int) -> Callable[[torch.Tensor], 
     return catch
 
 
+def every_tensor(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """List parameters and buffers by all of their names. Local."""
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+
+
+def users_of(module: nn.Module, cut: Cut) -> dict[str, list[int]]:
+    """Give the stages that use each tensor, by its first name; the first one owns it. Local.
+
+    What nobody uses is stage 0's.
+    """
+    first: dict[int, str] = {}
+    everything = every_tensor(module)
+    for name, tensor in everything:
+        first.setdefault(id(tensor), name)
+    by_name = dict(everything)
+    users: dict[str, set[int]] = {name: set() for name in first.values()}
+    for at in range(cut.stages):
+        for name in cut.tensors(at):
+            users[first[id(by_name[name])]].add(at)
+    return {name: sorted(stages or {0}) for name, stages in users.items()}
+
+
 def take_share(module: nn.Module, cut: Cut, stage: int) -> tuple[set[int], list[Tie]]:
     """Leave in the module what this stage owns; gives the ids of its parameters, and the ties. Local.
 
     Tensors that later stages of a tie use stay in their modules as plain attributes: no parameter
     to train or to store, but there for the forward.
     """
-    everything = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    first: dict[int, str] = {}
-    for name, tensor in everything:
-        first.setdefault(id(tensor), name)
+    everything = every_tensor(module)
     by_name = dict(everything)
-    users: dict[str, set[int]] = {}
-    for at in range(cut.stages):
-        for name in cut.tensors(at):
-            users.setdefault(first[id(by_name[name])], set()).add(at)
     ties, mine, copies = [], set[int](), dict[int, torch.Tensor]()
-    for at, name in first.items():
-        stages = sorted(users.get(name, {0}))
-        tensor = by_name[name]
+    for name, stages in users_of(module, cut).items():
+        tensor, at = by_name[name], id(by_name[name])
         here: torch.Tensor = tensor
         if stage == stages[0]:
             mine.add(at)

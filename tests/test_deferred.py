@@ -1,0 +1,130 @@
+"""Models built without memory: the plain constructor's bits, whatever it does to its weights."""
+
+import resource
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.parametrizations import weight_norm
+
+from hpctrain.config import ClassPath
+from hpctrain.errors import ConfigError
+from hpctrain.models import build as models
+from hpctrain.models import deferred
+from hpctrain.models.deferred import Deferred
+
+
+class Own(nn.Module):
+    """What constructors do: scale, tie, look at numbers, write into parts, draw from a generator of their own."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.w = nn.Parameter(torch.randn(30, 30) * 0.02)
+        self.e, self.t = nn.Linear(30, 30), nn.Linear(30, 30)
+        self.e.weight.data.mul_(2.0)
+        self.t.weight = self.e.weight
+        nn.init.orthogonal_(self.w[:, :10].detach())
+        nn.init.trunc_normal_(self.t.weight, std=0.1)
+        with torch.no_grad():
+            self.t.weight[:, 5] = 0
+            self.w.copy_(self.w @ self.w.t())
+            self.w[3].normal_(generator=generator)
+        self.register_buffer("mask", torch.tril(torch.ones(20, 20)))
+        self.register_buffer("chosen", torch.bernoulli(torch.full((40,), 0.5)))
+        self.rates = [float(r) for r in torch.linspace(0, 1, 40)]
+        self.more = nn.Linear(3, 3) if self.w[0, 0] > -100 else None
+        self.table = {"scale": torch.rand(50), "name": "plain attributes are made whole"}
+
+
+def row():
+    return nn.Sequential(
+        nn.Linear(20, 20), nn.Conv2d(4, 4, 3), nn.Embedding(50, 6), nn.LSTM(12, 12, 2), nn.BatchNorm1d(70)
+    )
+
+
+def attention():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 3)
+
+
+def normed():
+    return weight_norm(nn.Linear(20, 20))
+
+
+def of(make, small=1):
+    torch.manual_seed(3)
+    plain = make()
+    end = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    written = Deferred()
+    with written:
+        module = make()
+    assert torch.equal(end, torch.random.get_rng_state())
+    return plain, module, written
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("make", [Own, row, attention, normed])
+@pytest.mark.parametrize("small", [0, 16, 4096])
+def test_every_tensor_has_the_bits_of_the_plain_constructor(monkeypatch, make, small):
+    monkeypatch.setattr(deferred, "SMALL", small)
+    plain, module, written = of(make)
+    assert bool(written.lines) == (small < 4096)
+    written.complete(module)
+    written.materialise(module, [*module.parameters(), *module.buffers()], "cpu")
+    expected, found = plain.state_dict(), module.state_dict()
+    assert list(expected) == list(found)
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+        assert value.stride() == found[name].stride()
+    assert [type(p) for p in module.parameters()] == [nn.Parameter] * len(list(plain.parameters()))
+    if make is Own:
+        assert module.e.weight is module.t.weight
+        assert torch.equal(module.table["scale"], plain.table["scale"])
+        assert module.rates == plain.rates
+
+
+def test_only_what_is_wanted_is_made(monkeypatch):
+    monkeypatch.setattr(deferred, "SMALL", 0)
+    plain, module, written = of(row)
+    written.materialise(module, [module[2].weight], "cpu")
+    assert torch.equal(module[2].weight, plain[2].weight)
+    assert isinstance(module[0].weight, FakeTensor)
+    assert isinstance(module[3].weight_hh_l1, FakeTensor)
+
+
+def test_a_model_of_a_terabyte_can_be_built():
+    """And a layer of it made: nothing else takes memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def make():
+        layers = [nn.Linear(16, 16) for _ in range(3)]
+        layers[1] = nn.utils.skip_init(nn.Linear, 500_000, 500_000)
+        return nn.Sequential(*layers)
+
+    with Deferred() as written:
+        module = make()
+    written.materialise(module, list(module[0].parameters()), "cpu")
+    assert module[1].weight.nbytes == 10**12
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def look_at_all():
+    """A constructor that takes a large tensor's memory as numpy."""
+    layer = nn.Linear(100, 100)
+    layer.weight.detach().numpy()[:] = 1
+    return layer
+
+
+def failing(width: int = 3):
+    raise ValueError("no such width")
+
+
+def test_what_cannot_run_without_memory_is_built_whole(caplog):
+    module, written = models.without_memory(ClassPath("test_deferred.look_at_all", {}), 3)
+    assert written is None
+    assert bool((module.weight == 1).all())
+    assert "the model's constructor can't run without memory" in caplog.text
+    with pytest.raises(ConfigError, match="no such width"):
+        models.without_memory(ClassPath("test_deferred.failing", {}), 3)
