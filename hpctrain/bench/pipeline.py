@@ -7,6 +7,11 @@ torch_gpipe   the same with ScheduleGPipe
 alone         one process, the whole model, the same micro-batches; the other ranks idle
 limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
 
+In the emulated cases layers sleep (`emulated.py`), and instead of the last two stand
+
+simulated_…   what the simulator expects of 1F1B and ZB-H1, messages taking no time
+work          what a stage has to do: work ÷ seconds is the utilisation
+
 No optimizer and no averaging: they are measured by `bench step`.
 """
 
@@ -22,6 +27,7 @@ from torch import nn
 
 from hpctrain.averaging.averager import Averager
 from hpctrain.batch import Batch
+from hpctrain.bench import emulated
 from hpctrain.bench.measure import alternate, each, row
 from hpctrain.data import order
 from hpctrain.data.loader import Step
@@ -75,6 +81,7 @@ CASES = {
     "mlp m=32": Case(mlp, (512, 1024), 32),
     "transformer m=8": Case(transformer, (32, 32, 256), 8),
     "cnn m=8": Case(cnn, (16, 4, 64, 64), 8),
+    "emulated m=8": Case(emulated.sleepers, (8, 16), 8),
 }
 
 
@@ -88,6 +95,8 @@ def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, 
 def one_case(topology: Topology, name: str) -> dict[str, Any]:
     """Measure one model."""
     comm, case = topology.comms.world, CASES[name]
+    sleeps = case.make is emulated.sleepers
+    emulated.slept.clear()
     torch.manual_seed(3)
     x = torch.randn(case.shape)
     with torch.no_grad():
@@ -102,12 +111,23 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         **{name: step for name, (step, _) in stages.items()},
         "torch_1f1b": torch_step(topology, case, x, y, "Schedule1F1B"),
         "torch_gpipe": torch_step(topology, case, x, y, "ScheduleGPipe"),
-        "alone": alone_step(topology, case, x, y),
-        "limit": limit_step(topology, stages["ours"][1], case, x),
     }
-    times = alternate(comm, contenders, ROUNDS)
+    if sleeps:
+        del contenders["ours_fast"]
+    else:
+        contenders["alone"] = alone_step(topology, case, x, y)
+        contenders["limit"] = limit_step(topology, stages["ours"][1], case, x)
+    rounds = emulated.ROUNDS if sleeps else ROUNDS
+    times = alternate(comm, contenders, rounds)
     bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
-    times["limit"] = [seconds * bubble for seconds in times["limit"]]
+    if sleeps:
+        stretch = emulated.stretched(comm)
+        for ours, schedule in (("simulated_1f1b", "1f1b"), ("simulated_zb", "zb-h1")):
+            found = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
+            times[ours] = [found.seconds] * rounds
+        times["work"] = [emulated.work(topology.stages, case.micro_batches, stretch)] * rounds
+    else:
+        times["limit"] = [seconds * bubble for seconds in times["limit"]]
     for _, engine in stages.values():
         engine.pipeline.close()
         engine.averager.close()
@@ -133,6 +153,8 @@ def our_step(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
         pipeline=stage, schedule=schedule, merges=merges,
     )  # fmt: skip
+    if case.make is emulated.sleepers:
+        engine.straight = emulated.Weights(topology.stages)  # type: ignore[assignment]
     batches = {
         v: Batch(np.arange(a, b), {"x": x[a:b]}, {"y": y[a:b]}) for v, (a, b) in enumerate(pairwise(starts))
     }
@@ -154,7 +176,7 @@ def torch_step(
     from torch.distributed import pipelining
 
     torch.manual_seed(1)
-    model = case.make()
+    model = emulated.sleepers(whole=True) if case.make is emulated.sleepers else case.make()
     cut = split.cut(model, {"x": x[:1]}, False, topology.stages, [])
     assert isinstance(cut, Layers)
     first, last = cut.ranges[topology.stage]

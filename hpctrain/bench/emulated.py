@@ -1,0 +1,119 @@
+"""Stages that sleep instead of computing, so that more stages than cores can be judged.
+
+Forward, the gradient of the input and that of the weights take LAYER seconds a layer each. What is
+measured beside the simulation is the schedule, the transport and all that runs around the passes. A
+sleep lasts a little longer than asked (a timer's slack), so the simulation takes its measured length.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from hpctrain.pipeline.schedule import Backward, Instruction, program
+from hpctrain.pipeline.simulate import Simulation, simulate
+
+LAYER = 15e-3
+ROUNDS = 5
+LAYERS = 8
+slept: list[float] = []
+"""How many times longer than asked each sleep of this rank was."""
+
+
+def nap(seconds: float) -> None:
+    """Sleep, and note how long it was. Local."""
+    began = time.perf_counter()
+    time.sleep(seconds)
+    slept.append((time.perf_counter() - began) / seconds)
+
+
+class _Sleep(torch.autograd.Function):
+    """Sleeps on both ways; the gradient of the weights is `Weights`'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, whole: bool) -> torch.Tensor:
+        ctx.whole = whole
+        nap(LAYER)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        for _ in range(1 + ctx.whole):
+            nap(LAYER)
+        return gradient, None, None
+
+
+class Sleeper(nn.Module):
+    """A layer that sleeps; `whole`: its backward is not split."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole, self.weight = whole, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Give what came."""
+        return _Sleep.apply(x, self.weight, self.whole)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def sleepers(whole: bool = False) -> nn.Sequential:
+    """Make a model of LAYERS layers."""
+    return nn.Sequential(*[Sleeper(whole) for _ in range(LAYERS)])
+
+
+class Weights:
+    """Stands for what computes weight gradients: it sleeps as long as the layers of a stage would."""
+
+    merges = False
+
+    def __init__(self, stages: int) -> None:
+        """Take the number of stages."""
+        self.layers = LAYERS // stages
+
+    def _sleep(self) -> None:
+        for _ in range(self.layers):
+            nap(LAYER)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Nothing is watched."""
+        yield
+
+    @contextmanager
+    def accumulating(self, micro_batch: int = -1) -> Iterator[None]:
+        """Sleep for the weights too where they don't wait."""
+        yield
+        if micro_batch < 0:
+            self._sleep()
+
+    def begin(self) -> None:
+        """Nothing waits."""
+
+    def weights_of(self, micro_batch: int, last: bool) -> None:
+        """Sleep for the weights."""
+        self._sleep()
+
+
+def stretched(comm: MPI.Intracomm) -> float:
+    """Give how many times longer than asked the sleeps were, the mean over all ranks. Collective."""
+    return float(comm.allreduce(statistics.fmean(slept))) / comm.size
+
+
+def simulated(schedule: str, stages: int, micro_batches: int, stretch: float) -> Simulation:
+    """Say what the simulator expects of a step with such sleeps; messages take no time there."""
+    one = LAYER * (LAYERS // stages) * stretch
+
+    def cost(stage: int, instruction: Instruction) -> float:
+        return 2 * one if isinstance(instruction, Backward) else one
+
+    programs = [list(program(schedule, s, stages, range(micro_batches), early=True)) for s in range(stages)]
+    return simulate(programs, cost)
+
+
+def work(stages: int, micro_batches: int, stretch: float) -> float:
+    """Seconds of work of one stage in a step."""
+    return 3 * micro_batches * LAYER * (LAYERS // stages) * stretch
