@@ -4,8 +4,10 @@ With `train.py` the only place that knows all rooms.
 """
 
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +18,10 @@ from numpy.typing import NDArray
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpctrain import construct
-from hpctrain.averaging import groups, schedules, sync_norm
+from hpctrain import portion as portions
+from hpctrain.averaging import groups, schedules
 from hpctrain.averaging.averager import Averager
-from hpctrain.batch import Batch, broadcast
+from hpctrain.batch import Batch
 from hpctrain.checkpoint.load import Stored
 from hpctrain.config import ClassPath, Config
 from hpctrain.data import index as indexing
@@ -27,15 +30,12 @@ from hpctrain.data.index import Index
 from hpctrain.data.loader import Loader
 from hpctrain.data.read import Reader
 from hpctrain.engine import Engine
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
-from hpctrain.models import build as models
-from hpctrain.models.deferred import Deferred
-from hpctrain.piece import Piece, of_module
-from hpctrain.pipeline import simulate, split
-from hpctrain.pipeline.stage import Stage, every_tensor, take_share, users_of
-from hpctrain.pipeline.transport import Transport
+from hpctrain.piece import Piece
+from hpctrain.pipeline.stage import Stage
+from hpctrain.portion import Portion
 from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
 from hpctrain.topology import Topology, processor
@@ -182,26 +182,6 @@ def check_invariant(config: Config, replicas: int) -> None:
         )
 
 
-def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: int) -> bool:
-    """Let BatchNorm layers that are to see the whole batch do so; tell whether there are any. Local."""
-    layers = sync_norm.convert(module, config.averaging.sync_batchnorm)
-    if not layers:
-        if config.averaging.sync_batchnorm:
-            LOGGER.warning("averaging.sync_batchnorm does nothing: the model has no BatchNorm")
-        return False
-    if config.averaging.invariant:
-        raise ConfigError(
-            "averaging.invariant and SyncBatchNorm exclude each other: statistics that replicas join have "
-            "other bits on another number of them; BatchNorm sees one micro-batch at a time, on any layout"
-        )
-    if count != replicas:
-        raise ConfigError(
-            f"SyncBatchNorm takes its statistics over one micro-batch of each replica, which is the whole "
-            f"batch with parallel.micro_batches = auto only: it is {count}, the replicas are {replicas}"
-        )
-    return True
-
-
 def kinds_of_processors(config: Config, comm: MPI.Intracomm) -> list[str]:
     """Name the processors where the same bits are asked of them; say so where they differ. Collective."""
     if not config.averaging.invariant:
@@ -241,54 +221,24 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     with together(world):
         task: Task = construct.build(config.data.task, "data.task", **config.data.task.init_args)
         task.prepare(source(config, topology, index, reader), learn)
-    with together(world):
-        model = models.complete(config.model, task.input_shapes, task.target_shapes)
-        deferred = None
-        if topology.stages > 1:
-            module, deferred = models.without_memory(model, train.seed)
-        else:
-            module = models.build(model, train.seed).to(topology.device)
-        refuse_extra_state(module)
-        synced = synchronise(module, config, count, topology.replicas)
-    same_parameters(module, world)
-    with together(world):
-        spec = train.loss
-        loss = construct.build(spec, "train.loss", **loss_arguments(spec))
-    pipeline = None
-    if topology.stages == 1:
-        with together(world):
-            optimizer = groups.build(config.optimizer, module)
-        same_start(module, world)
-    else:
-        with together(world):
-            example = task.batch(
-                index.splits["train"].samples(np.arange(max(order.sizes(train.batch, count))))
-            )
-            pipeline, optimizer = stage_of(config, topology, module, deferred, example.inputs)
-        same_start(module, topology.comms.data)
-        pipeline.refresh()
-    averager = Averager(
-        module,
-        optimizer,
-        topology.comms.data,
-        config.averaging,
-        order.replicas_of(topology.replicas, count),
-        config.optimizer.sharded,
-        topology.crowded,
-        cuda_aware=topology.cuda_aware,
-        pipe=topology.comms.pipe,
-    )
-    if pipeline and pipeline.ties:
+    with told_of_memory(topology):
+        example = task.batch(index.splits["train"].samples(np.arange(max(order.sizes(train.batch, count)))))
+        portion = portions.build(config, topology, task, example.inputs, count)
+        averager = Averager(
+            portion.module,
+            portion.optimizer,
+            topology.comms.data,
+            config.averaging,
+            order.replicas_of(topology.replicas, count),
+            config.optimizer.sharded,
+            topology.crowded,
+            cuda_aware=topology.cuda_aware,
+            pipe=topology.comms.pipe,
+        )
+    if portion.stage and portion.stage.ties:
         averager.nothing_early()
     with together(world):
-        names = list(task.input_shapes)
-        common = topology, module, SummedLoss(loss), averager, names, train.seed, train.autocast
-        engine = Engine(*common)
-        if pipeline:
-            parallel = config.parallel
-            engine = StagedEngine(
-                *common, pipeline=pipeline, schedule=parallel.schedule, merges=parallel.gradients == "fast"
-            )
+        engine = engine_of(config, topology, portion, averager, list(task.input_shapes))
         scheduler = schedules.build(config, averager, total_steps(config, index))
     loader = Loader(
         index.splits["train"],
@@ -296,13 +246,43 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         count,
         train.batch,
         train.seed,
-        maker(task, pipeline),
+        maker(task, portion.stage),
     )
     # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
-    kept = replace(config.parallel, micro_batches="auto" if synced else count)
-    resolved = replace(config, model=model, parallel=kept)
+    kept = replace(config.parallel, micro_batches="auto" if portion.synced else count)
+    resolved = replace(config, model=portion.model, parallel=kept)
     peers = topology.comms.data.allgather((topology.world_rank, platform.node()))
     return Job(resolved, topology, index, reader, task, engine, loader, scheduler, peers, processors)
+
+
+def engine_of(
+    config: Config, topology: Topology, portion: Portion, averager: Averager, names: list[str]
+) -> Engine:
+    """Build what takes steps. Local."""
+    train, parallel = config.train, config.parallel
+    loss = SummedLoss(construct.build(train.loss, "train.loss", **loss_arguments(train.loss)))
+    common = topology, portion.module, loss, averager, names, train.seed, train.autocast
+    if portion.stage is None:
+        return Engine(*common)
+    merges = parallel.gradients == "fast"
+    return StagedEngine(*common, pipeline=portion.stage, schedule=parallel.schedule, merges=merges)
+
+
+@contextmanager
+def told_of_memory(topology: Topology) -> Iterator[None]:
+    """Say what to do where this rank's memory ends while the job is built. Local."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        asked = re.search(r"allocate ([0-9]+) bytes", str(error))
+        more = f" for {int(asked[1]) / 2**20:,.0f} MiB more" if asked else ""
+        raise HpctrainError(
+            f"rank {topology.world_rank} on {platform.node()} has no memory{more}: weights, gradients and "
+            f"the optimizer's state of its stage do not fit, with parallel.stages = {topology.stages} on "
+            f"{topology.comms.world.size} ranks: take more stages, or nodes with more memory"
+        ) from error
 
 
 def wanted(topology: Topology, batch: int) -> int:
@@ -320,82 +300,6 @@ def maker(task: Task, pipeline: Stage | None) -> Callable[[NDArray[np.int64]], B
         return task.batch(samples) if reads and len(samples) else Batch(samples, {}, {})
 
     return make
-
-
-def stage_of(
-    config: Config,
-    topology: Topology,
-    module: torch.nn.Module,
-    deferred: Deferred | None,
-    inputs: dict[str, torch.Tensor],
-) -> tuple[Stage, torch.optim.Optimizer]:
-    """Cut the model, keep this rank's stage of it, give what runs it and its optimizer. Collective.
-
-    Only now the stage's tensors are made, where the model was built without memory.
-    """
-    parallel = config.parallel
-    named = models.by_name(module, list(inputs))
-    model = split.cut(module, inputs, named, topology.stages, parallel.cuts)
-    simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), *model.links())
-    if deferred:
-        tensors = dict(every_tensor(module))
-        wanted = [tensors[n] for n, stages in users_of(module, model).items() if topology.stage in stages]
-        deferred.materialise(module, wanted, topology.device)
-    else:
-        module.to(topology.device)
-    optimizer = groups.build(config.optimizer, module)  # over all parameters: stages have the same groups
-    mine, ties = take_share(module, model, topology.stage)
-    trained = [tie.name for tie in ties if tie.tensor.requires_grad]
-    if trained and config.averaging.invariant:
-        raise ConfigError(
-            f"averaging.invariant: {trained[0]} is used by several stages, whose gradients are added "
-            f"after those of the micro-batches: other bits than on one stage; "
-            f"set parallel.stages = 1 or untie it"
-        )
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in mine]
-    for parameter in [p for p in optimizer.state if id(p) not in mine]:
-        del optimizer.state[parameter]
-    stage = Stage(model, topology.stage, Transport(topology.comms.pipe, topology.device))
-    stage.ties = ties
-    return stage, optimizer
-
-
-def refuse_extra_state(module: torch.nn.Module) -> None:
-    """Refuse a module with state that a checkpoint would lose; tell of what only may be state. Local."""
-    others = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
-    extra = [name for name in others if name.rpartition(".")[2] == "_extra_state"]
-    if extra:
-        raise ConfigError(
-            f"the model keeps {extra[0]} by get_extra_state, which checkpoints don't hold: "
-            f"keep it in a buffer (register_buffer)"
-        )
-    if others:  # a state_dict of the model's own; libraries put the constructor's arguments there
-        LOGGER.info(
-            "the model's own state_dict has %s, which is no tensor: checkpoints don't hold it, and a resume "
-            "builds it anew from the configuration",
-            ", ".join(others[:3]),
-        )
-
-
-def same_parameters(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
-    """Raise ConfigError where the ranks have other parameters, or the same in another order. Collective."""
-    pieces = of_module(module)
-    mine = [(piece.name, piece.shape, str(piece.tensor.dtype)) for piece in pieces]
-    first = comm.bcast(mine, root=0)
-    with together(comm):
-        if mine != first:
-            other = next((a for a, b in zip(mine, first) if a != b), (len(mine), "parameters"))
-            raise ConfigError(
-                f"the model's constructor gives ranks different parameters ({other[0]}): it must not "
-                f"depend on the rank, on random numbers or on the order of a set"
-            )
-
-
-def same_start(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
-    """Give all ranks rank 0's weights: a constructor may draw from a stream that has no seed. Collective."""
-    for piece in of_module(module):
-        broadcast(comm, piece.tensor, 0)
 
 
 def source(config: Config, topology: Topology, index: Index, reader: Reader) -> Source:

@@ -12,8 +12,10 @@ from mpi4py import MPI
 import hpctrain
 from hpctrain import assemble, parse
 from hpctrain.errors import ConfigError, DataError
+from hpctrain.piece import tensors_of
 from hpctrain.recipes import climate, ridge
 from hpctrain.topology import Topology
+from hpctrain.verify import compare
 
 RECIPE = Path(hpctrain.__file__).parent / "recipes" / "climate.toml"
 
@@ -36,6 +38,35 @@ def test_baselines_are_the_published_ones(job):
         mine = {metric: [pair] for metric, pair in found.get(name, {}).items()}
         sums = sum_over(job.topology.comms.data, mine)
         assert job.task.finish("rmse_kelvin", *sums["rmse_kelvin"]) == pytest.approx(value, abs=0.0006)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_the_unet_in_stages_equals_the_unsplit_one(world, schedule):
+    """Skips over all stages, on the real data: `verify`, then losses, norms and weights bit for bit."""
+    config = parse.from_toml(RECIPE)
+    parallel = replace(config.parallel, stages=world.size, micro_batches=4, schedule=schedule)
+    config = replace(config, parallel=parallel, train=replace(config.train, batch=8))
+    found = []
+    for stages, comm in ((world.size, world), (1, MPI.COMM_SELF)):
+        layout = replace(config, parallel=replace(config.parallel, stages=stages))
+        with Topology.build(comm, stages, threads=1) as topology:
+            job = assemble.build(layout, topology)
+            if stages > 1:
+                assert compare(job, 1) is None
+            else:
+                job.engine.step(0, job.loader.read(0))
+            losses, position = [], 0
+            for number in range(3):
+                step = job.loader.read(position)
+                result = job.engine.step(number, step, 0.05)
+                losses.append((result.loss, result.norm))
+                position = step.next_position
+            found.append((losses, {n: v.clone() for n, v in tensors_of(job.engine.module).items()}))
+            job.close()
+    (losses, mine), (expected, whole) = found
+    assert losses == expected
+    assert [name for name, value in mine.items() if not torch.equal(value, whole[name])] == []
 
 
 @pytest.mark.mpi

@@ -374,3 +374,72 @@ def test_gradients_of_other_ranks_are_added_before_anything_leaves(world):
         found.append(module.first.weight.detach().clone())
         averager.close()
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_that_wait_are_told_when_they_have_come(world, way):
+    """Products of both micro-batches are computed after both backward passes: the bits of a run without waiting."""
+
+    def work(averager, straight, v, loss):
+        if v % 2:
+            averager.last_backward()
+        with straight.accumulating(v):
+            loss.backward()
+        averager.waits.append(v)
+        if v % 2:
+            told = averager.overlap.places._told
+            linear = averager.places._waiting
+            assert len(linear) or averager.places._steps < 2
+            straight.weights_of(v - 1, last=False)
+            straight.weights_of(v, last=True)
+            assert not averager.places._waiting
+            if averager.places._telling is not None:
+                assert averager.places._told == len(averager.places.order) >= told
+
+    plain, norms, _ = two_micro_batches(world, way, None)
+    waited, other, averager = two_micro_batches(world, way, work)
+    assert norms == other
+    for name, value in plain.items():
+        assert torch.equal(value, waited[name]), name
+    assert len(averager.waits) == 16
+
+
+def two_micro_batches(world, way, work):
+    """Eight steps of two micro-batches a rank over two made-up nodes."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(40, 90), nn.Tanh(), nn.Linear(90, 400), nn.Tanh(), nn.Linear(400, 40))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, fused=True)
+    owners = [v // 2 for v in range(world.size * 2)]
+    averager = Averager(
+        module, optimizer, world, Averaging(), owners, node_of=[r % 2 for r in range(world.size)]
+    )
+    averager.waits = []
+    if averager.overlap is None:
+        pytest.skip("two nodes at least")
+    averager.overlap.choice = Choice(world, (way,))
+    straight, norms = StraightIntoPlace(module, averager.places), []
+    for step in range(8):
+        own = [v for v, owner in enumerate(owners) if owner == world.rank]
+        averager.begin(own)
+        straight.begin()
+        for v in own:
+            x = torch.randn(3 + v, 40, generator=torch.Generator().manual_seed(100 * step + v))
+            with straight.forward():
+                loss = module(x).square().sum()
+            if work:
+                work(averager, straight, v, loss)
+            else:
+                with straight.accumulating():
+                    loss.backward()
+                averager.joined(v, float(loss.detach()), float(len(x)))
+        if work:
+            for v in own:
+                averager.joined(v, 1.0, 3.0 + v)
+        else:
+            averager._losses[0, :] = [1.0 if o == world.rank else 0.0 for o in owners]
+            averager._losses[1, :] = [3.0 + v if o == world.rank else 0.0 for v, o in enumerate(owners)]
+        norms.append(averager.step().norm)
+    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    averager.close()
+    return weights, norms, averager

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 
 def test_allreduce_prints_one_object_with_every_peer(launcher):
     ended = launcher.ranks(2, "bench", "allreduce", "--json", "--case", "4096", "--case", "65536")
@@ -41,7 +43,29 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8")
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
-    assert set(row["seconds"]) == {"ours", "ours_gpipe", "torch_1f1b", "torch_gpipe", "alone", "limit"}
+    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast"}
+    assert set(row["seconds"]) == ours | {"torch_1f1b", "torch_gpipe", "alone", "limit"}
+    sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8")
+    assert sleeping.status == 0, sleeping.text
+    (row,) = json.loads(sleeping.out)["rows"]
+    seconds = row["seconds"]
+    assert set(seconds) == {
+        *(
+            "ours",
+            "ours_gpipe",
+            "ours_zb",
+            "torch_1f1b",
+            "torch_gpipe",
+            "simulated_1f1b",
+            "simulated_zb",
+            "work",
+        )
+    }
+    # ideal lengths, so not a timed test: 8 x 3 passes of 30 ms, 6 and 3 of them idle, sleeps of 15 ms at least
+    assert seconds["work"] < seconds["simulated_zb"] < seconds["simulated_1f1b"]
+    assert seconds["simulated_zb"] / seconds["work"] == pytest.approx(27 / 24)
+    assert seconds["simulated_1f1b"] / seconds["work"] == pytest.approx(30 / 24)
+    assert seconds["work"] >= 24 * 0.03
     alone = launcher.ranks(1, "bench", "pipeline")
     assert alone.status == 2
     assert "bench pipeline measures stages: start it on 2 ranks or more" in alone.err

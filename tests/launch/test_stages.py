@@ -1,5 +1,8 @@
 """Runs of several stages: the same bits as one process, resumed on another number of stages, named failures."""
 
+import shlex
+import sys
+
 import pytest
 from conftest import losses, rows
 from test_resume import same_bits, weights
@@ -71,3 +74,23 @@ def test_a_failing_layer_ends_the_job_with_its_name(launcher, small, backward):
     assert "trouble in a layer" in ended.err
     assert "at step 0, micro-batch" in ended.err
     assert "stage 1, rank " in ended.err
+
+
+def test_a_model_too_large_for_one_rank_trains_in_four_stages(launcher, small, tmp_path):
+    """A gibibyte of weights, gradients and moments; each rank may have 900 MiB, the libraries' own included."""
+    words = ["train", "small.toml", "--model.class_path", "stage_models.heavy", "--train.steps", "2"]
+
+    def limited(ranks, folder):
+        command = [sys.executable, "-m", "hpctrain", *words, "--parallel.stages", str(ranks)]
+        command += ["--train.run_folder", folder]
+        limit = "ulimit -d 921600; exec " + shlex.join(command)
+        return launcher.run("mpirun", "-n", ranks, "bash", "-c", limit)
+
+    whole = limited(1, "whole")
+    assert whole.status != 0
+    assert "has no memory for " in whole.text
+    assert "with parallel.stages = 1 on 1 ranks: take more stages" in whole.text
+    assert "Traceback" not in whole.text
+    staged = limited(4, "staged")
+    assert staged.status == 0, staged.text
+    assert losses(tmp_path / "staged").keys() == {1, 2}

@@ -9,6 +9,7 @@ import torch
 from helpers import config_of, write_h5
 
 from hpctrain import assemble
+from hpctrain.models import deferred
 from hpctrain.piece import tensors_of
 from hpctrain.topology import Topology
 from hpctrain.verify import compare
@@ -42,10 +43,13 @@ def config_for(shared_tmp, world):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_others_in_stages_equals_one_process(world, config_for, name):
+def test_a_model_of_others_in_stages_equals_one_process(world, config_for, name, monkeypatch, caplog):
+    """Nearly all weights are made stage by stage: the constructors run without memory."""
+    monkeypatch.setattr(deferred, "SMALL", 64)
     config = config_for(name)
     with Topology.build(world, config.parallel.stages, threads=1) as topology:
         job = assemble.build(config, topology)
+        assert "without memory" not in caplog.text
         outputs = job.engine.outputs(batch_of(job), everywhere=True)
         losses = [job.engine.step(number, job.loader.read(0), 1.0).loss for number in range(3)]
         mine = tensors_of(job.engine.module)

@@ -1,0 +1,164 @@
+"""This rank's portion of the model: the module with its stage's weights, the optimizer over them.
+
+      one stage        build · agree · optimizer; rank 0 gives its weights to all
+      several stages   build without memory · agree · cut · make the stage's own · optimizer; replica 0 likewise
+
+Everything that is decided here is decided alike on all ranks: names and shapes are compared first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from mpi4py import MPI
+
+from hpctrain.averaging import groups, sync_norm
+from hpctrain.batch import broadcast
+from hpctrain.config import ClassPath, Config
+from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
+from hpctrain.models import build as models
+from hpctrain.models.deferred import Deferred
+from hpctrain.piece import of_module
+from hpctrain.pipeline import simulate, split
+from hpctrain.pipeline.stage import Stage, every_tensor, take_share, users_of
+from hpctrain.pipeline.transport import Transport
+from hpctrain.task import Task
+from hpctrain.topology import Topology
+from hpctrain.wire import together
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What one rank holds of a model."""
+
+    model: ClassPath
+    """Complete: it builds the model without the data."""
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    stage: Stage | None
+    """Where there are several."""
+    synced: bool
+    """Whether BatchNorm layers see the whole batch."""
+
+
+def build(
+    config: Config, topology: Topology, task: Task, inputs: dict[str, torch.Tensor], count: int
+) -> Portion:
+    """Build it; `inputs` are those of one micro-batch, `count` the step's micro-batches. Collective."""
+    world = topology.comms.world
+    with together(world):
+        model = models.complete(config.model, task.input_shapes, task.target_shapes)
+        deferred = None
+        if topology.stages > 1:
+            module, deferred = models.without_memory(model, config.train.seed)
+        else:
+            module = models.build(model, config.train.seed).to(topology.device)
+        refuse_extra_state(module)
+        synced = synchronise(module, config, count, topology.replicas)
+    same_parameters(module, world)
+    stage = None
+    with together(world):
+        if topology.stages > 1:
+            stage, optimizer = stage_of(config, topology, module, deferred, inputs)
+        else:
+            optimizer = groups.build(config.optimizer, module)
+    same_start(module, topology.comms.data)
+    if stage:
+        stage.refresh()
+    return Portion(model, module, optimizer, stage, synced)
+
+
+def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: int) -> bool:
+    """Let BatchNorm layers that are to see the whole batch do so; tell whether there are any. Local."""
+    layers = sync_norm.convert(module, config.averaging.sync_batchnorm)
+    if not layers:
+        if config.averaging.sync_batchnorm:
+            LOGGER.warning("averaging.sync_batchnorm does nothing: the model has no BatchNorm")
+        return False
+    if config.averaging.invariant:
+        raise ConfigError(
+            "averaging.invariant and SyncBatchNorm exclude each other: statistics that replicas join have "
+            "other bits on another number of them; BatchNorm sees one micro-batch at a time, on any layout"
+        )
+    if count != replicas:
+        raise ConfigError(
+            f"SyncBatchNorm takes its statistics over one micro-batch of each replica, which is the whole "
+            f"batch with parallel.micro_batches = auto only: it is {count}, the replicas are {replicas}"
+        )
+    return True
+
+
+def stage_of(
+    config: Config,
+    topology: Topology,
+    module: torch.nn.Module,
+    deferred: Deferred | None,
+    inputs: dict[str, torch.Tensor],
+) -> tuple[Stage, torch.optim.Optimizer]:
+    """Cut the model, keep this rank's stage of it, give what runs it and its optimizer. Collective.
+
+    Only now the stage's tensors are made, where the model was built without memory.
+    """
+    parallel = config.parallel
+    named = models.by_name(module, list(inputs))
+    model = split.cut(module, inputs, named, topology.stages, parallel.cuts)
+    simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), *model.links())
+    if deferred:
+        tensors = dict(every_tensor(module))
+        wanted = [tensors[n] for n, stages in users_of(module, model).items() if topology.stage in stages]
+        deferred.materialise(module, wanted, topology.device)
+    else:
+        module.to(topology.device)
+    optimizer = groups.build(config.optimizer, module)  # over all parameters: stages have the same groups
+    mine, ties = take_share(module, model, topology.stage)
+    trained = [tie.name for tie in ties if tie.tensor.requires_grad]
+    if trained and config.averaging.invariant:
+        raise ConfigError(
+            f"averaging.invariant: {trained[0]} is used by several stages, whose gradients are added "
+            f"after those of the micro-batches: other bits than on one stage; "
+            f"set parallel.stages = 1 or untie it"
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in mine]
+    for parameter in [p for p in optimizer.state if id(p) not in mine]:
+        del optimizer.state[parameter]
+    stage = Stage(model, topology.stage, Transport(topology.comms.pipe, topology.device))
+    stage.ties = ties
+    return stage, optimizer
+
+
+def refuse_extra_state(module: torch.nn.Module) -> None:
+    """Refuse a module with state that a checkpoint would lose; tell of what only may be state. Local."""
+    others = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
+    extra = [name for name in others if name.rpartition(".")[2] == "_extra_state"]
+    if extra:
+        raise ConfigError(
+            f"the model keeps {extra[0]} by get_extra_state, which checkpoints don't hold: "
+            f"keep it in a buffer (register_buffer)"
+        )
+    if others:  # a state_dict of the model's own; libraries put the constructor's arguments there
+        LOGGER.info(
+            "the model's own state_dict has %s, which is no tensor: checkpoints don't hold it, and a resume "
+            "builds it anew from the configuration",
+            ", ".join(others[:3]),
+        )
+
+
+def same_parameters(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
+    """Raise ConfigError where the ranks have other parameters, or the same in another order. Collective."""
+    pieces = of_module(module)
+    mine = [(piece.name, piece.shape, str(piece.tensor.dtype)) for piece in pieces]
+    first = comm.bcast(mine, root=0)
+    with together(comm):
+        if mine != first:
+            other = next((a for a, b in zip(mine, first) if a != b), (len(mine), "parameters"))
+            raise ConfigError(
+                f"the model's constructor gives ranks different parameters ({other[0]}): it must not "
+                f"depend on the rank, on random numbers or on the order of a set"
+            )
+
+
+def same_start(module: torch.nn.Module, comm: MPI.Intracomm) -> None:
+    """Give all ranks rank 0's weights: a constructor may draw from a stream that has no seed. Collective."""
+    for piece in of_module(module):
+        broadcast(comm, piece.tensor, 0)
