@@ -1,7 +1,7 @@
 """This rank's portion of the model: the module with its stage's weights, the optimizer over them.
 
       one stage        build · agree · optimizer; rank 0 gives its weights to all
-      several stages   build without memory · agree · cut · make the stage's own · optimizer; replica 0 likewise
+      several stages   build without memory · agree · cut · make the stage's own · optimizer; replica 0 gives
 
 Everything that is decided here is decided alike on all ranks: names and shapes are compared first.
 """
