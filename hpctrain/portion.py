@@ -50,7 +50,13 @@ def build(
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
         deferred = None
         if topology.stages > 1:
-            module, deferred = models.without_memory(model, config.train.seed)
+            module, deferred, reason = models.without_memory(model, config.train.seed)
+            if deferred is None:
+                LOGGER.warning(
+                    "the model's constructor can't run without memory (%s): every rank builds the whole model "
+                    "before it keeps its stage",
+                    reason,
+                )
         else:
             module = models.build(model, config.train.seed).to(topology.device)
         refuse_extra_state(module)

@@ -20,7 +20,6 @@ from torch import nn
 from hpctrain import construct
 from hpctrain.config import ClassPath
 from hpctrain.errors import ConfigError
-from hpctrain.log import LOGGER
 from hpctrain.models.deferred import Deferred
 
 Shapes = dict[str, tuple[int, ...]]
@@ -70,27 +69,22 @@ def tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def without_memory(spec: ClassPath, seed: int) -> tuple[nn.Module, Deferred | None]:
+def without_memory(spec: ClassPath, seed: int) -> tuple[nn.Module, Deferred | None, str]:
     """Build the module with large tensors as shapes, and what makes those that are wanted. Local.
 
-    Their numbers are those of `build`. A constructor that can't be run so is run as ever, and
-    there is nothing to be made.
+    Their numbers are those of `build`. A constructor that can't be run so is run as ever; then
+    there is nothing to be made, and the text says why.
     """
     deferred = Deferred()
     try:
         with deferred:
             module = build(spec, seed)
         deferred.complete(module)
-        return module, deferred
+        return module, deferred, ""
     except Exception as error:
         module = build(spec, seed)  # its own faults show again
-        LOGGER.warning(
-            "the model's constructor can't run without memory (%s: %s): every rank builds the whole model "
-            "before it keeps its stage",
-            type(error.__cause__ or error).__name__,
-            error.__cause__ or error,
-        )
-        return module, None
+        cause = error.__cause__ or error
+        return module, None, f"{type(cause).__name__}: {cause}"
 
 
 def build(spec: ClassPath, seed: int) -> nn.Module:
