@@ -53,8 +53,8 @@ def build(
             module, deferred, reason = models.without_memory(model, config.train.seed)
             if deferred is None:
                 LOGGER.warning(
-                    "the model's constructor can't run without memory (%s): every rank builds the whole model "
-                    "before it keeps its stage",
+                    "the model's constructor can't run without memory (%s): every rank builds the "
+                    "whole model before it keeps its stage",
                     reason,
                 )
         else:
