@@ -221,9 +221,13 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
     with together(world):
         task: Task = construct.build(config.data.task, "data.task", **config.data.task.init_args)
         task.prepare(source(config, topology, index, reader), learn)
+
+    def example() -> dict[str, torch.Tensor]:
+        most = max(order.sizes(train.batch, count))
+        return task.batch(index.splits["train"].samples(np.arange(most))).inputs
+
     with told_of_memory(topology):
-        example = task.batch(index.splits["train"].samples(np.arange(max(order.sizes(train.batch, count)))))
-        portion = portions.build(config, topology, task, example.inputs, count)
+        portion = portions.build(config, topology, task, example, count)
         averager = Averager(
             portion.module,
             portion.optimizer,

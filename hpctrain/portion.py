@@ -6,6 +6,7 @@
 Everything that is decided here is decided alike on all ranks: names and shapes are compared first.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +43,9 @@ class Portion:
 
 
 def build(
-    config: Config, topology: Topology, task: Task, inputs: dict[str, torch.Tensor], count: int
+    config: Config, topology: Topology, task: Task, example: Callable[[], dict[str, torch.Tensor]], count: int
 ) -> Portion:
-    """Build it; `inputs` are those of one micro-batch, `count` the step's micro-batches. Collective."""
+    """Build it; `example` reads one micro-batch's inputs, `count` is the step's micro-batches. Collective."""
     world = topology.comms.world
     with together(world):
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
@@ -65,7 +66,7 @@ def build(
     stage = None
     with together(world):
         if topology.stages > 1:
-            stage, optimizer = stage_of(config, topology, module, deferred, inputs)
+            stage, optimizer = stage_of(config, topology, module, deferred, example())
         else:
             optimizer = groups.build(config.optimizer, module)
     same_start(module, topology.comms.data)
