@@ -41,18 +41,19 @@ def test_baselines_are_the_published_ones(job):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_the_unet_in_stages_equals_the_unsplit_one(world, schedule):
+def test_the_unet_in_stages_equals_the_unsplit_one(world):
     """Skips over all stages, on the real data: `verify`, then losses, norms and weights bit for bit."""
+    if world.size == 1:
+        pytest.skip("as many stages as ranks, two at least")
     config = parse.from_toml(RECIPE)
-    parallel = replace(config.parallel, stages=world.size, micro_batches=4, schedule=schedule)
+    parallel = replace(config.parallel, stages=world.size, micro_batches=4, schedule="zb-h1")
     config = replace(config, parallel=parallel, train=replace(config.train, batch=8))
     found = []
     for stages, comm in ((world.size, world), (1, MPI.COMM_SELF)):
         layout = replace(config, parallel=replace(config.parallel, stages=stages))
         with Topology.build(comm, stages, threads=1) as topology:
             job = assemble.build(layout, topology)
-            if stages > 1:
+            if comm is world:
                 assert compare(job, 1) is None
             else:
                 job.engine.step(0, job.loader.read(0))

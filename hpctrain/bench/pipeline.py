@@ -113,7 +113,8 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         "torch_gpipe": torch_step(topology, case, x, y, "ScheduleGPipe"),
     }
     if sleeps:
-        del contenders["ours_fast"]
+        for name in ("ours_fast", "ours_gpipe", "torch_gpipe"):
+            del contenders[name]
     else:
         contenders["alone"] = alone_step(topology, case, x, y)
         contenders["limit"] = limit_step(topology, stages["ours"][1], case, x)
