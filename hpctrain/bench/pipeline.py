@@ -7,7 +7,8 @@ torch_gpipe   the same with ScheduleGPipe
 alone         one process, the whole model, the same micro-batches; the other ranks idle
 limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
 
-In the emulated cases layers sleep (`emulated.py`), and instead of the last two stand (GPipe and fast are left out)
+In the emulated cases layers sleep (`emulated.py`), GPipe and fast are left out, and instead of the last
+two stand
 
 simulated_…   what the simulator expects of 1F1B and ZB-H1, messages taking no time
 work          what a stage has to do: work ÷ seconds is the utilisation
