@@ -4,10 +4,8 @@ With `train.py` the only place that knows all rooms.
 """
 
 import platform
-import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,12 +28,12 @@ from hpctrain.data.index import Index
 from hpctrain.data.loader import Loader
 from hpctrain.data.read import Reader
 from hpctrain.engine import Engine
-from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.errors import ConfigError
 from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.piece import Piece
 from hpctrain.pipeline.stage import Stage
-from hpctrain.portion import Portion
+from hpctrain.portion import Portion, told_of_memory
 from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
 from hpctrain.topology import Topology, processor
@@ -226,8 +224,8 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         most = max(order.sizes(train.batch, count))
         return task.batch(index.splits["train"].samples(np.arange(most))).inputs
 
+    portion = portions.build(config, topology, task, example, count)
     with told_of_memory(topology):
-        portion = portions.build(config, topology, task, example, count)
         averager = Averager(
             portion.module,
             portion.optimizer,
@@ -270,23 +268,6 @@ def engine_of(
         return Engine(*common)
     merges = parallel.gradients == "fast"
     return StagedEngine(*common, pipeline=portion.stage, schedule=parallel.schedule, merges=merges)
-
-
-@contextmanager
-def told_of_memory(topology: Topology) -> Iterator[None]:
-    """Say what to do where this rank's memory ends while the job is built. Local."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-            raise
-        asked = re.search(r"allocate ([0-9]+) bytes", str(error))
-        more = f" for {int(asked[1]) / 2**20:,.0f} MiB more" if asked else ""
-        raise HpctrainError(
-            f"rank {topology.world_rank} on {platform.node()} has no memory{more}: weights, gradients and "
-            f"the optimizer's state of its stage do not fit, with parallel.stages = {topology.stages} on "
-            f"{topology.comms.world.size} ranks: take more stages, or nodes with more memory"
-        ) from error
 
 
 def wanted(topology: Topology, batch: int) -> int:

@@ -109,7 +109,6 @@ class Product:
     """A weight gradient gᵀ·x that waits to be computed."""
 
     micro_batch: int
-    parameter: nn.Parameter
     g: torch.Tensor
     x: torch.Tensor
 
@@ -122,8 +121,8 @@ class StraightIntoPlace(TorchFunctionMode):
         super().__init__()
         self._places, self.merges = places, merges
         self._active, self._micro_batch = False, -1
-        self._waiting: dict[int, list[Product]] = {}
-        """By the id of the parameter, in the order of the backward passes."""
+        self._waiting: dict[nn.Parameter, list[Product]] = {}
+        """In the order of the backward passes."""
         self._never_later: set[int] = set()
         """Weights that embeddings add to: the order of the sum would be another."""
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
@@ -167,21 +166,21 @@ class StraightIntoPlace(TorchFunctionMode):
 
         Merging, those of a weight wait until they are long enough together.
         """
-        for parameter_id, products in list(self._waiting.items()):
+        for parameter, products in list(self._waiting.items()):
             due = [p for p in products if p.micro_batch <= micro_batch or last]
             if self.merges and due and not last and sum(len(p.g) for p in due) < MERGED_ROWS:
                 continue
             if self.merges and len(due) > 1:
-                self._join(due[0].parameter, torch.cat([p.g for p in due]), torch.cat([p.x for p in due]))
+                self._join(parameter, torch.cat([p.g for p in due]), torch.cat([p.x for p in due]))
             else:
                 for product in due:
-                    self._join(product.parameter, product.g, product.x)
+                    self._join(parameter, product.g, product.x)
             rest = products[len(due) :]
             if rest:
-                self._waiting[parameter_id] = rest
+                self._waiting[parameter] = rest
             else:
-                del self._waiting[parameter_id]
-                self._places.caught_up(due[0].parameter)
+                del self._waiting[parameter]
+                self._places.caught_up(parameter)
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -231,8 +230,8 @@ class StraightIntoPlace(TorchFunctionMode):
             return g.t() @ x
         waits = self._micro_batch >= 0 and id(parameter) not in self._never_later
         if waits and self._places.later(parameter):
-            product = Product(self._micro_batch, parameter, g.detach(), x.detach())
-            self._waiting.setdefault(id(parameter), []).append(product)
+            product = Product(self._micro_batch, g.detach(), x.detach())
+            self._waiting.setdefault(parameter, []).append(product)
         else:
             self._join(parameter, g, x)
         return None

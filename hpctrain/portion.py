@@ -6,7 +6,10 @@
 Everything that is decided here is decided alike on all ranks: names and shapes are compared first.
 """
 
-from collections.abc import Callable
+import platform
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +18,7 @@ from mpi4py import MPI
 from hpctrain.averaging import groups, sync_norm
 from hpctrain.batch import broadcast
 from hpctrain.config import ClassPath, Config
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.models import build as models
 from hpctrain.models.deferred import Deferred
@@ -47,7 +50,7 @@ def build(
 ) -> Portion:
     """Build it; `example` reads one micro-batch's inputs, `count` is the step's micro-batches. Collective."""
     world = topology.comms.world
-    with together(world):
+    with together(world), told_of_memory(topology):
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
         deferred = None
         if topology.stages > 1:
@@ -64,7 +67,7 @@ def build(
         synced = synchronise(module, config, count, topology.replicas)
     same_parameters(module, world)
     stage = None
-    with together(world):
+    with together(world), told_of_memory(topology):
         if topology.stages > 1:
             stage, optimizer = stage_of(config, topology, module, deferred, example())
         else:
@@ -73,6 +76,23 @@ def build(
     if stage:
         stage.refresh()
     return Portion(model, module, optimizer, stage, synced)
+
+
+@contextmanager
+def told_of_memory(topology: Topology) -> Iterator[None]:
+    """Say what to do where this rank's memory ends while the job is built. Local."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        asked = re.search(r"allocate ([0-9]+) bytes", str(error))
+        more = f" for {int(asked[1]) / 2**20:,.0f} MiB more" if asked else ""
+        raise HpctrainError(
+            f"rank {topology.world_rank} on {platform.node()} has no memory{more}: weights, gradients and "
+            f"the optimizer's state of its stage do not fit, with parallel.stages = {topology.stages} on "
+            f"{topology.comms.world.size} ranks: take more stages, or nodes with more memory"
+        ) from error
 
 
 def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: int) -> bool:

@@ -75,7 +75,7 @@ class StagedEngine(Engine):
         self._joining.clear()
         self.straight.begin()
         parts = {size: stage.part(size, True) for size in {sizes[v] for v in mine} if size}
-        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine, early=True):
+        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine):
             v = instruction.micro_batch
             if not sizes[v]:
                 if isinstance(instruction, (Backward, BackwardInput)):

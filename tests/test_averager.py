@@ -82,7 +82,7 @@ def test_gradients_come_home_to_the_spaces_aligned(world):
     loss_of(module, 3).backward()
     begin = [flat.data_ptr() for flat in averager.medium.slots[0]]
     for name, parameter in averager.named.items():
-        view, fresh = averager.place(parameter)
+        view, fresh = averager.places.place(parameter)
         assert fresh == (name == "unused")
         assert parameter.grad is (None if fresh else view)
         assert view.data_ptr() % space.ALIGNMENT == 0

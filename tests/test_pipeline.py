@@ -6,6 +6,7 @@ from helpers import config_of
 
 from hpctrain import assemble
 from hpctrain.config import Optimizer
+from hpctrain.data import order
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.piece import tensors_of
 from hpctrain.topology import Topology
@@ -158,12 +159,24 @@ def test_weight_gradients_that_wait_keep_the_bits(world, build, waits, model, sc
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("model", ["plain_row", "Skips"])
-def test_fast_gradients_are_close(world, build, waits, model):
-    """Merged products add in another order: 1e-5 of values around 1, for 4 steps of Adam 1e-4."""
+def test_fast_gradients_are_close(world, build, waits, model, monkeypatch):
+    """Products of several micro-batches become one, within the bound by which `verify` compares layouts."""
+    from hpctrain.gradient import StraightIntoPlace
+
+    rows, join = [], StraightIntoPlace._join
+
+    def watched(self, parameter, g, x):
+        rows.append(len(g))
+        join(self, parameter, g, x)
+
+    monkeypatch.setattr(StraightIntoPlace, "_join", watched)
     for stages in layouts(world.size, model):
-        job = build(model, stages, micro_batches=6, schedule="zb-h1", gradients="fast")
+        job = build(model, stages, micro_batches=2 * world.size, schedule="zb-h1", gradients="fast")
+        mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
         assert compare(job, 3) is None
-        assert any(waits)
+        if any(waits):
+            assert max(rows) > max(order.sizes(8, 2 * world.size)[v] for v in mine)
+    assert any(world.allgather(any(waits)))
 
 
 @pytest.mark.mpi

@@ -14,6 +14,7 @@ from hpctrain.pipeline.schedule import (
     BackwardWeight,
     Forward,
     Send,
+    SendGradient,
     program,
 )
 from hpctrain.pipeline.simulate import chain, check, simulate
@@ -21,12 +22,8 @@ from hpctrain.pipeline.simulate import chain, check, simulate
 SIZES = [(1, 3), (2, 1), (2, 2), (2, 5), (3, 2), (4, 4), (4, 9), (8, 3)]
 
 
-def programs(name, stages, count, early=False):
-    return [list(program(name, s, stages, range(count), early)) for s in range(stages)]
-
-
-def one(stage, instruction):
-    return 1.0
+def programs(name, stages, count):
+    return [list(program(name, s, stages, range(count))) for s in range(stages)]
 
 
 def halved(stage, instruction):
@@ -34,12 +31,16 @@ def halved(stage, instruction):
     return 2.0 if isinstance(instruction, Backward) else 1.0
 
 
-@pytest.mark.parametrize("early", [False, True])
+def unsplit(stage, instruction):
+    """Nothing can be put off: the gradient of the input is all of a backward, which is as long as a forward."""
+    return 0.0 if isinstance(instruction, BackwardWeight) else 1.0
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("stages", "count"), SIZES)
-def test_laws(name, stages, count, early):
+def test_laws(name, stages, count):
     """No deadlock; every micro-batch once forward and once backward, both halves of that in order."""
-    found = simulate(programs(name, stages, count, early), halved)
+    found = simulate(programs(name, stages, count), halved)
     for stage in range(stages):
         mine = [span.instruction for span in found.spans if span.stage == stage]
         assert sorted(i.micro_batch for i in mine if isinstance(i, Forward)) == list(range(count))
@@ -50,33 +51,32 @@ def test_laws(name, stages, count, early):
         assert found.kept == [1]
         assert found.bubble == 0
         return
-    plain, idle = (stages - 1) / (count + stages - 1), found.bubble
-    assert idle < plain if early else idle == pytest.approx(plain) or name == "zb-h1"
+    gaps = stages - 1
+    assert simulate(programs(name, stages, count), unsplit).bubble == pytest.approx(gaps / (count + gaps))
     if name == "zb-h1":
         assert found.kept == [min(count, stages)] * stages
         if count >= 2 * stages - 1:  # p - 1 gaps of F + I - W
-            assert idle == pytest.approx((stages - 1) / (3 * count + stages - 1))
+            assert found.bubble == pytest.approx(gaps / (3 * count + gaps))
     else:
+        assert found.bubble == pytest.approx(2 * gaps / (3 * count + 2 * gaps))  # of F + I
         most = [count] * stages if name == "gpipe" else [min(count, stages - s) for s in range(stages)]
         assert found.kept == most
 
 
 @pytest.mark.parametrize("name", ["gpipe", "one_f_one_b", "zero_bubble"])
 def test_the_drawing_is_what_runs(name):
-    column = {"gpipe": 0, "one_f_one_b": 47, "zero_bubble": 0}[name]
     lines = schedule.__doc__.splitlines()
-    title = "zero_bubble:" if name == "zero_bubble" else "gpipe   "
-    top = next(i for i, line in enumerate(lines) if title in line)
-    width = 47 if name == "gpipe" else None
-    drawn = [line[4:][column:][:width].rstrip(" .") for line in lines[top + 1 : top + 5]]
+    top = lines.index(f"    {name}")
+    drawn = [line[4:] for line in lines[top + 1 : top + 5]]
     short = {"gpipe": "gpipe", "one_f_one_b": "1f1b", "zero_bubble": "zb-h1"}[name]
-    assert simulate(programs(short, 4, 4), one).picture(1.0) == drawn
+    assert simulate(programs(short, 4, 4), halved).picture(1.0) == drawn
 
 
 def test_utilisation_of_four_stages():
-    """At 8 micro-batches, F, I and W of one length: 89 % of ZB-H1 against 73 % of 1F1B."""
+    """At 8 micro-batches, F, I and W of one length: 89 % of ZB-H1; 80 % of 1F1B, 73 % where it does not split."""
     assert 1 - simulate(programs("zb-h1", 4, 8), halved).bubble == pytest.approx(24 / 27)
-    assert 1 - simulate(programs("1f1b", 4, 8), halved).bubble == pytest.approx(24 / 33)
+    assert 1 - simulate(programs("1f1b", 4, 8), halved).bubble == pytest.approx(24 / 30)
+    assert 1 - simulate(programs("1f1b", 4, 8), unsplit).bubble == pytest.approx(24 / 33)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -90,15 +90,13 @@ def test_two_neighbours_swapped_are_found(name, stages, count):
             a, b = good[stage][at : at + 2]
             if a.micro_batch != b.micro_batch or isinstance(a, Send):
                 continue  # a message of one micro-batch may wait for a pass of another
-            if isinstance(a, (BackwardInput, BackwardWeight)) and not isinstance(b, BackwardWeight):
-                continue
-            if isinstance(b, BackwardWeight) and not isinstance(a, BackwardInput):
-                continue
+            if isinstance(a, SendGradient) and isinstance(b, BackwardWeight):
+                continue  # later than it could be, not wrong
             bad = [list(p) for p in good]
             bad[stage][at : at + 2] = [b, a]
             swaps += 1
             with pytest.raises(HpctrainError, match=r"before|deadlock"):
-                simulate(bad, one)
+                simulate(bad, halved)
     assert swaps >= 3 * count
 
 
@@ -110,23 +108,23 @@ def test_what_is_left_out_is_found(name):
             bad = [list(p) for p in good]
             del bad[stage][at]
             with pytest.raises(HpctrainError, match=r"deadlock|before|never all of its backward"):
-                simulate(bad, one)
+                simulate(bad, halved)
 
 
 def test_a_pass_twice_is_found():
     bad = programs("gpipe", 2, 2)
     bad[0].insert(2, bad[0][0])
     with pytest.raises(HpctrainError, match="stage 0 runs F0 twice"):
-        simulate(bad, one)
+        simulate(bad, halved)
 
 
 def test_a_deadlock_names_every_stage():
     bad = programs("1f1b", 2, 2)
     bad[1] = bad[1][1:2]
     with pytest.raises(HpctrainError, match="stage 1 runs F0 before `F in 0` is done"):
-        simulate(bad, one)
+        simulate(bad, halved)
     with pytest.raises(HpctrainError, match="deadlock: .* stage 0 at rB0"):
-        simulate([programs("1f1b", 2, 2)[0], []], one)
+        simulate([programs("1f1b", 2, 2)[0], []], halved)
 
 
 def test_skips_to_later_stages_are_waited_for():
@@ -142,9 +140,9 @@ def test_skips_to_later_stages_are_waited_for():
 
 
 def test_the_wire_and_slow_stages_count():
-    quick = simulate(programs("1f1b", 2, 4), one).seconds
-    assert simulate(programs("1f1b", 2, 4), one, wire=0.5).seconds > quick
-    slow = simulate(programs("1f1b", 2, 4), lambda stage, _: 1.0 + stage)
+    quick = simulate(programs("1f1b", 2, 4), halved).seconds
+    assert simulate(programs("1f1b", 2, 4), halved, wire=0.5).seconds > quick
+    slow = simulate(programs("1f1b", 2, 4), lambda stage, i: (1.0 + stage) * unsplit(stage, i))
     assert slow.busy == [8.0, 16.0]
     assert slow.seconds == pytest.approx(1.0 + 16.0 + 1.0)
     assert chain(2) == {0: [1], 1: []}

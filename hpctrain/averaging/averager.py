@@ -1,8 +1,7 @@
-"""One object owns the way from gradients to new weights: begin, ready, joined, step, pieces.
+"""One object owns the way from gradients to new weights: begin, joined, step, pieces.
 
       begin(m)         no gradient has joined; this replica's micro-batches m follow
-      ready(p)         a micro-batch's gradient of parameter p has come by autograd; or
-      place(p)         where it is to be computed, and filled(p) that it was
+      places           where each parameter's gradient is to be computed, and that it has come
       joined(v, …)     micro-batch v is done: its loss and weight
       step(…)          sum over the replicas, divide by the global weight, clip, update the weights
 
@@ -262,18 +261,6 @@ class Averager:
         else:
             place.add_(gradient)
         self.places.filled(parameter)
-
-    def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
-        """Give the memory of a parameter's gradient, and whether nothing has joined it yet. Local."""
-        return self.places.place(parameter)
-
-    def filled(self, parameter: torch.Tensor) -> None:
-        """Note that a gradient has been added in its place. Local."""
-        self.places.filled(parameter)
-
-    def ready(self, parameter: torch.Tensor) -> None:
-        """Note that autograd has brought a parameter's gradient of this backward. Local."""
-        self.places.ready(parameter)
 
     def joined(self, micro_batch: int, loss: float, weight: float) -> None:
         """Note that a micro-batch is done: its summed loss and weight. Local.

@@ -110,7 +110,7 @@ def simulated(schedule: str, stages: int, micro_batches: int, stretch: float) ->
     def cost(stage: int, instruction: Instruction) -> float:
         return 2 * one if isinstance(instruction, Backward) else one
 
-    programs = [list(program(schedule, s, stages, range(micro_batches), early=True)) for s in range(stages)]
+    programs = [list(program(schedule, s, stages, range(micro_batches))) for s in range(stages)]
     return simulate(programs, cost)
 
 

@@ -75,6 +75,11 @@ class Case:
     shape: tuple[int, ...]
     micro_batches: int
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether its layers sleep."""
+        return self.make is emulated.sleepers
+
 
 CASES = {
     "mlp m=8": Case(mlp, (512, 1024), 8),
@@ -96,7 +101,6 @@ def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, 
 def one_case(topology: Topology, name: str) -> dict[str, Any]:
     """Measure one model."""
     comm, case = topology.comms.world, CASES[name]
-    sleeps = case.make is emulated.sleepers
     emulated.slept.clear()
     torch.manual_seed(3)
     x = torch.randn(case.shape)
@@ -113,16 +117,16 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         "torch_1f1b": torch_step(topology, case, x, y, "Schedule1F1B"),
         "torch_gpipe": torch_step(topology, case, x, y, "ScheduleGPipe"),
     }
-    if sleeps:
+    if case.sleeps:
         for name in ("ours_fast", "ours_gpipe", "torch_gpipe"):
             del contenders[name]
     else:
         contenders["alone"] = alone_step(topology, case, x, y)
         contenders["limit"] = limit_step(topology, stages["ours"][1], case, x)
-    rounds = emulated.ROUNDS if sleeps else ROUNDS
+    rounds = emulated.ROUNDS if case.sleeps else ROUNDS
     times = alternate(comm, contenders, rounds)
     bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
-    if sleeps:
+    if case.sleeps:
         stretch = emulated.stretched(comm)
         for ours, schedule in (("simulated_1f1b", "1f1b"), ("simulated_zb", "zb-h1")):
             found = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
@@ -155,7 +159,7 @@ def our_step(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
         pipeline=stage, schedule=schedule, merges=merges,
     )  # fmt: skip
-    if case.make is emulated.sleepers:
+    if case.sleeps:
         engine.straight = emulated.Weights(topology.stages)  # type: ignore[assignment]
     batches = {
         v: Batch(np.arange(a, b), {"x": x[a:b]}, {"y": y[a:b]}) for v, (a, b) in enumerate(pairwise(starts))
@@ -178,7 +182,7 @@ def torch_step(
     from torch.distributed import pipelining
 
     torch.manual_seed(1)
-    model = emulated.sleepers(whole=True) if case.make is emulated.sleepers else case.make()
+    model = emulated.sleepers(whole=True) if case.sleeps else case.make()
     cut = split.cut(model, {"x": x[:1]}, False, topology.stages, [])
     assert isinstance(cut, Layers)
     first, last = cut.ranges[topology.stage]

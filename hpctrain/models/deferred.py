@@ -14,6 +14,7 @@ A constructor that looks at a number of a large tensor gets it, by a replay.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,17 @@ class View:
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "View":
+        """Describe where a tensor lies."""
+        offset = int(tensor.storage_offset())
+        return cls(memory_of(tensor), tuple(tensor.size()), tensor.stride(), offset, tensor.dtype)
+
+    def on(self, memory: torch.Tensor) -> torch.Tensor:
+        """Give the tensor that lies so in the memory of another one."""
+        found = torch.empty(0, dtype=self.dtype)
+        return found.set_(memory.untyped_storage(), self.offset, self.size, self.stride)
 
 
 @dataclass(frozen=True)
@@ -140,8 +152,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def described(value: Any) -> Any:
             if isinstance(value, FakeTensor):
                 reads.add(memory_of(value))
-                offset = int(value.storage_offset())
-                return View(memory_of(value), tuple(value.size()), value.stride(), offset, value.dtype)
+                return View.of(value)
             return value.clone() if isinstance(value, torch.Tensor) else value
 
         told, told_named = _pytree.tree_map(described, (arguments, named))
@@ -166,38 +177,30 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         memories = self._replay({memory_of(t) for t in fakes})
 
         def real(value: Any) -> Any:
-            if not isinstance(value, FakeTensor):
-                return value
-            base = memories[memory_of(value)]
-            return laid(base, value)
+            return View.of(value).on(memories[memory_of(value)]) if isinstance(value, FakeTensor) else value
 
         return _pytree.tree_map(real, values)
 
     def _replay(self, wanted: set[int]) -> dict[int, torch.Tensor]:
         """Do the lines that some memories depend on; gives a tensor of each."""
-        needed, lines = set(wanted), []
+        needed, lines = set(wanted), list[Line]()
         for line in reversed(self.lines):
             if line.changes & needed:
                 lines.append(line)
                 needed |= line.reads
-        last = {m: at for at, line in enumerate(reversed(lines)) for m in line.reads | line.changes}
+        lines.reverse()
+        last = {m: at for at, line in enumerate(lines) for m in line.reads | line.changes}
         memories: dict[int, torch.Tensor] = {}
 
         def real(value: Any) -> Any:
-            return laid(memories[value.memory], value) if isinstance(value, View) else value
+            return value.on(memories[value.memory]) if isinstance(value, View) else value
 
-        for at, line in enumerate(reversed(lines)):
+        for at, line in enumerate(lines):
             arguments, named = _pytree.tree_map(
                 real, (line.arguments, line.named), is_leaf=lambda v: isinstance(v, View)
             )
-            before = None
-            if line.generator:
-                generator, state = line.generator
-                before = generator.get_state()
-                generator.set_state(state)
-            outputs = _pytree.tree_leaves(line.function(*arguments, **named))
-            if line.generator and before is not None:
-                generator.set_state(before)
+            with drawing_as(line.generator):
+                outputs = _pytree.tree_leaves(line.function(*arguments, **named))
             for memory, output in zip(line.writes, outputs):
                 if memory is not None:
                     memories.setdefault(memory, output)
@@ -233,16 +236,19 @@ def changed(function: Any, arguments: Any, named: Any) -> Iterator[torch.Tensor]
             yield from (t for t in _pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
+@contextmanager
+def drawing_as(before: tuple[torch.Generator, torch.Tensor] | None) -> Iterator[None]:
+    """Let a generator draw as in an earlier state, and be as it is afterwards. Local."""
+    if before is None:
+        yield
+        return
+    generator, state = before
+    now = generator.get_state()
+    generator.set_state(state)
+    yield
+    generator.set_state(now)
+
+
 def memory_of(tensor: torch.Tensor) -> int:
     """Number a tensor's memory; views of one memory have one number."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def laid(base: torch.Tensor, like: Any) -> torch.Tensor:
-    """Give the tensor that lies in the memory of `base` as another one does in its own."""
-    view = like if isinstance(like, View) else None
-    size = view.size if view else tuple(like.size())
-    stride = view.stride if view else like.stride()
-    offset = view.offset if view else like.storage_offset()
-    flat = torch.empty(0, dtype=like.dtype).set_(base.untyped_storage(), offset, size, stride)
-    return flat

@@ -1,25 +1,32 @@
 """A schedule is a generator of instructions; the engine runs it and knows nothing else.
 
-F forward, B backward, each of one micro-batch; 4 stages (rows), micro-batches 0 1 2 3, time to the right:
+F forward, B backward, of which I is the gradient of the stage's input and W that of its weights, each of
+one micro-batch; 4 stages (rows), micro-batches 0 1 2 3, time to the right, B = I + W as long as two F:
 
-    gpipe                                          one_f_one_b
-    F0 F1 F2 F3 .  .  .  .  .  .  B0 B1 B2 B3      F0 F1 F2 F3 .  .  .  B0 .  B1 .  B2 .  B3
-    .  F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3         .  F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
-    .  .  F0 F1 F2 F3 .  .  B0 B1 B2 B3            .  .  F0 F1 .  B0 F2 B1 F3 B2 .  B3
-    .  .  .  F0 F1 F2 F3 B0 B1 B2 B3               .  .  .  F0 B0 F1 B1 F2 B2 F3 B3
+    gpipe
+    F0 F1 F2 F3 .  .  .  .  .  .  B0 B0 B1 B1 B2 B2 B3 B3
+    .  F0 F1 F2 F3 .  .  .  .  I0 W0 I1 W1 I2 W2 I3 W3
+    .  .  F0 F1 F2 F3 .  .  I0 W0 I1 W1 I2 W2 I3 W3
+    .  .  .  F0 F1 F2 F3 I0 W0 I1 W1 I2 W2 I3 W3
 
-    zero_bubble: I the gradient of the stage's input, W that of its weights, B = I + W, all of one length
+    one_f_one_b
+    F0 F1 F2 F3 .  .  .  B0 B0 .  B1 B1 .  B2 B2 .  B3 B3
+    .  F0 F1 F2 .  .  I0 W0 F3 I1 W1 .  I2 W2 .  I3 W3
+    .  .  F0 F1 .  I0 W0 F2 I1 W1 F3 I2 W2 .  I3 W3
+    .  .  .  F0 I0 W0 F1 I1 W1 F2 I2 W2 F3 I3 W3
+
+    zero_bubble
     F0 F1 F2 F3 .  .  .  I0 W0 I1 W1 I2 W2 I3 W3
     .  F0 F1 F2 .  .  I0 F3 I1 W0 I2 W1 I3 W2 W3
     .  .  F0 F1 .  I0 F2 I1 F3 I2 W0 I3 W1 W2 W3
     .  .  .  F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3
 
-p stages, m micro-batches, F and B of one length: both leave a stage idle for p - 1 forwards and p - 1
-backwards, (p-1)/(m+p-1) of the time. gpipe (Huang et al. 2019) keeps m micro-batches' activations,
-one_f_one_b (Narayanan et al. 2019) at most p. zero_bubble (ZB-H1 of Qi et al. 2023) fills the gaps of
-one_f_one_b with weight gradients, which nobody waits for, and keeps at most p too: p - 1 gaps of length
-F + I - W are left a stage. All run the backward passes in the order of the micro-batches, as one process
-does: gradients add up to the same bits.
+p stages, m micro-batches: gpipe and one_f_one_b leave a stage idle for p - 1 forwards and p - 1 gradients
+of inputs. Where a backward can't be split and is as long as a forward, that is (p-1)/(m+p-1) of the time.
+gpipe (Huang et al. 2019) keeps m micro-batches' activations, one_f_one_b (Narayanan et al. 2019) at most p.
+zero_bubble (ZB-H1 of Qi et al. 2023) fills the gaps of one_f_one_b with weight gradients, which nobody
+waits for, and keeps at most p too: p - 1 gaps of length F + I - W are left a stage. All run the backward
+passes in the order of the micro-batches, as one process does: gradients add up to the same bits.
 
 Around each pass stand its messages: activations from earlier stages before F, to later ones behind
 it; gradients the other way around B. A send is started and not waited for, a receive is.
@@ -168,19 +175,15 @@ def forward_only(stage: int, stages: int, micro_batch: int) -> Iterator[Instruct
         yield Send(micro_batch)
 
 
-def program(
-    name: str, stage: int, stages: int, micro_batches: Sequence[int], early: bool = False
-) -> Iterator[Instruction]:
+def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
     """Give what one stage does in a step: its passes, with their messages around them.
 
-    `early`: the gradient that another stage waits for leaves before the weights' own is computed.
+    The gradient that another stage waits for leaves before those of the weights are computed.
 
     >>> [str(i) for i in program("1f1b", 0, 2, [0, 1])]
     ['F0', 'sF0', 'F1', 'sF1', 'rB0', 'B0', 'rB1', 'B1']
     >>> [str(i) for i in program("1f1b", 1, 2, [0, 1])]
-    ['rF0', 'F0', 'B0', 'sB0', 'rF1', 'F1', 'B1', 'sB1']
-    >>> [str(i) for i in program("1f1b", 1, 2, [0], early=True)]
-    ['rF0', 'F0', 'I0', 'sB0', 'W0']
+    ['rF0', 'F0', 'I0', 'sB0', 'W0', 'rF1', 'F1', 'I1', 'sB1', 'W1']
     """
     if stages == 1:
         yield from one_stage(micro_batches)
@@ -197,7 +200,7 @@ def program(
         elif isinstance(instruction, BackwardWeight):
             yield instruction
         else:
-            split = early and not first and isinstance(instruction, Backward)
+            split = not first and isinstance(instruction, Backward)
             if not last:
                 yield ReceiveGradient(micro_batch)
             yield BackwardInput(micro_batch) if split else instruction

@@ -47,11 +47,11 @@ def test_a_run_writes_what_others_read(launcher, small, tmp_path):
 
 
 def test_a_slow_rank_is_named_and_a_drifting_one_ends_the_run(launcher, small, tmp_path):
-    """Rank 1 takes 0.3 s longer at each forward; with its own copy of the weights it flips a bit at step 9."""
+    """Rank 1 takes 0.6 s longer at each forward, more than a busy machine holds up another; with its own copy of the weights it flips a bit at step 9."""
     Path(tmp_path, "of_mine.py").write_text(
         "import time\nimport torch\nfrom mpi4py import MPI\nfrom helpers import Net\n"
         "class Slow(Net):\n    calls = 0\n    def forward(self, x):\n"
-        "        if MPI.COMM_WORLD.rank == 1 and self.training:\n            time.sleep(0.3)\n"
+        "        if MPI.COMM_WORLD.rank == 1 and self.training:\n            time.sleep(0.6)\n"
         "            Slow.calls += 1\n            if Slow.calls == FLIP:\n"
         "                with torch.no_grad():\n"
         "                    next(self.parameters()).view(-1).view(torch.int32)[0] ^= 1\n"
@@ -64,9 +64,7 @@ def test_a_slow_rank_is_named_and_a_drifting_one_ends_the_run(launcher, small, t
     assert re.search(r"a rank waited \d.*most often for rank 1 on ", ended.out)
     train = [row for row in rows(tmp_path / "runs" / "small") if row["event"] == "train"]
     assert sum(row["waited_for"] == 1 for row in train) >= 10
-    # not in each: the machine may hold up another rank as long
-    waits = [row["wait_seconds"]["max"] for row in train if row["waited_for"] == 1]
-    assert sum(seconds > 0.02 for seconds in waits) >= 9, waits
+    assert all(row["wait_seconds"]["max"] > 0.02 for row in train if row["waited_for"] == 1), train
 
     ended = launcher.ranks(3, *words, "--train.run_folder", "drift", FLIP="9")
     assert ended.status == 1, ended.text
