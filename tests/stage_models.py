@@ -1,5 +1,6 @@
 """Models that pipelines tend to get wrong; all map (n, 5) to (n, 2)."""
 
+import numpy as np
 import torch
 from helpers import Net
 from torch import nn
@@ -235,3 +236,41 @@ def heavy(in_features: int, out_features: int, width: int = 4096) -> nn.Sequenti
     for _ in range(4):
         layers += [nn.Linear(width, width, bias=False), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(width, out_features))
+
+
+class Mixing(nn.Module):
+    """A linear layer whose weight autograd adds to as well; so many rows that the order of a sum shows."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.line = nn.Linear(width, width)
+
+    def forward(self, x):
+        rows = x.unsqueeze(1) * torch.linspace(0.5, 1.5, 400).unsqueeze(1)
+        return (torch.tanh(self.line(rows)) @ self.line.weight).mean(dim=1)
+
+
+def mixed_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Layers that use their weights in several ways."""
+    return nn.Sequential(nn.Linear(in_features, 8), Mixing(8), Mixing(8), nn.Linear(8, out_features))
+
+
+def entropic_row(in_features: int, out_features: int) -> nn.Sequential:
+    """A layer at both ends and a buffer, from a stream that no seed reaches."""
+    same = nn.Linear(in_features, in_features)
+    with torch.no_grad():
+        same.weight.copy_(torch.from_numpy(np.random.default_rng().normal(size=same.weight.shape)))
+    shifts = [Shift(in_features) for _ in range(4)]
+    return nn.Sequential(same, *shifts, same, nn.Linear(in_features, out_features))
+
+
+class Shift(nn.Module):
+    """Adds numbers that no seed reaches to what a linear layer gives."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.line = nn.Linear(width, width)
+        self.register_buffer("shift", torch.from_numpy(np.random.default_rng().normal(size=width)).float())
+
+    def forward(self, x):
+        return torch.tanh(self.line(x)) + self.shift

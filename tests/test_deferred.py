@@ -27,7 +27,10 @@ class Own(nn.Module):
         self.t.weight = self.e.weight
         nn.init.orthogonal_(self.w[:, :10].detach())
         nn.init.trunc_normal_(self.t.weight, std=0.1)
+        scale = torch.full((10,), 2.0)
         with torch.no_grad():
+            self.w[:, :10].mul_(scale)
+            scale.zero_()  # what was done with it before must not change
             self.t.weight[:, 5] = 0
             self.w.copy_(self.w @ self.w.t())
             self.w[3].normal_(generator=generator)
