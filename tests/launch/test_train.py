@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 from conftest import rows
@@ -64,7 +65,8 @@ def test_a_slow_rank_is_named_and_a_drifting_one_ends_the_run(launcher, small, t
     assert re.search(r"a rank waited \d.*most often for rank 1 on ", ended.out)
     train = [row for row in rows(tmp_path / "runs" / "small") if row["event"] == "train"]
     assert sum(row["waited_for"] == 1 for row in train) >= 10
-    assert all(row["wait_seconds"]["max"] > 0.02 for row in train if row["waited_for"] == 1), train
+    waits = [row["wait_seconds"]["max"] for row in train if row["waited_for"] == 1]
+    assert median(waits) > 0.3, waits  # in a first step another rank may be nearly as late
 
     ended = launcher.ranks(3, *words, "--train.run_folder", "drift", FLIP="9")
     assert ended.status == 1, ended.text
