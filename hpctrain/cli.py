@@ -33,7 +33,7 @@ verbs:
   verify [CONFIG] [--section.key value ...]   a few steps in this layout against one process
   predict RUN --output FILE [--split test]    predictions of a trained model into HDF5
   checkpoint list RUN | export RUN FILE       look at checkpoints; export a state_dict
-  data make digits [--output digits.h5]       make the data of a recipe
+  data make digits|language [--output FILE]   make the data of a recipe
   bench allreduce|step|pipeline [--json]      measure against the peers and the limit
 
 CONFIG is a TOML file or a recipe: {recipes}. Without a verb: train.
@@ -310,12 +310,13 @@ def data(words: list[str]) -> int:
     parser = ArgumentParser(prog="hpctrain data", description="Make the data of a recipe.")
     actions = parser.add_subparsers(dest="action", required=True)
     making = actions.add_parser("make", help="make a recipe's HDF5 file")
-    making.add_argument("name", choices=["digits"])
-    making.add_argument("--output", type=Path, default=Path("digits.h5"))
+    making.add_argument("name", choices=["digits", "language"])
+    making.add_argument("--output", type=Path, help="the file to write; default NAME.h5")
     found = parse_words(parser, words)
-    from hpctrain.data.make import digits
+    from hpctrain.data import make
 
-    print(digits(found.output))
+    makes = {"digits": make.digits, "language": make.language}
+    print(makes[found.name](found.output or Path(f"{found.name}.h5")))
     return 0
 
 

@@ -8,7 +8,7 @@ from hpctrain.parse import from_toml
 
 RECIPES = Path(__file__).with_name("recipes")
 DEFAULT_RECIPE = "climate"
-MADE = {"digits.h5": "hpctrain data make digits"}
+MADE = {f"{name}.h5": f"hpctrain data make {name}" for name in ("digits", "language")}
 """Files of recipes that a command makes."""
 
 

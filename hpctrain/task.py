@@ -109,6 +109,10 @@ class Task:
         """Maps of one test sample for the picture, where samples are maps."""
         return None
 
+    def sample(self, run_model: Callable[[Batch], Any]) -> str:
+        """Give what the trained model writes, where it does; every rank calls `run_model` as often."""
+        return ""
+
     def pieces(self) -> list[Piece]:
         """State learnt by `prepare`."""
         return []

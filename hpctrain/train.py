@@ -199,7 +199,6 @@ class Loop:
         waited = self.waiting.line(job.engine.clock.total)
         if waited:
             LOGGER.info("%s", waited)
-        if job.config.report.pictures:
-            summary.draw(job, self.run_folder)
+        summary.show(job, self.run_folder)
         summary.end(job, self.run_folder, reason, found, baselines)
         return DONE

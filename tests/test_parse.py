@@ -144,7 +144,7 @@ def test_names():
 def test_recipes_parse():
     from hpctrain.config_file import RECIPES, recipes
 
-    assert recipes() == ["climate", "digits"]
+    assert recipes() == ["climate", "digits", "language"]
     for name in recipes():
         tomllib.loads((RECIPES / f"{name}.toml").read_text())
         parse.from_toml(RECIPES / f"{name}.toml")

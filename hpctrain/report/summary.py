@@ -1,6 +1,6 @@
 """What a run says at its start, at each step and at its end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +10,8 @@ from mpi4py import MPI
 
 from hpctrain.assemble import Job
 from hpctrain.averaging.averager import Result
+from hpctrain.batch import Batch
+from hpctrain.checkpoint.files import write_whole
 from hpctrain.log import LOGGER
 from hpctrain.report import pictures
 from hpctrain.report.run_folder import RunFolder, rows
@@ -105,29 +107,49 @@ def table(metrics: dict[str, Metrics]) -> list[str]:
     return lines
 
 
-def draw(job: Job, run: RunFolder) -> None:
-    """Draw the pictures, by world rank 0. A picture that fails does not undo the training.
+def show(job: Job, run: RunFolder) -> None:
+    """Draw the pictures and write the sample, by world rank 0. What fails does not undo the training.
 
-    Collective over the stages of the first replica: the maps are of the model's outputs.
+    Collective over the stages of the first replica: both are of the model's outputs.
     """
-    if not run.writes:
-        if job.stage and job.topology.replica == 0:
+    for name, make in (("pictures", draw), ("sample", write_sample)):
+        if run.writes:
+            try:
+                make(job, run)
+            except Exception as error:
+                LOGGER.warning("no %s: %s: %s", name, type(error).__name__, error)
+        elif job.stage and job.topology.replica == 0:
             with suppress(Exception):  # rank 0 says what is wrong
-                job.task.maps(lambda batch: job.engine.outputs(batch, everywhere=True))
-        return
-    try:
-        draw_all(job, run)
-    except Exception as error:
-        LOGGER.warning("no pictures: %s: %s", type(error).__name__, error)
+                make(job, run)
 
 
-def draw_all(job: Job, run: RunFolder) -> None:
+def run_model(job: Job) -> Callable[[Batch], Any]:
+    """Give what a task calls for the model's outputs. The call is collective over the stages."""
+    return lambda batch: job.engine.outputs(batch, everywhere=True)
+
+
+def draw(job: Job, run: RunFolder) -> None:
     """Draw the curves, and the maps where the task has some."""
+    if not job.config.report.pictures:
+        return
     metric = job.task.metrics[0] if job.task.metrics else "loss"
-    found = job.task.maps(lambda batch: job.engine.outputs(batch, everywhere=True))
+    found = job.task.maps(run_model(job))
+    if not run.writes:
+        return
     pictures.curves(rows(run.path / "metrics.jsonl"), metric, run.pictures / "curves.png")
     if found is not None:
         pictures.maps(found, run.pictures / "maps.png")
+
+
+def write_sample(job: Job, run: RunFolder) -> None:
+    """Write and say what the model writes, where the task lets it."""
+    found = job.task.sample(run_model(job))
+    if not run.writes or not found:
+        return
+    write_whole(run.path / "sample.txt", found)
+    LOGGER.info("a sample, also in %s:", run.path / "sample.txt")
+    for line in found.splitlines():
+        LOGGER.info("    %s", line)
 
 
 def end(job: Job, run: RunFolder, reason: str, found: Metrics, baselines: dict[str, Metrics]) -> None:

@@ -1,5 +1,6 @@
-"""What is done with a trained model: predict, load, export, list, verify; the second recipe."""
+"""What is done with a trained model: predict, load, export, list, verify; the other recipes."""
 
+import re
 import sys
 
 import h5py
@@ -116,6 +117,45 @@ def test_digits_are_recognised(launcher, tmp_path):
         right = found["label"][:] == data["label"][:][found["sample"][:]]
         assert right.mean() == pytest.approx(last["accuracy"])
         assert found["label"].dtype == np.int64
+
+
+def test_a_language_model_in_stages(launcher, tmp_path):
+    """Two replicas of two stages: metrics beside compressors, a sample, predictions, a resume that knows it all."""
+    made = launcher.run(sys.executable, "-m", "hpctrain", "data", "make", "language")
+    assert made.status == 0, made.text
+    assert re.search(r"wrote language.h5: [\d]{3,} files of [\d,]{9,} bytes, \d\d+ of them", made.out)
+    with h5py.File(tmp_path / "language.h5", "r+") as file:  # a few windows of them are enough here
+        rest = {name: file[name][:] for name in ("text", "place", "part")}
+        keep = np.concatenate([np.flatnonzero(rest["part"] == part)[:24] for part in (0, 1)])
+        for name, values in rest.items():
+            del file[name]
+            file[name] = values[keep]
+    words = ["train", "language", "--model.init_args.width", "48", "--parallel.stages", "2"]
+    words += ["--data.task.init_args.sample_bytes", "40", "--train.epochs"]
+    ended = launcher.ranks(4, *words, "2")
+    assert ended.status == 0, ended.text
+    run = tmp_path / "runs" / "language"
+    assert "2 replicas x 2 stages" in ended.out
+    start, last = rows(run)[0], [row for row in rows(run) if row["event"] == "validate"][-1]
+    assert {"gzip", "bz2", "xz", "gzip_joint", "bz2_joint", "xz_joint"} == start["baselines"].keys()
+    assert 1 < start["baselines"]["xz"]["bits_per_byte"] < 5
+    assert 2 < last["bits_per_byte"] < 8
+    sample = (run / "sample.txt").read_text()
+    assert sample.startswith("def ")
+    assert len(sample) > 10
+    assert f"    {sample.splitlines()[0]}" in ended.out
+    again = launcher.ranks(2, *words, "3")
+    assert again.status == 0, again.text
+    assert "resuming" in again.out
+    assert re.search(r"xz_joint +\d", again.out)
+    predicted = launcher.ranks(1, "predict", "runs/language", "--output", "p.h5")
+    assert predicted.status == 0, predicted.text
+    last = [row for row in rows(run) if row["event"] == "validate"][-1]
+    with h5py.File(tmp_path / "p.h5") as found, h5py.File(tmp_path / "language.h5") as data:
+        place = data["place"][:][found["sample"][:]]
+        at = np.arange(found["bits"].shape[1])
+        counted = (at >= place[:, 1:2]) & (at < place[:, 2:])
+        assert found["bits"][:][counted].mean() == pytest.approx(last["bits_per_byte"], rel=1e-5)
 
 
 def test_climate_a_few_steps_and_its_predictions(launcher, tmp_path):
