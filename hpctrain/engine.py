@@ -83,11 +83,6 @@ class Engine:
     echoes: ClassVar[tuple[type[Exception], ...]] = (PeerEndedError,)
     """Failures that only follow another rank's."""
 
-    @property
-    def has_outputs(self) -> bool:
-        """Whether the model's outputs come out on this rank."""
-        return True
-
     def __post_init__(self) -> None:
         """Learn how forward gets its inputs."""
         self.named = models.by_name(self.module, self.names)
@@ -247,6 +242,11 @@ class Engine:
             found = models.call(self.module, batch.to(self.topology.device).inputs, self.named)
         return to_float(found, "cpu")
 
+    def each(self, batches: Iterable[Batch], use: Callable[[Batch, Any], None]) -> None:
+        """Run batches through the model in eval mode; `use` gets each with its outputs. Local."""
+        for batch in batches:
+            use(batch, self.outputs(batch))
+
     def evaluate(
         self,
         batches: Iterator[Batch],
@@ -259,15 +259,15 @@ class Engine:
         """
         sums: dict[str, list[tuple[float, float]]] = {}
         failure: Exception | None = None
+
+        def take(batch: Batch, outputs: Any) -> None:
+            total, weight = self.loss(outputs, batch)
+            found = {"loss": (float(total), float(weight)), **measure(outputs, batch)}
+            for name, pair in found.items():
+                sums.setdefault(name, []).append((float(pair[0]), float(pair[1])))
+
         try:
-            for batch in batches:
-                outputs = self.outputs(batch)
-                if not self.has_outputs:
-                    continue
-                total, weight = self.loss(outputs, batch)
-                found = {"loss": (float(total), float(weight)), **measure(outputs, batch)}
-                for name, pair in found.items():
-                    sums.setdefault(name, []).append((float(pair[0]), float(pair[1])))
+            self.each(batches, take)
         except Exception as error:
             failure = error
         raise_together(self.topology.comms.world, failure)

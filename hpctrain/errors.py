@@ -17,6 +17,8 @@ class HpctrainError(Exception):
     """Whether all ranks raise it: then each can leave in peace, else the job must be aborted."""
     agreed_on: object = None
     """The communicator whose ranks agreed on it."""
+    named = False
+    """Whether the text says which rank failed."""
 
 
 class ConfigError(HpctrainError):

@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
+from hpctrain.batch import Batch
 from hpctrain.errors import ConfigError, nearest
 from hpctrain.log import LOGGER
 from hpctrain.topology import Topology
@@ -27,14 +28,20 @@ Offsets = dict[str, int]
 
 
 def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Intracomm) -> Path:
-    """Write the predictions of a split. Collective over `comm`.
+    """Write the predictions of a split, in the run's stages where the ranks allow. Collective over `comm`.
 
     The file has one dataset a target, rows in the order of the split, with units and
     coordinates, and `sample`, the row of the whole data that each is for.
     """
-    with Topology.build(comm) as topology:
+    config, stored = from_root(comm, lambda: open_run(run, step))
+    stages = config.parallel.stages if comm.size % config.parallel.stages == 0 else 1
+    with Topology.build(comm, stages) as topology:
         log.start(topology)
-        config, stored = from_root(topology.comms.world, lambda: open_run(run, step))
+        if stages != config.parallel.stages:
+            LOGGER.info(
+                "%d ranks can't be the run's %d stages: each holds the whole model",
+                *(comm.size, config.parallel.stages),
+            )
         # nothing is averaged here: any number of ranks will do
         config = replace(config, averaging=replace(config.averaging, invariant=False))
         job = assemble.build(config, topology, learn=False)
@@ -63,13 +70,16 @@ def write(job: Job, split: str, output: Path, world: MPI.Intracomm) -> None:
     kinds = dict(zip(offsets, dtypes))
     shapes = {wanted.name: tuple(wanted.shape) for wanted in job.task.predictions()}
     with together(world), open(temporary, "rb+") as file:
-        blocks = job.split_blocks(split)
-        for (start, _), batch in zip(blocks, job.split_batches(split)):
-            found = job.task.predict(job.engine.outputs(batch), batch)
-            for name, values in found.items():
+        starts = iter(job.split_blocks(split))
+
+        def store(batch: Batch, outputs: Any) -> None:
+            start, _ = next(starts)
+            for name, values in job.task.predict(outputs, batch).items():
                 rows = np.ascontiguousarray(values, dtype=kinds.get(name))
                 check_rows(name, rows, len(batch), shapes)
                 os.pwrite(file.fileno(), rows.tobytes(), offsets[name] + start * rows[0].nbytes)
+
+        job.engine.each(job.split_batches(split), store)
         os.fsync(file.fileno())
     from_root(world, lambda: temporary.replace(output))
 

@@ -1,10 +1,12 @@
 """The engine of a model in stages: every stage runs its own program, with messages around its passes.
 
 A stage that fails goes on with its program in name only (`pipeline/stage.py`), so that all meet where
-errors are counted. Evaluation is a program of one forward.
+errors are counted. Evaluation is a program of forwards.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +36,9 @@ from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.wire import raise_together
 
+GROUP = 4
+"""Batches a stage that are evaluated between two looks at whether all is well: a fifth of the time idle."""
+
 
 @dataclass(kw_only=True)
 class StagedEngine(Engine):
@@ -54,11 +59,6 @@ class StagedEngine(Engine):
         self._last_backward = -1
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
-
-    @property
-    def has_outputs(self) -> bool:
-        """The last stage has them."""
-        return self.pipeline.last
 
     def refresh(self) -> None:
         """Give the owners' new weights to the copies of other stages. Collective (stages)."""
@@ -145,34 +145,63 @@ class StagedEngine(Engine):
                 stage.send_gradient(v, part)
                 stage.forget(v)
 
-    @torch.no_grad()
     def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
         """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""
+        pipe, found = self.topology.comms.pipe, [None]
+        self._forwards([batch], lambda _, outputs: found.append(outputs))
+        return pipe.bcast(found[-1], root=pipe.size - 1) if everywhere else found[-1]
+
+    def each(self, batches: Iterable[Batch], use: Callable[[Batch, Any], None]) -> None:
+        """Run batches through the stages, several on their way at once; the last stage uses the outputs.
+
+        Collective over the stages; what fails on one (reading, the model, `use`) is raised on all.
+        """
+        pipe, source = self.topology.comms.pipe, iter(batches)
+        while True:
+            group, failure = list[Batch](), None
+            try:
+                group = list(islice(source, GROUP * pipe.size))
+            except Exception as error:
+                failure = error
+            raise_together(pipe, failure)
+            if not group:
+                return
+            self._forwards(group, use)
+
+    @torch.no_grad()
+    def _forwards(self, batches: list[Batch], use: Callable[[Batch, Any], None]) -> None:
+        """Run the program of a few forwards to its end, in name only once this stage has failed."""
         self.module.eval()
-        stage, pipe, found = self.pipeline, self.topology.comms.pipe, None
+        stage = self.pipeline
         failure: Exception | None = None
-        part = stage.part(len(batch), False)
         stream = key(self.seed, EVALUATION)
-        for instruction in forward_only(stage.stage, stage.cut.stages, 0):
+        parts = {size: stage.part(size, False) for size in {len(batch) for batch in batches}}
+        for instruction in forward_only(stage.stage, stage.cut.stages, range(len(batches))):
+            v = instruction.micro_batch
+            batch, part = batches[v], parts[len(batches[v])]
             if failure is not None:
                 stage.fail(instruction, part)
                 continue
             try:
                 match instruction:
                     case Receive():
-                        stage.receive(0, part)
+                        stage.receive(v, part)
                     case Forward():
                         set_generators(stream >> 1)
                         with self._precision():
                             inputs = batch.to(self.topology.device).inputs
-                            found = to_float(stage.forward(0, part, inputs, stream), "cpu")
+                            found = to_float(stage.forward(v, part, inputs, stream), "cpu")
+                        if stage.last:
+                            use(batch, found)
+                            stage.forget(v)
                     case Send():
-                        stage.send(0, part)
+                        stage.send(v, part)
+                        stage.forget(v)
             except Exception as error:
                 failure = error
                 if isinstance(instruction, Send):
                     stage.fail(instruction, part)
         stage.transport.finish()
-        stage.forget(0)
-        raise_together(pipe, None if isinstance(failure, PeerFailedError) else failure)
-        return pipe.bcast(found, root=pipe.size - 1) if everywhere else found
+        for v in range(len(batches)):
+            stage.forget(v)
+        raise_together(self.topology.comms.pipe, None if isinstance(failure, PeerFailedError) else failure)

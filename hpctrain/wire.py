@@ -38,26 +38,29 @@ def together(comm: MPI.Intracomm, name_rank: bool = True) -> Iterator[None]:
 
 
 def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bool = True) -> None:
-    """Raise the failure of the lowest failing rank on all ranks, with its name. Collective.
+    """Raise the failure of the lowest failing rank on all ranks, with its number in the job. Collective.
 
-    Where every rank failed (a wrong configuration, say) the name is left out. Does nothing
-    where no rank failed. An `HpctrainError` keeps its class (and exit status); any other
-    exception becomes a `RankError` whose text is the traceback of the failing rank.
+    Where every rank failed (a wrong configuration, say) the name is left out, and where ranks of `comm`
+    agreed on it before it is not named again. Does nothing where no rank failed. An `HpctrainError` keeps
+    its class (and exit status); any other exception becomes a `RankError` whose text is the traceback of
+    the failing rank.
     """
     first = comm.allreduce(comm.rank if failure else comm.size, op=MPI.MIN)
     if first == comm.size:
         return
     alone = comm.allreduce(int(failure is not None)) < comm.size
-    kind, text = comm.bcast(describe(failure) if comm.rank == first and failure else None, first)
-    if comm.size > 1 and name_rank:
-        text = f"rank {first} of {comm.size}: {text}" if alone else text
+    kind, text, named, rank = comm.bcast(describe(failure) if comm.rank == first and failure else None, first)
+    if comm.size > 1 and name_rank and alone and not named:
+        text, named = f"rank {rank} of {MPI.COMM_WORLD.size}: {text}", True
     error = getattr(errors, kind, RankError)(text)
+    error.named = named
     error.agreed, error.agreed_on = True, comm
     raise error from (failure if comm.rank == first else None)
 
 
-def describe(failure: Exception) -> tuple[str, str]:
-    """Class name and text by which a failure travels between ranks."""
+def describe(failure: Exception) -> tuple[str, str, bool, int]:
+    """Class name and text by which a failure travels between ranks; whether a rank is named; this rank."""
+    rank = MPI.COMM_WORLD.rank
     if isinstance(failure, HpctrainError):
-        return type(failure).__name__, str(failure)
-    return "RankError", "".join(traceback.format_exception(failure)).rstrip()
+        return type(failure).__name__, str(failure), failure.named, rank
+    return "RankError", "".join(traceback.format_exception(failure)).rstrip(), False, rank

@@ -1,14 +1,18 @@
 """Stages against one process: every model that pipelines tend to get wrong, bit for bit where sums keep their order."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
-from helpers import config_of
+from helpers import SAMPLES, config_of
 
 from hpctrain import assemble
 from hpctrain.config import Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.piece import tensors_of
+from hpctrain.staged import GROUP
 from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
@@ -314,6 +318,44 @@ def test_reading_that_fails_on_one_stage_ends_on_all(world, build):
         step = replace(step, micro_batches={}, failure=OSError("disk trouble"))
     with pytest.raises(HpctrainError, match="disk trouble"):
         job.engine.step(0, step)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("where", ["reading", "model", "metric"])
+def test_evaluation_that_fails_on_one_stage_ends_on_all(world, build, monkeypatch, where):
+    """In the second group of batches: of the last rank, or of the first stage of its replica."""
+    for stages in layouts(world.size):
+        job = build("plain_row", stages)
+        last = job.topology.replica == job.topology.replicas - 1
+        count = 3 * GROUP * stages
+        at = count // 2
+
+        def batches(job=job, count=count, at=at):
+            for v in range(count):
+                if where == "reading" and v == at and world.rank == world.size - 1:
+                    raise OSError("trouble")
+                yield job.task.batch(np.array([v % SAMPLES]))
+
+        def measure(outputs, batch, at=at, last=last):
+            if where == "metric" and last and batch.samples[0] == at:
+                raise ValueError("trouble")
+            return {}
+
+        def forward(v, *rest, at=at - GROUP * stages, whole=job.engine.pipeline.forward):
+            if v == at:
+                raise ValueError("trouble")
+            return whole(v, *rest)
+
+        if where == "model" and last and job.topology.stage == 0:
+            monkeypatch.setattr(job.engine.pipeline, "forward", forward)
+        firsts = world.allgather(last and job.topology.stage == 0)
+        failing = firsts.index(True) if where == "model" else world.size - 1
+        with pytest.raises(HpctrainError, match="trouble") as raised:
+            job.engine.evaluate(batches(), measure)
+        assert re.findall(r"rank \d of \d", str(raised.value)) == [f"rank {failing} of {world.size}"]
+        monkeypatch.undo()
+        sums = job.engine.evaluate(job.split_batches("train"), job.task.measure)  # and all goes on
+        assert sums["loss"][1] > 0
 
 
 @pytest.mark.mpi

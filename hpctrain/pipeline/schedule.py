@@ -162,17 +162,18 @@ SCHEDULES: dict[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe, "zb-h1": 
 """By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
 
 
-def forward_only(stage: int, stages: int, micro_batch: int) -> Iterator[Instruction]:
-    """Give what one stage does to evaluate a micro-batch.
+def forward_only(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+    """Give what one stage does to evaluate micro-batches: while it has one, the stage before has the next.
 
-    >>> [str(i) for i in forward_only(1, 3, 0)]
-    ['rF0', 'F0', 'sF0']
+    >>> [str(i) for i in forward_only(1, 3, [0, 1])]
+    ['rF0', 'F0', 'sF0', 'rF1', 'F1', 'sF1']
     """
-    if stage:
-        yield Receive(micro_batch)
-    yield Forward(micro_batch)
-    if stage < stages - 1:
-        yield Send(micro_batch)
+    for v in micro_batches:
+        if stage:
+            yield Receive(v)
+        yield Forward(v)
+        if stage < stages - 1:
+            yield Send(v)
 
 
 def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:

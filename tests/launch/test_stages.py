@@ -3,6 +3,8 @@
 import shlex
 import sys
 
+import h5py
+import numpy as np
 import pytest
 from conftest import losses, rows
 from test_resume import same_bits, weights
@@ -38,8 +40,13 @@ def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
         4,
         15,
     )
-    predicted = launcher.ranks(2, "predict", "moved", "--output", "p.h5")
-    assert predicted.status == 0, predicted.text
+    for ranks, said in ((2, "r0/2 s0 |"), (1, "1 ranks can't be the run's 2 stages: each holds the whole")):
+        predicted = launcher.ranks(ranks, "predict", "moved", "--output", f"{ranks}.h5")
+        assert predicted.status == 0, predicted.text
+        assert said in predicted.out
+    with h5py.File(tmp_path / "1.h5") as whole, h5py.File(tmp_path / "2.h5") as staged:
+        assert whole.keys() == staged.keys()
+        assert all(np.array_equal(whole[name][:], staged[name][:]) for name in whole)
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(launcher, small):
