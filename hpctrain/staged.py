@@ -4,6 +4,7 @@ A stage that fails goes on with its program in name only (`pipeline/stage.py`), 
 errors are counted. Evaluation is a program of forwards.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -32,10 +33,12 @@ from hpctrain.pipeline.schedule import (
     forward_only,
     program,
 )
+from hpctrain.pipeline.simulate import Span
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.wire import raise_together
 
+PASSES = (Forward, Backward, BackwardInput, BackwardWeight)
 GROUP = 4
 """Batches a stage that are evaluated between two looks at whether all is well: a fifth of the time idle."""
 
@@ -57,12 +60,22 @@ class StagedEngine(Engine):
         super().__post_init__()
         self.straight.merges = self.merges
         self._last_backward = -1
+        self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
 
     def refresh(self) -> None:
         """Give the owners' new weights to the copies of other stages. Collective (stages)."""
         self.pipeline.refresh()
+
+    def watch(self) -> None:
+        """Note the passes of the coming step and their times. Local."""
+        self._spans = []
+
+    def unwatch(self) -> list[Span]:
+        """Give the passes that were noted, by this process' clock; a GPU's are only started then. Local."""
+        spans, self._spans = self._spans or [], None
+        return spans
 
     def run_passes(
         self, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
@@ -84,6 +97,7 @@ class StagedEngine(Engine):
             if failure is not None:
                 stage.fail(instruction, parts[sizes[v]])
                 continue
+            began = time.perf_counter()
             try:
                 self._execute_staged(instruction, number, step, parts[sizes[v]])
             except HpctrainError as error:
@@ -97,6 +111,8 @@ class StagedEngine(Engine):
                 failure = error
             if failure is not None and isinstance(instruction, (Send, SendGradient)):
                 stage.fail(instruction, parts[sizes[v]])  # nothing of it has left; a receive took all
+            if self._spans is not None and isinstance(instruction, PASSES):
+                self._spans.append(Span(stage.stage, instruction, began, time.perf_counter()))
         stage.collect(self.averager.add)
         stage.transport.finish()
         return failure

@@ -19,6 +19,7 @@ from hpctrain.log import LOGGER
 from hpctrain.report import memory, summary
 from hpctrain.report.progress import ProgressView
 from hpctrain.report.run_folder import RunFolder, rows
+from hpctrain.report.timeline import Timeline
 from hpctrain.report.waiting import Waiting
 from hpctrain.resilience.signals import StopSignals
 from hpctrain.resume import Progress, check_resume, resume
@@ -84,6 +85,7 @@ class Loop:
             job.restore(stored, stored.state["total_steps"] != job.total_steps)
         self.validator = Validator(job, run, self.at)
         self.waiting = Waiting(job.peers)
+        self.timeline = Timeline(job, run)
         self.last_saved = time.monotonic()
         self.saved_step = -1 if stored is None else stored.step
 
@@ -114,6 +116,7 @@ class Loop:
                 step = next(steps)
                 job.engine.clock.reading += time.perf_counter() - began
                 rates = [group["lr"] for group in job.averager.optimizer.param_groups]
+                self.timeline.before(self.at.step + 1 - self.resumed_step)
                 result = job.engine.step(
                     self.at.step, step, train.clip, rates, bool(self.signals.name), self.late()
                 )
@@ -136,6 +139,7 @@ class Loop:
         view.step(self.at.step, result.loss, rate, shares)
         if self.at.step == self.resumed_step + 1:
             memory.say(self.job)
+        self.timeline.after(self.at.step - self.resumed_step, self.at.step)
         if self.at.step % EVERY_STEPS == 0:
             self.job.averager.check_drift(self.at.step)
 

@@ -1,6 +1,7 @@
 """Stages against one process: every model that pipelines tend to get wrong, bit for bit where sums keep their order."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ from hpctrain import assemble
 from hpctrain.config import Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
-from hpctrain.staged import GROUP
+from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
+from hpctrain.report.run_folder import RunFolder, rows
+from hpctrain.report.timeline import WATCHED, Timeline, as_simulation, seconds_ahead
+from hpctrain.staged import GROUP, PASSES
 from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
@@ -318,6 +323,60 @@ def test_reading_that_fails_on_one_stage_ends_on_all(world, build):
         step = replace(step, micro_batches={}, failure=OSError("disk trouble"))
     with pytest.raises(HpctrainError, match="disk trouble"):
         job.engine.step(0, step)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplog):
+    """The passes of the program, in its order, none before what it waits for; table, row and picture of them."""
+    if world.size == 1:
+        pytest.skip("one stage has no messages")
+    stages = max(layouts(world.size))
+    job = build("plain_row", stages, schedule=schedule, micro_batches=world.size // stages * 6)
+    run = RunFolder(shared_tmp, writes=world.rank == 0)
+    watching = Timeline(job, run)
+    position = 0
+    with caplog.at_level("INFO", LOGGER.name):
+        for number in range(3):
+            step = job.loader.read(position)
+            watching.before(number + 1)
+            job.engine.step(number, step)
+            spans = list(job.engine._spans or [])
+            assert bool(spans) == (number + 1 == WATCHED and job.topology.replica == 0)
+            watching.after(number + 1, number + 1)
+            position = step.next_position
+    every, ranks = zip(*job.topology.comms.pipe.allgather((spans, world.rank)))
+    assert abs(seconds_ahead(job.topology.comms.pipe)) < 1e-3  # one machine has one clock
+    if job.topology.replica:
+        return
+    mine = [v for v, owner in enumerate(job.averager.owners) if owner == 0]
+    at = {}
+    for stage, found in enumerate(every):
+        passes = [i for i in program(schedule, stage, stages, mine) if isinstance(i, PASSES)]
+        assert [span.instruction for span in found] == passes
+        assert all(span.stage == stage for span in found)
+        assert all(a.end <= b.start for a, b in pairwise(found))
+        at |= {(stage, type(s.instruction) is Forward, s.instruction.micro_batch): s for s in reversed(found)}
+    for stage in range(stages - 1):
+        for v in mine:
+            assert at[stage, True, v].end <= at[stage + 1, True, v].start
+            assert at[stage + 1, False, v].start <= at[stage, False, v].start
+    if world.rank:
+        return
+    (row,) = [row for row in rows(run.path / "metrics.jsonl") if row["event"] == "pipeline"]
+    assert row["seconds"] == pytest.approx(as_simulation(every).seconds, abs=1e-6)
+    assert [told["rank"] for told in row["stages"]] == list(ranks)
+    assert sum(told["parameters"] for told in row["stages"]) == sum(
+        p.numel() for p in build_alone(job).engine.module.parameters()
+    )
+    assert 0 < row["simulated_seconds"] < 2 * row["seconds"]
+    assert 0 <= row["simulated_bubble"] < 1
+    table = [record.getMessage() for record in caplog.records]
+    assert (
+        sum(bool(re.match(r" +\d +\d+ +[\d,]+ +\d+\.\d\d +\d+\.\d\d +\d+%  \d", line)) for line in table)
+        == stages
+    )
+    assert (run.path / "pictures" / "pipeline.png").stat().st_size > 10_000
 
 
 @pytest.mark.mpi

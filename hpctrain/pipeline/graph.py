@@ -59,6 +59,12 @@ class Graph:
         """Parameters and buffers that its operators use."""
         return sorted(self.used[stage])
 
+    def names(self, stage: int) -> list[str]:
+        """Modules that its operators stand in, in order."""
+        traced = self._traced[self.samples, True]
+        paths = (path_of(node) for node in traced.nodes if traced.stage[node.name] == stage)
+        return list(dict.fromkeys(path for path in paths if path))
+
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Who gives values to whom, and waits for whose gradients."""
         parts = {s: self.part(s, self.samples, True) for s in range(self.stages)}

@@ -59,6 +59,10 @@ class Layers:
             found += [f"{name}.{own}" for own, _ in inner]
         return found
 
+    def names(self, stage: int) -> list[str]:
+        """Names of its layers."""
+        return [name for name, _ in self.layers[slice(*self.ranges[stage])]]
+
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Each to the next, and back."""
         links = {s: [s + 1] if s + 1 < self.stages else [] for s in range(self.stages)}

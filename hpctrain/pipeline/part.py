@@ -39,6 +39,9 @@ class Cut(Protocol):
     def tensors(self, stage: int) -> list[str]:
         """Names of the parameters and buffers that a stage uses."""
 
+    def names(self, stage: int) -> list[str]:
+        """Names of the modules that a stage runs, in order."""
+
     def part(self, stage: int, samples: int, training: bool) -> Part:
         """What a stage does with a micro-batch of so many samples."""
 

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `prepare` runs before MPI and torch may start, and this would start both
+    from hpctrain.pipeline.simulate import Simulation
     from hpctrain.task import Maps
+
+BACKWARD = "#f0a868"
+COLOURS = {"Forward": "#8fb8de", "Backward": BACKWARD, "BackwardInput": BACKWARD, "BackwardWeight": "#9dc08b"}
+"""By kind of pass."""
 
 
 def prepare() -> None:
@@ -84,6 +89,42 @@ def maps(found: "Maps", path: Path) -> None:
         axis.set_ylabel("latitude (°N)")
     if image is not None:
         figure.colorbar(image, ax=axes, label=f"{found.title} ({found.units})")
+    save(figure, path)
+
+
+def timeline(measured: "Simulation", simulated: "Simulation", title: str, path: Path) -> None:
+    """Draw the passes of a step, a row a stage, as measured above and as simulated below, on one axis."""
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    stages = len(measured.busy)
+    figure, axes = pyplot.subplots(
+        2, 1, figsize=(11, 2.2 + 0.7 * stages), constrained_layout=True, sharex=True, sharey=True
+    )
+    for axis, name, found in zip(axes, ("measured", "simulated"), (measured, simulated)):
+        for span in found.spans:
+            kind = type(span.instruction).__name__
+            where = 1e3 * span.start, 1e3 * (span.end - span.start)
+            axis.broken_barh([where], (span.stage - 0.4, 0.8), color=COLOURS[kind], edgecolor="white", lw=0.5)
+            if span.end - span.start > 0.02 * measured.seconds:
+                axis.text(
+                    sum(where) - where[1] / 2,
+                    span.stage,
+                    str(span.instruction.micro_batch),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                )
+        axis.set(
+            ylabel="stage",
+            yticks=range(stages),
+            title=f"{title}, {name}: {1e3 * found.seconds:.0f} ms, idle {found.bubble:.0%}",
+        )
+    axes[0].invert_yaxis()
+    axes[1].set_xlabel("time (ms); the numbers are micro-batches")
+    kinds = {type(span.instruction).__name__ for span in measured.spans}
+    handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     save(figure, path)
 
 

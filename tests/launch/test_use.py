@@ -140,6 +140,10 @@ def test_a_language_model_in_stages(launcher, tmp_path):
     assert {"gzip", "bz2", "xz", "gzip_joint", "bz2_joint", "xz_joint"} == start["baselines"].keys()
     assert 1 < start["baselines"]["xz"]["bits_per_byte"] < 5
     assert 2 < last["bits_per_byte"] < 8
+    (stages,) = [row for row in rows(run) if row["event"] == "pipeline"]
+    assert 0.5 * stages["simulated_seconds"] < stages["seconds"] < 10
+    assert "1f1b simulated with these passes and free messages" in ended.out
+    assert (run / "pictures" / "pipeline.png").stat().st_size > 10_000
     sample = (run / "sample.txt").read_text()
     assert sample.startswith("def ")
     assert len(sample) > 10

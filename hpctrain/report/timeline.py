@@ -1,0 +1,199 @@
+"""One step of the stages as it ran, beside the same schedule simulated with the measured passes.
+
+      pass        F, B, I, W of a micro-batch; what lies between is messages and waiting for them
+      simulated   every pass takes the median of its kind on its stage, messages take no time
+
+So measured less simulated is what messages, uneven passes and crowded cores cost.
+"""
+
+import platform
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpctrain.assemble import Job
+from hpctrain.log import LOGGER
+from hpctrain.pipeline.schedule import Forward, program
+from hpctrain.pipeline.simulate import Simulation, Span, simulate
+from hpctrain.report import pictures
+from hpctrain.report.run_folder import RunFolder
+from hpctrain.staged import StagedEngine
+
+WATCHED = 3
+"""The step of a session that is measured: in the first ones memory is made and layers show their ways."""
+
+ROUNDS = 16
+"""Of questions for the time."""
+
+
+@dataclass
+class Told:
+    """What one stage says of itself."""
+
+    rank: int
+    host: str
+    modules: tuple[str, str]
+    """First and last."""
+    parameters: int
+    spans: list[Span]
+
+
+class Timeline:
+    """Watches one step of the first replica's stages."""
+
+    def __init__(self, job: Job, run: RunFolder) -> None:
+        """Take the parts."""
+        self.job, self.run = job, run
+
+    def watched(self, number: int) -> StagedEngine | None:
+        """Give the engine, if it is watched in this step (from 1) of the session. Local."""
+        engine = self.job.engine
+        if number == WATCHED and self.job.topology.replica == 0 and isinstance(engine, StagedEngine):
+            return engine
+        return None
+
+    def before(self, number: int) -> None:
+        """Begin to watch, if this is the step. Local."""
+        engine = self.watched(number)
+        if engine:
+            engine.watch()
+
+    def after(self, number: int, step: int) -> None:
+        """Tell of the watched step: log, row, picture. Collective (stages)."""
+        engine = self.watched(number)
+        if engine is None:
+            return
+        names = engine.pipeline.cut.names(engine.pipeline.stage)
+        topology = self.job.topology
+        ahead = seconds_ahead(topology.comms.pipe)
+        spans = [Span(s.stage, s.instruction, s.start - ahead, s.end - ahead) for s in engine.unwatch()]
+        mine = Told(
+            topology.world_rank,
+            platform.node(),
+            (names[0], names[-1]) if names else ("", ""),
+            sum(p.numel() for p in self.job.averager.named.values()),
+            spans,
+        )
+        stages = topology.comms.pipe.gather(mine)
+        if not self.run.writes or stages is None:
+            return
+        measured = as_simulation([told.spans for told in stages])
+        simulated = again(self.job, measured)
+        for line in table(self.job, step, stages, measured, simulated):
+            LOGGER.info(line)
+        self.run.row("pipeline", step, **row(self.job, stages, measured, simulated))
+        if self.job.config.report.pictures:
+            try:
+                title = f"{self.job.config.parallel.schedule}, step {step}"
+                pictures.timeline(measured, simulated, title, self.run.pictures / "pipeline.png")
+            except Exception as error:
+                LOGGER.warning("no picture of the stages: %s: %s", type(error).__name__, error)
+
+
+def seconds_ahead(comm: MPI.Intracomm) -> float:
+    """Say by how much this rank's clock is ahead of rank 0's. Collective.
+
+    Rank 0 asks each rank in turn; the answer that came back soonest counts, and was given in the middle
+    between question and answer (Cristian 1989): right to half of that time.
+    """
+    ahead, now = 0.0, np.empty(1)
+    for other in range(1, comm.size):
+        if comm.rank == 0:
+            rounds = []
+            for _ in range(ROUNDS):
+                asked = time.perf_counter()
+                comm.Send(now, other)
+                comm.Recv(now, other)
+                back = time.perf_counter()
+                rounds.append((back - asked, now[0] - (asked + back) / 2))
+            comm.Send(np.array([min(rounds)[1]]), other)
+        elif comm.rank == other:
+            for _ in range(ROUNDS):
+                comm.Recv(now, 0)
+                now[0] = time.perf_counter()
+                comm.Send(now, 0)
+            comm.Recv(now, 0)
+            ahead = float(now[0])
+    return ahead
+
+
+def as_simulation(stages: list[list[Span]]) -> Simulation:
+    """Take measured passes as a simulation's; the step begins with its first pass. Pure."""
+    every = [span for spans in stages for span in spans]
+    first = min((span.start for span in every), default=0.0)
+    moved = [Span(s.stage, s.instruction, s.start - first, s.end - first) for s in every]
+    busy = [sum(span.end - span.start for span in spans) for spans in stages]
+    return Simulation(moved, [], busy)
+
+
+def medians(found: Simulation) -> dict[tuple[int, str], float]:
+    """Seconds of a pass by stage and kind. Pure."""
+    grouped: dict[tuple[int, str], list[float]] = {}
+    for span in found.spans:
+        grouped.setdefault((span.stage, type(span.instruction).__name__), []).append(span.end - span.start)
+    return {key: median(values) for key, values in grouped.items()}
+
+
+def again(job: Job, measured: Simulation) -> Simulation:
+    """Simulate the step with the measured passes; micro-batches without samples take no time. Local."""
+    usual = medians(measured)
+    ran = {(span.stage, span.instruction) for span in measured.spans}
+    mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
+    stages = job.topology.stages
+    programs = [list(program(job.config.parallel.schedule, s, stages, mine)) for s in range(stages)]
+    assert job.stage is not None
+    links, back = job.stage.cut.links()
+    return simulate(
+        programs,
+        lambda stage, i: usual[stage, type(i).__name__] if (stage, i) in ran else 0.0,
+        links,
+        back=back,
+    )
+
+
+def row(job: Job, stages: list[Told], measured: Simulation, simulated: Simulation) -> dict[str, Any]:
+    """Give what the log's table says, as numbers. Pure."""
+    usual = medians(measured)
+    return {
+        "schedule": job.config.parallel.schedule,
+        "seconds": round(measured.seconds, 6),
+        "simulated_seconds": round(simulated.seconds, 6),
+        "bubble": round(measured.bubble, 4),
+        "simulated_bubble": round(simulated.bubble, 4),
+        "stages": [
+            {
+                "rank": told.rank,
+                "host": told.host,
+                "modules": list(told.modules),
+                "parameters": told.parameters,
+                "pass_seconds": {
+                    kind: round(value, 6) for (stage, kind), value in usual.items() if stage == at
+                },
+                "idle": round(1.0 - measured.busy[at] / measured.seconds, 4) if measured.seconds else 0.0,
+            }
+            for at, told in enumerate(stages)
+        ],
+    }
+
+
+def table(job: Job, step: int, stages: list[Told], measured: Simulation, simulated: Simulation) -> list[str]:
+    """Lines for the log: a row a stage, then the whole step. Pure."""
+    usual, forward = medians(measured), Forward.__name__
+    lines = ["stage  rank  parameters  forward ms  backward ms  idle  modules"]
+    for at, told in enumerate(stages):
+        back = sum(value for (stage, kind), value in usual.items() if stage == at and kind != forward)
+        idle = 1.0 - measured.busy[at] / measured.seconds if measured.seconds else 0.0
+        lines.append(
+            f"{at:5}  {told.rank:4}  {told.parameters:10,}  {1e3 * usual.get((at, forward), 0.0):10.2f}  "
+            f"{1e3 * back:11.2f}  {idle:4.0%}  {' … '.join(dict.fromkeys(told.modules))} on {told.host}"
+        )
+    lines.append(
+        f"the passes of step {step} took {1e3 * measured.seconds:.1f} ms, idle {measured.bubble:.0%}; "
+        f"{job.config.parallel.schedule} simulated with these passes and free messages "
+        f"{1e3 * simulated.seconds:.1f} ms, idle {simulated.bubble:.0%}"
+    )
+    return lines
