@@ -212,10 +212,7 @@ class Engine:
         return self.loss(to_float(outputs), on_device)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast == "none":
-            return nullcontext()
-        kind = self.topology.device.split(":")[0]
-        return torch.autocast(kind, dtype=torch.bfloat16)
+        return precision(self.autocast, self.topology.device)
 
     def _explain(self, number: int, result: Result) -> str:
         """Name what is not finite though every rank's loss was: weight 0, or a gradient."""
@@ -272,6 +269,13 @@ class Engine:
             failure = error
         raise_together(self.topology.comms.world, failure)
         return sum_over(self.topology.comms.world, sums)
+
+
+def precision(autocast: str, device: str) -> AbstractContextManager[Any]:
+    """Give what passes run under: `train.autocast` is "none" or "bf16"."""
+    if autocast == "none":
+        return nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
 
 
 def resident_bytes() -> int:

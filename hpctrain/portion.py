@@ -18,6 +18,7 @@ from mpi4py import MPI
 from hpctrain.averaging import groups, sync_norm
 from hpctrain.batch import broadcast
 from hpctrain.config import ClassPath, Config
+from hpctrain.engine import precision
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.models import build as models
@@ -26,6 +27,8 @@ from hpctrain.piece import of_module
 from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.stage import Stage, every_tensor, take_share, users_of
 from hpctrain.pipeline.transport import Transport
+from hpctrain.pipeline.weigh import Scales
+from hpctrain.room import room
 from hpctrain.task import Task
 from hpctrain.topology import Topology
 from hpctrain.wire import together
@@ -69,7 +72,7 @@ def build(
     stage = None
     with together(world), told_of_memory(topology):
         if topology.stages > 1:
-            stage, optimizer = stage_of(config, topology, module, deferred, example())
+            stage, optimizer = stage_of(config, topology, module, deferred, example(), count)
         else:
             optimizer = groups.build(config.optimizer, module)
     same_start(module, topology.comms.data)
@@ -121,6 +124,7 @@ def stage_of(
     module: torch.nn.Module,
     deferred: Deferred | None,
     inputs: dict[str, torch.Tensor],
+    count: int,
 ) -> tuple[Stage, torch.optim.Optimizer]:
     """Cut the model, keep this rank's stage of it, give what runs it and its optimizer. Collective.
 
@@ -128,7 +132,12 @@ def stage_of(
     """
     parallel = config.parallel
     named = models.by_name(module, list(inputs))
-    model = split.cut(module, inputs, named, topology.stages, parallel.cuts)
+    scales = scales_of(config, topology, count)
+    model = split.cut(module, inputs, named, topology.stages, parallel.cuts, scales)
+    for line in model.choice.said:
+        LOGGER.info("%s", line)
+    for line in model.choice.warned:
+        LOGGER.warning("%s", line)
     simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), *model.links())
     if deferred:
         tensors = dict(every_tensor(module))
@@ -152,6 +161,24 @@ def stage_of(
     stage = Stage(model, topology.stage, Transport(topology.comms.pipe, topology.device))
     stage.ties = ties
     return stage, optimizer
+
+
+def scales_of(config: Config, topology: Topology, count: int) -> Scales | None:
+    """Say by what a cut is to be chosen; None where nothing is measured. Collective."""
+    world, stages = topology.comms.world, topology.stages
+    if topology.device != "cpu" or config.parallel.cuts:
+        return None
+    told = world.allgather((topology.stage, room(topology.comms.node.size)))
+    ranks = [[rank for rank, (stage, _) in enumerate(told) if stage == at] for at in range(stages)]
+    dry = simulate.check(config.parallel.schedule, stages, range(max(1, count // topology.replicas)))
+    return Scales(
+        world,
+        ranks,
+        [min(told[rank][1] for rank in group) for group in ranks],
+        dry.kept,
+        2.0 + groups.state_copies(config.optimizer),
+        precision(config.train.autocast, topology.device),
+    )
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

@@ -42,6 +42,17 @@ def check(config: Optimizer) -> dict[str, Any]:
     return arguments
 
 
+def state_copies(config: Optimizer) -> float:
+    """Count the numbers that the optimizer keeps for each number of a weight. Local: steps a small one."""
+    with torch.random.fork_rng(devices=[]):
+        small = nn.Linear(16, 16, bias=False)
+    optimizer = build(config, small)
+    small.weight.grad = torch.ones_like(small.weight)
+    optimizer.step()
+    state = optimizer.state[small.weight].values()
+    return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / small.weight.numel()
+
+
 def build(config: Optimizer, module: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the module's trained parameters."""
     arguments = check(config)

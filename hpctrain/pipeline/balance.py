@@ -17,11 +17,14 @@ def partition(
     memory: Sequence[float] | None = None,
     limits: Sequence[float] | None = None,
     speeds: Sequence[float] | None = None,
+    activations: Sequence[float] | None = None,
+    kept: Sequence[int] | None = None,
 ) -> list[tuple[int, int]]:
     """Cut layers into contiguous stages, none empty: (start, stop) each.
 
     `costs` of the layers in any unit; `memory` of each layer and `limits` of each stage in bytes;
-    `speeds` of the stages, 1 where none are given. Raises ConfigError where no cut fits.
+    `speeds` of the stages, 1 where none are given; `activations` of each layer in bytes, for each of the
+    micro-batches that a stage has `kept` at once. Raises ConfigError where no cut fits.
 
     >>> partition([1, 1, 1, 1, 4], 2)
     [(0, 4), (4, 5)]
@@ -29,6 +32,8 @@ def partition(
     [(0, 1), (1, 4)]
     >>> partition([1, 1, 1, 1], 2, speeds=[3, 1])
     [(0, 3), (3, 4)]
+    >>> partition([1, 1, 1, 1], 2, limits=[4, 6], activations=[2, 2, 2, 2], kept=[2, 1])
+    [(0, 1), (1, 4)]
     """
     layers = len(costs)
     if layers < stages:
@@ -38,6 +43,8 @@ def partition(
         )
     sums = [0.0, *accumulate(map(float, costs))]
     held = [0.0, *accumulate(map(float, memory or [0.0] * layers))]
+    lives = [0.0, *accumulate(map(float, activations or [0.0] * layers))]
+    times = kept or [1] * stages
     rates, room = speeds or [1.0] * stages, limits or [float("inf")] * stages
     nothing = float("inf")
     best = [0.0] + [nothing] * layers
@@ -46,7 +53,7 @@ def partition(
         row, cut = [nothing] * (layers + 1), [0] * (layers + 1)
         for stop in range(stage + 1, layers + 1):
             for start in range(stage, stop):
-                if held[stop] - held[start] > room[stage]:
+                if held[stop] - held[start] + times[stage] * (lives[stop] - lives[start]) > room[stage]:
                     continue
                 slowest = max(best[start], (sums[stop] - sums[start]) / rates[stage])
                 if slowest < nothing and slowest <= row[stop]:
@@ -54,7 +61,7 @@ def partition(
         best = row
         cuts.append(cut)
     if best[layers] == nothing:
-        need, most = sum(memory or []), sum(room)
+        need, most = held[-1] + max(times) * lives[-1], sum(room)
         raise ConfigError(
             f"the model does not fit: its {layers} layers need {need:,.0f} bytes, {stages} stages have "
             f"{most:,.0f}, and no cut between layers suits them: more stages, or smaller layers"
@@ -65,3 +72,12 @@ def partition(
         found.append((start, stop))
         stop = start
     return found[::-1]
+
+
+def slowest(costs: Sequence[float], parts: Sequence[tuple[int, int]], speeds: Sequence[float]) -> float:
+    """Give the time of the slowest stage.
+
+    >>> slowest([1, 2, 3], [(0, 2), (2, 3)], [1, 2])
+    3.0
+    """
+    return max(sum(costs[start:stop]) / speed for (start, stop), speed in zip(parts, speeds))

@@ -7,16 +7,19 @@
 A cut may go anywhere but between a tensor and an operator that changes it in place.
 """
 
+from functools import partial
+
 import torch
 from torch import fx, nn
 
 from hpctrain.draws import draws
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.balance import partition
 from hpctrain.pipeline.operators import changes, cost, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
+from hpctrain.pipeline.profile import of_operators
 from hpctrain.pipeline.runner import Runner
 from hpctrain.pipeline.trace import Traced, Writer
+from hpctrain.pipeline.weigh import Choice, Scales, choose
 
 
 class Graph:
@@ -29,8 +32,9 @@ class Graph:
         named: bool,
         stages: int,
         cuts: list[str],
+        scales: Scales | None = None,
     ) -> None:
-        """Write the forward down for this batch and cut it."""
+        """Write the forward down for this batch and cut it. Collective, if there are scales."""
         self.stages, self.module = stages, module
         self.writer = Writer(module, inputs, named, stages)
         first = dict[int, str]()
@@ -43,7 +47,7 @@ class Graph:
         self._traced: dict[tuple[int, bool], Traced] = {}
         samples = self.samples = len(next(iter(inputs.values())))
         traced = self.writer.write(samples, training=True)
-        self._place(traced, cuts)
+        self._place(traced, cuts, scales)
         self.used: dict[int, set[str]] = {stage: set() for stage in range(stages)}
         for node in traced.nodes:
             names = {traced.held[a.name] for a in node.all_input_nodes if a.name in traced.held}
@@ -76,12 +80,13 @@ class Graph:
 
     # -- cutting -----------------------------------------------------------------------------
 
-    def _place(self, traced: Traced, cuts: list[str]) -> None:
+    def _place(self, traced: Traced, cuts: list[str], scales: Scales | None) -> None:
         """Give every operator its stage."""
         nodes = traced.nodes
         at = {node.name: i for i, node in enumerate(nodes)}
         if cuts:
             ranges = begins(cuts, [path_of(node) for node in nodes], "modules")
+            self.choice = Choice(ranges)
             edges = [start for start, _ in ranges[1:]]
             wrong = sorted(set(edges) & forbidden(nodes, at))
             if wrong:
@@ -100,10 +105,26 @@ class Graph:
                 starts = [i for i in range(len(nodes)) if i not in bad]
             costs = [cost(node) for node in nodes]
             pieces = list(zip(starts, [*starts[1:], len(nodes)]))
-            groups = partition([sum(costs[a:b]) for a, b in pieces], self.stages)
-            edges = [pieces[start][0] for start, _ in groups[1:]]
+            self.choice = choose(
+                self.stages,
+                [sum(costs[a:b]) for a, b in pieces],
+                self._weights([nodes[a:b] for a, b in pieces], traced),
+                [partial(of_operators, nodes[a:b], traced, self.real) for a, b in pieces],
+                scales,
+            )
+            edges = [pieces[start][0] for start, _ in self.choice.parts[1:]]
         for i, node in enumerate(nodes):
             traced.stage[node.name] = sum(edge <= i for edge in edges)
+
+    def _weights(self, pieces: list[list[fx.Node]], traced: Traced) -> list[int]:
+        """Give the bytes of each piece's weights; one that several use is the first one's."""
+        seen, found = set[str](), []
+        for nodes in pieces:
+            given = [a.name for node in nodes for a in node.all_input_nodes]
+            names = {self.first[traced.held[name]] for name in given if name in traced.held}
+            found.append(sum(self.real[name].nbytes for name in names - seen))
+            seen |= names
+        return found
 
     def _heavy(self, node: fx.Node, traced: Traced) -> bool:
         """Whether a stage may begin here: at an operator with a matrix of its own."""

@@ -9,8 +9,9 @@ from torch.utils import _pytree
 
 from hpctrain.draws import Draws
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.balance import partition
 from hpctrain.pipeline.part import Env, Part, begins
+from hpctrain.pipeline.profile import of_layers
+from hpctrain.pipeline.weigh import Choice, Scales, choose
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
@@ -39,13 +40,33 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 class Layers:
     """Layers in a row; a stage runs some of them."""
 
-    def __init__(self, layers: list[tuple[str, nn.Module]], stages: int, cuts: list[str]) -> None:
-        """Cut them by the numbers of their parameters, or where `cuts` says."""
+    def __init__(
+        self,
+        layers: list[tuple[str, nn.Module]],
+        value: torch.Tensor,
+        stages: int,
+        cuts: list[str],
+        scales: Scales | None = None,
+    ) -> None:
+        """Cut them by measured time or the numbers of their parameters, or where `cuts` says.
+
+        `value` is what the first one gets. Collective, if there are scales.
+        """
         self.layers, self.stages = layers, stages
         if cuts:
-            self.ranges = begins(cuts, [name for name, _ in layers], "layers")
+            self.choice = Choice(begins(cuts, [name for name, _ in layers], "layers"))
         else:
-            self.ranges = partition([1.0 + sum(p.numel() for p in m.parameters()) for _, m in layers], stages)
+            modules = [layer for _, layer in layers]
+            every = [module for layer in modules for module in layer.modules()]
+            hooked = any(module._forward_hooks or module._forward_pre_hooks for module in every)
+            self.choice = choose(
+                stages,
+                [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
+                [sum(p.nbytes for p in layer.parameters()) for layer in modules],
+                of_layers(modules, value),
+                None if hooked else scales,  # a user's hooks run when the model does
+            )
+        self.ranges = self.choice.parts
 
     def tensors(self, stage: int) -> list[str]:
         """Parameters and buffers of its layers."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hpctrain.errors import ConfigError
+from hpctrain.pipeline.weigh import Choice
 
 INPUT = -1
 """The stage of the model's inputs: whoever needs one reads it from the data."""
@@ -35,6 +36,7 @@ class Cut(Protocol):
     """A model in stages."""
 
     stages: int
+    choice: Choice
 
     def tensors(self, stage: int) -> list[str]:
         """Names of the parameters and buffers that a stage uses."""

@@ -14,12 +14,21 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.layers import Layers, layers_of
 from hpctrain.pipeline.part import Cut
+from hpctrain.pipeline.weigh import Scales
 
 
-def cut(module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages: int, cuts: list[str]) -> Cut:
-    """Cut a model into stages; `inputs` is one batch, for its shapes and dtypes. Local, deterministic.
+def cut(
+    module: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    named: bool,
+    stages: int,
+    cuts: list[str],
+    scales: Scales | None = None,
+) -> Cut:
+    """Cut a model into stages; `inputs` is one micro-batch, for its shapes and dtypes.
 
-    `cuts` names the modules that begin a stage, stages - 1 of them; without it costs decide.
+    `cuts` names the modules that begin a stage, stages - 1 of them; without it costs decide: measured
+    with `scales` (collective), else estimated (local, deterministic).
     Raises ConfigError where the model can't be cut, saying what stands in the way.
     """
     if cuts and len(cuts) != stages - 1:
@@ -28,5 +37,5 @@ def cut(module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages:
         )
     found = layers_of(module)
     if found is not None and len(inputs) == 1:
-        return Layers(found, stages, cuts)
-    return Graph(module, inputs, named, stages, cuts)
+        return Layers(found, next(iter(inputs.values())), stages, cuts, scales)
+    return Graph(module, inputs, named, stages, cuts, scales)

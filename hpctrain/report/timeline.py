@@ -2,6 +2,7 @@
 
       pass        F, B, I, W of a micro-batch; what lies between is messages and waiting for them
       simulated   every pass takes the median of its kind on its stage, messages take no time
+      expected    the same with the pieces' times that the cut was chosen by
 
 So measured less simulated is what messages, uneven passes and crowded cores cost.
 """
@@ -17,8 +18,8 @@ from mpi4py import MPI
 
 from hpctrain.assemble import Job
 from hpctrain.log import LOGGER
-from hpctrain.pipeline.schedule import Forward, program
-from hpctrain.pipeline.simulate import Simulation, Span, simulate
+from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, program
+from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
 from hpctrain.report import pictures
 from hpctrain.report.run_folder import RunFolder
 from hpctrain.staged import StagedEngine
@@ -83,9 +84,10 @@ class Timeline:
             return
         measured = as_simulation([told.spans for told in stages])
         simulated = again(self.job, measured)
-        for line in table(self.job, step, stages, measured, simulated):
+        expected = expectation(self.job)
+        for line in table(self.job, step, stages, measured, simulated, expected):
             LOGGER.info(line)
-        self.run.row("pipeline", step, **row(self.job, stages, measured, simulated))
+        self.run.row("pipeline", step, **row(self.job, stages, measured, simulated, expected))
         if self.job.config.report.pictures:
             try:
                 title = f"{self.job.config.parallel.schedule}, step {step}"
@@ -142,26 +144,49 @@ def again(job: Job, measured: Simulation) -> Simulation:
     """Simulate the step with the measured passes; micro-batches without samples take no time. Local."""
     usual = medians(measured)
     ran = {(span.stage, span.instruction) for span in measured.spans}
+    return dry(job, lambda stage, i: usual[stage, type(i).__name__] if (stage, i) in ran else 0.0)
+
+
+def expectation(job: Job) -> Simulation | None:
+    """Simulate the step with the pieces' times that the cut was chosen by, if it was by times. Local."""
+    passes = job.stage.cut.choice.passes if job.stage else []
+    if not passes:
+        return None
+
+    def cost(stage: int, instruction: Instruction) -> float:
+        work = passes[stage]
+        match instruction:
+            case Forward():
+                return work.forward
+            case BackwardInput():
+                return work.input_gradient
+            case BackwardWeight():
+                return work.weight_gradient
+        return work.input_gradient + work.weight_gradient
+
+    return dry(job, cost)
+
+
+def dry(job: Job, cost: Cost) -> Simulation:
+    """Simulate a full step of the first replica. Local."""
     mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
     stages = job.topology.stages
     programs = [list(program(job.config.parallel.schedule, s, stages, mine)) for s in range(stages)]
     assert job.stage is not None
     links, back = job.stage.cut.links()
-    return simulate(
-        programs,
-        lambda stage, i: usual[stage, type(i).__name__] if (stage, i) in ran else 0.0,
-        links,
-        back=back,
-    )
+    return simulate(programs, cost, links, back=back)
 
 
-def row(job: Job, stages: list[Told], measured: Simulation, simulated: Simulation) -> dict[str, Any]:
+def row(
+    job: Job, stages: list[Told], measured: Simulation, simulated: Simulation, expected: Simulation | None
+) -> dict[str, Any]:
     """Give what the log's table says, as numbers. Pure."""
     usual = medians(measured)
     return {
         "schedule": job.config.parallel.schedule,
         "seconds": round(measured.seconds, 6),
         "simulated_seconds": round(simulated.seconds, 6),
+        "expected_seconds": round(expected.seconds, 6) if expected else None,
         "bubble": round(measured.bubble, 4),
         "simulated_bubble": round(simulated.bubble, 4),
         "stages": [
@@ -180,7 +205,14 @@ def row(job: Job, stages: list[Told], measured: Simulation, simulated: Simulatio
     }
 
 
-def table(job: Job, step: int, stages: list[Told], measured: Simulation, simulated: Simulation) -> list[str]:
+def table(
+    job: Job,
+    step: int,
+    stages: list[Told],
+    measured: Simulation,
+    simulated: Simulation,
+    expected: Simulation | None,
+) -> list[str]:
     """Lines for the log: a row a stage, then the whole step. Pure."""
     usual, forward = medians(measured), Forward.__name__
     lines = ["stage  rank  parameters  forward ms  backward ms  idle  modules"]
@@ -196,4 +228,9 @@ def table(job: Job, step: int, stages: list[Told], measured: Simulation, simulat
         f"{job.config.parallel.schedule} simulated with these passes and free messages "
         f"{1e3 * simulated.seconds:.1f} ms, idle {simulated.bubble:.0%}"
     )
+    if expected:
+        lines.append(
+            f"expected before the cut, from pieces measured alone: {1e3 * expected.seconds:.1f} ms, "
+            f"idle {expected.bubble:.0%}"
+        )
     return lines

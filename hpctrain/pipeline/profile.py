@@ -1,0 +1,220 @@
+"""What pieces of a model cost, measured on numbers made up in their shapes: seconds, and memory kept.
+
+      pieces    0 1 2 3 4 5 6 7           each rank measures every n-th, its weights made up as well
+      ranks     0 1 2 3 0 1 2 3           so no rank needs the model, or another piece's outputs
+      yardstick a product of matrices     how fast a rank is; near equals count as equal
+
+The model itself is not run, no random stream of it moves on, and no buffer changes.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+
+from hpctrain.pipeline.operators import changes
+from hpctrain.pipeline.trace import Traced, skeleton
+
+REPEATS = 3
+"""Of each measurement, behind one to warm up; the least of them counts."""
+ENOUGH_SECONDS = 0.5
+"""A piece that takes longer is not repeated."""
+YARDSTICK_ROWS, YARDSTICK_REPEATS = 384, 20
+"""Some 30 ms in all."""
+ALIKE = 1.25
+"""Ranks whose yardsticks are within this ratio count as equally fast: a busy moment is no slow node."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a piece costs for one micro-batch, on the rank that measured it."""
+
+    forward: float
+    """Seconds."""
+    input_gradient: float
+    """Seconds of a backward that leaves the weights out."""
+    weight_gradient: float
+    """Seconds that they add to it."""
+    kept: int
+    """Bytes that stay from forward to backward, weights left out."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+    def times(self, factor: float) -> "Work":
+        """Give the same work on a rank that takes so many times as long."""
+        return Work(
+            factor * self.forward, factor * self.input_gradient, factor * self.weight_gradient, self.kept
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What all pieces cost on the fastest rank, and how fast each rank of the job is."""
+
+    works: list[Work]
+    speeds: list[float]
+    """By rank of the communicator; 1 for the fastest."""
+
+
+def measure(
+    comm: MPI.Intracomm,
+    pieces: Sequence[Callable[[], Work]],
+    around: AbstractContextManager[Any],
+) -> Profile | str:
+    """Measure pieces, spread over the ranks; all ranks get the same, or why there is none. Collective.
+
+    `around` is what the passes run under (autocast).
+    """
+    reason, mine = "", dict[int, Work]()
+    reference = 0.0
+    try:
+        with torch.random.fork_rng(devices=[]), around:
+            mine = {at: pieces[at]() for at in range(comm.rank, len(pieces), comm.size)}
+            reference = yardstick()
+    except Exception as error:  # made-up numbers don't suit every operator
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    shares = comm.allgather((reason, mine, reference))
+    reasons: list[str] = [told for told, _, _ in shares if told]
+    if reasons:
+        return reasons[0]
+    fastest = min(took for _, _, took in shares)
+    speeds = [1.0 if took <= ALIKE * fastest else fastest / took for _, _, took in shares]
+    works: list[Work] = [Work(0.0, 0.0, 0.0, 0)] * len(pieces)
+    for (_, share, _), speed in zip(shares, speeds):
+        for at, work in share.items():
+            works[at] = work.times(speed)
+    return Profile(works, speeds)
+
+
+def yardstick() -> float:
+    """Time one product of matrices, the least of many: how fast this rank is. Local."""
+    square = torch.rand(YARDSTICK_ROWS, YARDSTICK_ROWS)
+    times = []
+    for _ in range(YARDSTICK_REPEATS):
+        began = time.perf_counter()
+        square @ square
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def timed(run: Callable[[], Any], weights: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> Work:
+    """Time a forward, its backward, and its backward to the inputs alone. Local."""
+    weights = list(weights)
+    leaves = [x for x in inputs if x.requires_grad]
+    trained = [w for w in weights if w.requires_grad]
+    own = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    found: list[tuple[float, float, float]] = []
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def once(wanted: list[torch.Tensor]) -> tuple[float, float]:
+        kept.clear()
+        began = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            every = [leaf for leaf in _pytree.tree_leaves(run()) if isinstance(leaf, torch.Tensor)]
+        between = time.perf_counter()
+        outputs = [leaf for leaf in every if leaf.requires_grad]
+        ones = [torch.ones_like(output) for output in outputs]
+        ready = time.perf_counter()
+        if outputs and wanted:
+            torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+        return between - began, time.perf_counter() - ready
+
+    for _ in range(1 + REPEATS):
+        forward, backward = once(leaves + trained)
+        most, (_, less) = sum(kept.values()), once(leaves)
+        found.append((forward, backward, min(less, backward)))
+        if forward + backward > ENOUGH_SECONDS:
+            break
+    forward, backward, less = (min(column) for column in zip(*(found[1:] or found)))
+    return Work(forward, less, backward - less, most)
+
+
+def made_up(like: torch.Tensor, grad: bool = True) -> torch.Tensor:
+    """Give numbers of a tensor's shape, strides and dtype: near 1 or less, and places that exist. Local."""
+    found = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+    if not like.dtype.is_floating_point:
+        return found.zero_()
+    scale = found.shape[1] ** -0.5 if found.ndim == 2 and found.shape[1] else 1.0
+    found.copy_(torch.rand(like.shape, dtype=like.dtype).add_(0.5).mul_(scale))
+    return found.requires_grad_(grad)
+
+
+def of_operators(nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Tensor]) -> Work:
+    """Measure operators that follow one another. Local."""
+    inside = {node.name for node in nodes}
+    weights: dict[str, torch.Tensor] = {}
+    given: dict[str, Any] = {}
+    for node in nodes:
+        for a in node.all_input_nodes:
+            if a.name in inside or a.name in given:
+                continue
+            if a.name in traced.held:
+                tensor = real[traced.held[a.name]]
+                given[a.name] = weights[a.name] = made_up(tensor, tensor.requires_grad)
+            elif a.name in traced.constants:
+                given[a.name] = traced.constants[a.name]
+            else:
+                grad = a.name not in traced.inputs
+                given[a.name] = _pytree.tree_map_only(
+                    torch.Tensor, partial(made_up, grad=grad), a.meta["val"]
+                )
+    in_place = any(changes(node) is not None for node in nodes)  # what is changed must not be a leaf
+    moved = [name for name in given if in_place and name not in weights]
+
+    def run() -> list[Any]:
+        env = dict(given)
+        env.update({name: _pytree.tree_map_only(torch.Tensor, torch.clone, given[name]) for name in moved})
+        for node in nodes:
+            arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n.name])
+            env[node.name] = node.target(*arguments, **named)  # type: ignore[operator]
+        leaves = [n for n in nodes if not n.users or any(user.name not in inside for user in n.users)]
+        return [env[node.name] for node in leaves]
+
+    inputs = [v for name, v in given.items() if name not in weights and isinstance(v, torch.Tensor)]
+    return timed(run, weights.values(), inputs)
+
+
+def of_layers(layers: Sequence[nn.Module], value: Any) -> list[Callable[[], Work]]:
+    """Give what measures each of layers that follow one another from a value; run them in order. Local.
+
+    What a layer gives is what the next one gets, so each is run at least once by every rank. Copies run,
+    with weights and buffers made up: the model's own, its hooks and what it counts stay as they are.
+    """
+    given = [value]
+
+    def piece(at: int) -> Work:
+        while len(given) <= at:
+            run, _ = of_layer(layers[len(given) - 1], given[-1])
+            with torch.no_grad():
+                given.append(run())
+        value = _pytree.tree_map_only(torch.Tensor, lambda t: made_up(t, at > 0), given[at])
+        run, numbers = of_layer(layers[at], value)
+        inputs = [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        return timed(run, numbers.values(), inputs)
+
+    return [partial(piece, at) for at in range(len(layers))]
+
+
+def of_layer(layer: nn.Module, value: Any) -> tuple[Callable[[], Any], dict[str, torch.Tensor]]:
+    """Give what runs a copy of a layer on a value, and its made-up weights and buffers. Local."""
+    tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    twin = skeleton(layer, FakeTensorMode())
+    numbers = {name: made_up(tensor, tensor.requires_grad) for name, tensor in tensors.items()}
+    return lambda: torch.func.functional_call(twin, numbers, (value,)), numbers

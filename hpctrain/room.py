@@ -1,0 +1,58 @@
+"""Bytes of memory that this process may still take, as far as the system says."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO, STATUS, OWN_GROUP = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/proc/self/cgroup")
+
+
+def room(processes: int) -> float:
+    """Give the bytes left for each of so many processes of this machine; infinite where nobody says. Local.
+
+    The least of: what the machine has available, what control groups leave (Slurm sets them), and this
+    process' own limit of addresses (ulimit -v).
+    """
+    shared = min([*of_machine(), *of_groups()], default=float("inf")) / processes
+    return min([shared, *of_process()])
+
+
+def of_machine() -> Iterator[float]:
+    """Give what the kernel could still hand out."""
+    for line in lines(MEMINFO):
+        if line.startswith("MemAvailable:"):
+            yield 1024.0 * int(line.split()[1])
+
+
+def of_groups() -> Iterator[float]:
+    """Give what is left in each control group (version 2) that this process is in, to the root."""
+    for line in lines(OWN_GROUP):
+        if not line.startswith("0::/"):
+            continue
+        own = CGROUP / line.strip().removeprefix("0::/")
+        for folder in [own, *own.parents]:
+            most, used = lines(folder / "memory.max"), lines(folder / "memory.current")
+            if most and used and most[0].strip() != "max":
+                stat = dict(line.split() for line in lines(folder / "memory.stat"))
+                files = float(stat.get("inactive_file", 0))  # pages of files, which make room when asked
+                yield max(0.0, float(most[0]) - float(used[0]) + files)
+            if folder == CGROUP:
+                break
+
+
+def of_process() -> Iterator[float]:
+    """Give what this process' own limit leaves."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        used = [int(line.split()[0]) for line in lines(STATUS)]
+        yield max(0.0, soft - os.sysconf("SC_PAGE_SIZE") * used[0]) if used else float(soft)
+
+
+def lines(path: Path) -> list[str]:
+    """Read a file of the system's; nothing where there is none."""
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,193 @@
+"""Where models are cut: by time measured on made-up numbers, under each rank's memory; the model stays as it is."""
+
+import resource
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hpctrain import room
+from hpctrain.averaging.groups import state_copies
+from hpctrain.config import Optimizer
+from hpctrain.errors import ConfigError
+from hpctrain.pipeline import profile, split
+from hpctrain.pipeline.profile import Work
+from hpctrain.pipeline.weigh import Scales, choose
+
+NAP = 0.03
+
+
+@torch.library.custom_op("hpctrain_tests::nap", mutates_args=())
+def nap(x: torch.Tensor) -> torch.Tensor:
+    time.sleep(NAP)
+    return x.clone()
+
+
+nap.register_fake(torch.empty_like)
+nap.register_autograd(lambda context, gradient: gradient)
+
+
+class Nap(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        time.sleep(NAP)
+        return x * 1.0
+
+
+class Naps(nn.Module):
+    """Equal layers by their shapes; the first two take long."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+
+    def forward(self, x):
+        for at, line in enumerate(self.lines):
+            x = line(x)
+            x = nap(x) if at < 2 else x
+        return x
+
+
+def scales(world, stages=2, limits=None, kept=None, copies=4.0):
+    ranks = [list(range(stage, world.size, stages)) or [0] for stage in range(stages)]
+    unlimited = [float("inf")] * stages
+    return Scales(world, ranks, limits or unlimited, kept or [1] * stages, copies)
+
+
+def works(*seconds, kept=0):
+    return [partial(Work, s, 0.0, 0.0, kept) for s in seconds]
+
+
+@pytest.mark.mpi
+def test_layers_are_cut_by_their_time(world):
+    """Parameters say that linear layers are what costs; the clock says otherwise."""
+    layers = [
+        nn.Linear(64, 64),
+        nn.Linear(64, 64),
+        nn.Linear(64, 64),
+        Nap(),
+        nn.Dropout(),
+        nn.BatchNorm1d(64),
+        Nap(),
+    ]
+    model, x = nn.Sequential(*layers), torch.randn(8, 64)
+    assert split.cut(model, {"x": x}, False, 2, []).ranges == [(0, 2), (2, 7)]
+    random = torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = split.cut(model, {"x": x}, False, 2, [], scales(world))
+    assert found.ranges in ([(0, at), (at, 7)] for at in (4, 5, 6))
+    assert found.choice.said[0].startswith("the model is cut by measured times: the estimate's is ")
+    assert [work.forward > NAP for work in found.choice.passes] == [True, True]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert layers[3].calls == layers[6].calls == 0
+    model[0].register_forward_hook(lambda *_: 1 / 0)  # a user's hook is not for made-up numbers
+    assert split.cut(model, {"x": x}, False, 2, [], scales(world)).ranges == [(0, 2), (2, 7)]
+
+
+@pytest.mark.mpi
+def test_operators_are_cut_by_their_time(world):
+    model, x = Naps(), torch.randn(8, 16)
+    guess = split.cut(model, {"x": x}, False, 2, [])
+    assert guess.names(1)[0] == "lines.2"
+    found = split.cut(model, {"x": x}, False, 2, [], scales(world))
+    assert found.names(0) == ["lines.0"]
+    assert found.names(1)[0] == "lines.1"
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.mpi
+def test_equal_times_keep_the_estimate(world):
+    """A measurement that differs by little does not move the cut from run to run."""
+    for costs in ((1.0, 1.0, 1.0, 1.0), (1.02, 1.0, 0.98, 1.0)):
+        assert choose(2, [1, 1, 1, 1], [0] * 4, works(*costs), scales(world)).parts == [(0, 2), (2, 4)]
+    assert choose(2, [1, 1, 1, 1], [0] * 4, works(3, 1, 1, 1), scales(world)).parts == [(0, 1), (1, 4)]
+
+
+@pytest.mark.mpi
+def test_a_slow_rank_gets_less(world, monkeypatch):
+    slow, real = world.size - 1, profile.yardstick()
+    assert max(world.allgather(real)) < 4 * min(world.allgather(real))  # equal cores, in busy moments too
+    monkeypatch.setattr(profile, "yardstick", lambda: 3.0 if world.rank == slow else 1.0)
+    pieces = works(*[3.0 if world.rank == slow else 1.0] * 8)
+    speeds = scales(world)
+    speeds.ranks = [[0], [slow]]
+    found = choose(2, [1] * 8, [0] * 8, pieces, speeds)
+    assert found.parts == ([(0, 6), (6, 8)] if world.size > 1 else [(0, 4), (4, 8)])
+    if world.size > 1:
+        assert "ranks differ: speeds of the stages 1.00, 0.33" in found.said
+        assert [work.forward for work in found.passes] == pytest.approx([6.0, 6.0])
+
+
+@pytest.mark.mpi
+def test_memory_moves_the_cut_warns_and_refuses(world):
+    """Four layers of 10 bytes of weights, with gradients and optimizer 40, each keeping 5 a micro-batch."""
+
+    def cut(limits, kept=(1, 1)):
+        with_limits = scales(world, limits=list(limits), kept=list(kept))
+        return choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), with_limits)
+
+    assert cut([90, 90]).parts == [(0, 2), (2, 4)]
+    assert not cut([90, 90]).said
+    assert cut([89, 200]).parts == [(0, 1), (1, 4)]
+    assert "the estimate's would not fit" in cut([89, 200]).said[0]
+    assert cut([90, 200], kept=(2, 1)).parts == [(0, 1), (1, 4)]
+    assert cut([60, 60]).parts == [(0, 2), (2, 4)]
+    assert (
+        "memory may run out: the model does not fit: its 4 layers need 180 bytes, 2 stages have 120"
+        in cut([60, 60]).warned[0]
+    )
+    with pytest.raises(
+        ConfigError, match="the model does not fit: its 4 layers need 40 bytes, 2 stages have 30"
+    ):
+        cut([15, 15])
+
+
+@pytest.mark.mpi
+def test_what_cannot_be_measured_is_estimated_on_all_ranks(world):
+    def fails():
+        raise ValueError("not with these numbers")
+
+    pieces = [*works(1, 1, 9), fails]
+    found = choose(2, [1] * 4, [0] * 4, pieces, scales(world))
+    assert found.parts == [(0, 2), (2, 4)]
+    assert found.said == [
+        "the cut is by estimate, as pieces can't be measured alone (ValueError: not with these numbers)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "copies"),
+    [("SGD", {"lr": 0.1}, 0), ("SGD", {"lr": 0.1, "momentum": 0.9}, 1), ("AdamW", {"lr": 0.1}, 2)],
+)
+def test_an_optimizers_numbers(name, arguments, copies):
+    assert state_copies(Optimizer(f"torch.optim.{name}", arguments)) == pytest.approx(copies, abs=0.01)
+
+
+def test_room_is_what_the_system_leaves(tmp_path, monkeypatch):
+    """Real limits of this process; control groups from files as the kernel writes them."""
+    machine = room.room(1)
+    assert 0 < machine < 1e15
+    assert room.room(4) < 0.5 * machine
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, before[1]))
+        assert 0 <= room.room(1) <= 2**28
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    for folder, most, used in ((".", "max", 9), ("slurm", 10_000, 7_000), ("slurm/job", 6_000, 5_500)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "memory.max").write_text(f"{most}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{used}\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 1\ninactive_file 400\n")
+    (tmp_path / "own").write_text("0::/slurm/job\n")
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "own")
+    assert sorted(room.of_groups()) == [900, 3_400]
+    assert room.room(2) == 450
