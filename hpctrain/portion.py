@@ -30,7 +30,7 @@ from hpctrain.pipeline.transport import Transport
 from hpctrain.pipeline.weigh import Scales
 from hpctrain.room import room
 from hpctrain.task import Task
-from hpctrain.topology import Topology
+from hpctrain.topology import Topology, usable_cores
 from hpctrain.wire import together
 
 
@@ -170,6 +170,8 @@ def scales_of(config: Config, topology: Topology, count: int) -> Scales | None:
         return None
     told = world.allgather((topology.stage, room(topology.comms.node.size)))
     ranks = [[rank for rank, (stage, _) in enumerate(told) if stage == at] for at in range(stages)]
+    sharing = -(-topology.comms.node.size // len(usable_cores())) if topology.crowded else 1
+    turns = world.allreduce(sharing, op=MPI.MAX)
     dry = simulate.check(config.parallel.schedule, stages, range(max(1, count // topology.replicas)))
     return Scales(
         world,
@@ -178,6 +180,7 @@ def scales_of(config: Config, topology: Topology, count: int) -> Scales | None:
         dry.kept,
         2.0 + groups.state_copies(config.optimizer),
         precision(config.train.autocast, topology.device),
+        (topology.comms.node.rank % turns, turns),
     )
 
 

@@ -29,6 +29,7 @@ ENOUGH_SECONDS = 0.5
 """A piece that takes longer is not repeated."""
 YARDSTICK_ROWS, YARDSTICK_REPEATS = 384, 20
 """Some 30 ms in all."""
+NAP_SECONDS = 1e-3
 ALIKE = 1.25
 """Ranks whose yardsticks are within this ratio count as equally fast: a busy moment is no slow node."""
 
@@ -71,19 +72,26 @@ def measure(
     comm: MPI.Intracomm,
     pieces: Sequence[Callable[[], Work]],
     around: AbstractContextManager[Any],
+    turn: tuple[int, int] = (0, 1),
 ) -> Profile | str:
     """Measure pieces, spread over the ranks; all ranks get the same, or why there is none. Collective.
 
-    `around` is what the passes run under (autocast).
+    `around` is what the passes run under (autocast); `turn`: which of how many turns is this rank's, where
+    ranks outnumber cores and would disturb one another.
     """
     reason, mine = "", dict[int, Work]()
     reference = 0.0
-    try:
-        with torch.random.fork_rng(devices=[]), around:
-            mine = {at: pieces[at]() for at in range(comm.rank, len(pieces), comm.size)}
-            reference = yardstick()
-    except Exception as error:  # made-up numbers don't suit every operator
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    for number in range(turn[1]):
+        try:
+            if number == turn[0]:
+                with torch.random.fork_rng(devices=[]), around:
+                    mine = {at: pieces[at]() for at in range(comm.rank, len(pieces), comm.size)}
+                    reference = yardstick()
+        except Exception as error:  # made-up numbers don't suit every operator
+            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        done = comm.Ibarrier()
+        while not done.Test():
+            time.sleep(NAP_SECONDS)
     shares = comm.allgather((reason, mine, reference))
     reasons: list[str] = [told for told, _, _ in shares if told]
     if reasons:

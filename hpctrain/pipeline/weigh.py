@@ -1,7 +1,7 @@
 """Where to cut: by the operators' estimated work, or by their measured time where that is clearly faster.
 
 An estimate is the same in every run; a measurement is right about this machine. So the estimate's cut
-stays as long as its slowest stage takes no more than a twentieth longer, by the measured times, than that of
+stays as long as its slowest stage takes no more than a tenth longer, by the measured times, than that of
 the best cut, and fits as well.
 """
 
@@ -16,7 +16,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition, slowest
 from hpctrain.pipeline.profile import Profile, Work, measure
 
-WORTH = 1.05
+WORTH = 1.1
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Scales:
     """Bytes that a byte of weights takes in all: itself, its gradient, the optimizer's."""
     around: AbstractContextManager[Any] = field(default_factory=nullcontext)
     """What passes run under."""
+    turn: tuple[int, int] = (0, 1)
+    """This rank's of how many: those that share cores measure one after the other."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ def choose(
     guess = partition(estimates, stages)
     if scales is None or len(pieces) == stages:
         return Choice(guess)
-    profile = measure(scales.comm, pieces, scales.around)
+    profile = measure(scales.comm, pieces, scales.around, scales.turn)
     if isinstance(profile, str):
         return Choice(guess, said=[f"the cut is by estimate, as pieces can't be measured alone ({profile})"])
     speeds = [min(profile.speeds[rank] for rank in ranks) for ranks in scales.ranks]

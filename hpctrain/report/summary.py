@@ -21,9 +21,10 @@ Metrics = dict[str, float]
 
 
 def start(job: Job, run: RunFolder, resumed_step: int, baselines: dict[str, Metrics]) -> None:
-    """Say what will run, and write the "start" row."""
+    """Say what will run, and write the "start" row. Collective (stages)."""
     topology, index = job.topology, job.index
-    parameters = sum(p.numel() for p in job.engine.module.parameters())
+    mine = sum(p.numel() for p in job.engine.module.parameters())
+    parameters = topology.comms.pipe.allreduce(mine)
     count = job.loader.count
     run.row(
         "start",
