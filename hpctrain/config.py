@@ -63,6 +63,9 @@ class Parallel:
     gradients: Literal["strict", "fast"] = "strict"
     """strict: the bits of one process with the same micro-batches. fast: stages compute the weight gradients
     of several small micro-batches at once, whose sum has another order."""
+    recompute: Literal["auto", "always", "never"] = "auto"
+    """Whether a stage keeps only what it received, and runs its forward again for backward, with the same
+    random numbers; auto: where memory asks for it."""
     cuts: list[str] = field(default_factory=list)
     """Modules that begin a stage, such as ["encoder.3", "decoder.0"] for three; empty: cut by work."""
 

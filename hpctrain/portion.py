@@ -72,7 +72,7 @@ def build(
     stage = None
     with together(world), told_of_memory(topology):
         if topology.stages > 1:
-            stage, optimizer = stage_of(config, topology, module, deferred, example(), count)
+            stage, optimizer = stage_of(config, topology, module, deferred, example(), count, synced)
         else:
             optimizer = groups.build(config.optimizer, module)
     same_start(module, topology.comms.data)
@@ -125,6 +125,7 @@ def stage_of(
     deferred: Deferred | None,
     inputs: dict[str, torch.Tensor],
     count: int,
+    synced: bool,
 ) -> tuple[Stage, torch.optim.Optimizer]:
     """Cut the model, keep this rank's stage of it, give what runs it and its optimizer. Collective.
 
@@ -132,7 +133,7 @@ def stage_of(
     """
     parallel = config.parallel
     named = models.by_name(module, list(inputs))
-    scales = scales_of(config, topology, count)
+    scales = scales_of(config, topology, count, synced)
     model = split.cut(module, inputs, named, topology.stages, parallel.cuts, scales)
     for line in model.choice.said:
         LOGGER.info("%s", line)
@@ -160,10 +161,22 @@ def stage_of(
         del optimizer.state[parameter]
     stage = Stage(model, topology.stage, Transport(topology.comms.pipe, topology.device))
     stage.ties = ties
+    stage.recomputes = recomputes(config, stage, synced)
     return stage, optimizer
 
 
-def scales_of(config: Config, topology: Topology, count: int) -> Scales | None:
+def recomputes(config: Config, stage: Stage, synced: bool) -> bool:
+    """Whether stages run forward again for backward. Local."""
+    asked = config.parallel.recompute
+    if synced and asked == "always":
+        raise ConfigError(
+            "parallel.recompute = always and SyncBatchNorm exclude each other: its statistics are of all "
+            "replicas at one moment, which can't be had again; leave one of them out"
+        )
+    return not synced and (asked == "always" or (asked == "auto" and stage.cut.choice.recompute))
+
+
+def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> Scales | None:
     """Say by what a cut is to be chosen; None where nothing is measured. Collective."""
     world, stages = topology.comms.world, topology.stages
     if topology.device != "cpu" or config.parallel.cuts:
@@ -177,10 +190,11 @@ def scales_of(config: Config, topology: Topology, count: int) -> Scales | None:
         world,
         ranks,
         [min(told[rank][1] for rank in group) for group in ranks],
-        dry.kept,
+        [1] * stages if config.parallel.recompute == "always" else dry.kept,
         2.0 + groups.state_copies(config.optimizer),
         precision(config.train.autocast, topology.device),
         (topology.comms.node.rank % turns, turns),
+        config.parallel.recompute == "auto" and not synced,
     )
 
 

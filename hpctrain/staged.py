@@ -6,6 +6,7 @@ errors are counted. Evaluation is a program of forwards.
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -128,7 +129,7 @@ class StagedEngine(Engine):
                 stream = key(self.seed, number, v)
                 set_generators(stream >> 1)
                 resident = 0 if self._stepped else resident_bytes()
-                with self.straight.forward(), self._precision():
+                with nullcontext() if stage.lets_go else self.straight.forward(), self._precision():
                     outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
                 if stage.last:
                     self._losses[v] = self._checked(
@@ -144,6 +145,10 @@ class StagedEngine(Engine):
                 total, weight = self._losses.pop(v, (None, 0.0))
                 # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
                 waits = isinstance(instruction, BackwardInput) and self.averager.growing is None
+                if stage.lets_go:
+                    set_generators(key(self.seed, number, v) >> 1)
+                    with self.averager.running.unseen(), self.straight.forward(), self._precision():
+                        stage.again(v, part)
                 if v == self._last_backward:
                     self.averager.last_backward()
                 with self.straight.accumulating(v if waits else -1):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SAMPLES, config_of
+from torch.utils._pytree import tree_leaves
 
 from hpctrain import assemble
 from hpctrain.config import Optimizer
@@ -15,6 +16,7 @@ from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
+from hpctrain.pipeline.stage import Stage
 from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.report.timeline import WATCHED, Timeline, as_simulation, seconds_ahead
 from hpctrain.staged import GROUP, PASSES
@@ -204,6 +206,41 @@ def test_all_start_alike_where_no_seed_reaches(world, build):
         mine = {n: v.clone() for n, v in tensors_of(job.engine.module).items()}
         for other in job.topology.comms.data.allgather(mine):
             assert [n for n, v in other.items() if not torch.equal(v, mine[n])] == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "schedule"),
+    [*((m, "1f1b") for m in MODELS if m not in TIED), ("plain_row", "zb-h1"), ("Skips", "gpipe")],
+)
+def test_forwards_that_run_again_keep_the_bits(world, build, waits, monkeypatch, model, schedule):
+    """Dropout, running statistics and all; and a stage that lets go keeps no graph."""
+    sent = []
+
+    def send(self, v, part, whole=Stage.send):
+        if self.lets_go and torch.is_grad_enabled():
+            leaves = [leaf for leaf in tree_leaves(self.kept[v].found) if isinstance(leaf, torch.Tensor)]
+            sent.extend(leaf.grad_fn is None for leaf in leaves)
+        whole(self, v, part)
+
+    monkeypatch.setattr(Stage, "send", send)
+    if world.size not in layouts(world.size, model):
+        pytest.skip("one replica, of two stages at least")
+    job = build(model, world.size, schedule=schedule, recompute="always", micro_batches=6)
+    has_bits_of_one_process(world, job, model)
+    assert all(sent)
+    assert bool(sent) == (job.topology.stage < world.size - 1)
+
+
+@pytest.mark.mpi
+def test_what_cannot_run_again_says_so(world, build):
+    if world.size == 1:
+        pytest.skip("one stage lets nothing go")
+    job = build("ChangesInput", world.size, recompute="always")
+    with pytest.raises(
+        ConfigError, match="stage 0 changes in place what it gets.*parallel.recompute = never"
+    ):
+        job.engine.step(0, job.loader.read(0))
 
 
 @pytest.mark.mpi

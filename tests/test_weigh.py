@@ -142,10 +142,24 @@ def test_memory_moves_the_cut_warns_and_refuses(world):
         "memory may run out: the model does not fit: its 4 layers need 180 bytes, 2 stages have 120"
         in cut([60, 60]).warned[0]
     )
+    assert not cut([60, 60]).recompute
     with pytest.raises(
         ConfigError, match="the model does not fit: its 4 layers need 40 bytes, 2 stages have 30"
     ):
         cut([15, 15])
+
+
+@pytest.mark.mpi
+def test_memory_asks_for_recomputation(world):
+    """Two micro-batches' activations don't fit, one's do."""
+    asked = scales(world, limits=[90, 90], kept=[2, 1])
+    assert "memory may run out" in choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).warned[0]
+    asked.may_recompute = True
+    found = choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked)
+    assert (found.recompute, found.parts, found.warned) == (True, [(0, 2), (2, 4)], [])
+    assert found.said[0].startswith("stages run forward again for backward, as memory asks for it")
+    asked.limits = [100, 100]
+    assert not choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
 
 
 @pytest.mark.mpi

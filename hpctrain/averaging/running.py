@@ -12,7 +12,8 @@ layout, one process included. No forward is run twice.
 Any other buffer that a step changes is taken from the last replica, whose micro-batches come last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,6 +90,21 @@ class RunningStatistics:
         """Undo a call that failed half way."""
         for number in list(self._saved):
             self._put_back(number)
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Let a forward that is run again leave every buffer as it was, and no record."""
+        count = len(self.records)
+        before = {name: (buffer, buffer.clone()) for name, buffer in self.others().items()}
+        try:
+            yield
+        finally:
+            del self.records[count:]
+            for name, (buffer, value) in before.items():
+                path, _, leaf = name.rpartition(".")
+                self.module.get_submodule(path)._buffers[leaf] = buffer
+                with torch.no_grad():
+                    buffer.copy_(value)
 
     def others(self) -> dict[str, torch.Tensor]:
         """Buffers that are no BatchNorm's, as they are now: user code may assign new ones."""

@@ -34,6 +34,14 @@ class Kept:
     found: Env = field(default_factory=dict)
     """What the part gave."""
     draws: int = 0
+    """After the part's own."""
+    given: Env = field(default_factory=dict)
+    """What the part got: the model's inputs, what was received. To run it again."""
+    versions: list[int] = field(default_factory=list)
+    """How often each tensor of it had been changed in place."""
+    stream: int = 0
+    start: int = 0
+    """The random stream, and the draws before the part."""
     gradients: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """What came back for values given or used here."""
     returned: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -57,6 +65,8 @@ class Stage:
         """Take the model in pieces and what carries messages."""
         self.cut, self.stage, self.transport = cut, stage, transport
         self.ties: list[Tie] = []
+        self.recomputes = False
+        """Whether forward's graph is let go, and made again for backward."""
         self.kept: dict[int, Kept] = {}
 
     @property
@@ -95,10 +105,37 @@ class Stage:
         """Run the part; gives the model's output on the last stage. Local."""
         kept = self.kept.setdefault(v, Kept())
         env = {name: value for values in kept.received.values() for name, value in values.items()}
-        found, kept.draws = part.run({**inputs, **env}, stream, kept.draws)
+        given, kept.stream, kept.start = {**inputs, **env}, stream, kept.draws
+        versions = versions_of(given)
+        found, kept.draws = part.run(given, stream, kept.start)
         names = {name for given in part.gives.values() for name in given}
         kept.found = {name: found[name] for name in found if name in names}
+        if self.lets_go and torch.is_grad_enabled():
+            kept.given, kept.versions = given, versions
+            kept.found = _pytree.tree_map_only(torch.Tensor, without_graph, kept.found)
         return found.get("output")
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether this stage recomputes: for the last one backward follows at once."""
+        return self.recomputes and not self.last
+
+    def again(self, v: int, part: Part) -> None:
+        """Run the part once more, for the graph that was let go. Local.
+
+        Raises ConfigError where the part had changed in place what it got.
+        """
+        kept = self.kept[v]
+        if versions_of(kept.given) != kept.versions:
+            raise ConfigError(
+                f"stage {self.stage} changes in place what it gets, so its forward can't be run again: set "
+                f"parallel.recompute = never"
+            )
+        found, _ = part.run(kept.given, kept.stream, kept.start)
+        old, kept.found = kept.found, {name: found[name] for name in kept.found}
+        leaves = zip(_pytree.tree_leaves(old), _pytree.tree_leaves(kept.found), strict=True)
+        new = {id(a): b for a, b in leaves}
+        kept.gradients = [(new.get(id(leaf), leaf), gradient) for leaf, gradient in kept.gradients]
 
     def send(self, v: int, part: Part) -> None:
         """Start to send what later stages want. Local."""
@@ -210,6 +247,16 @@ class Stage:
     def close(self) -> None:
         """Free the communicator. Collective."""
         self.transport.close()
+
+
+def versions_of(given: Env) -> list[int]:
+    """Count the changes in place of each tensor."""
+    return [leaf._version for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+
+
+def without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """Give the same numbers without what made them, still to be differentiated."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def catcher(into: dict[int, torch.Tensor], at: int) -> Callable[[torch.Tensor], None]:

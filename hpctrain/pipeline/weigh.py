@@ -37,6 +37,8 @@ class Scales:
     """What passes run under."""
     turn: tuple[int, int] = (0, 1)
     """This rank's of how many: those that share cores measure one after the other."""
+    may_recompute: bool = False
+    """Whether stages may let forward's graphs go."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Choice:
     """By stage: the first piece, and the one behind the last."""
     passes: list[Work] = field(default_factory=list)
     """By stage: what its pieces cost together; empty where not measured."""
+    recompute: bool = False
+    """Whether memory asks for it."""
     said: list[str] = field(default_factory=list)
     """For the log."""
     warned: list[str] = field(default_factory=list)
@@ -73,27 +77,34 @@ def choose(
     costs = [work.seconds for work in profile.works]
     memory = [scales.copies * size for size in weights]
     kept = [float(work.kept) for work in profile.works]
-    warned = []
+    said, warned, recompute, times = [], [], False, scales.kept
     try:
-        best = partition(costs, stages, memory, scales.limits, speeds, kept, scales.kept)
+        best = partition(costs, stages, memory, scales.limits, speeds, kept, times)
     except ConfigError as error:
-        partition(costs, stages, weights, scales.limits, speeds)
-        warned = [f"memory may run out: {error}"]
-        best = partition(costs, stages, speeds=speeds)
+        try:
+            if not scales.may_recompute:
+                raise
+            times = [1] * stages  # what was received stays too, which is little beside a graph
+            best = partition(costs, stages, memory, scales.limits, speeds, kept, times)
+            recompute = True
+            said = [f"stages run forward again for backward, as memory asks for it: else {error}"]
+        except ConfigError:
+            partition(costs, stages, weights, scales.limits, speeds)
+            warned = [f"memory may run out: {error}"]
+            best = partition(costs, stages, speeds=speeds)
     fits = warned or all(
-        sum(memory[a:b]) + times * sum(kept[a:b]) <= limit
-        for (a, b), times, limit in zip(guess, scales.kept, scales.limits)
+        sum(memory[a:b]) + count * sum(kept[a:b]) <= limit
+        for (a, b), count, limit in zip(guess, times, scales.limits)
     )
-    said = []
     if fits and slowest(costs, guess, speeds) <= WORTH * slowest(costs, best, speeds):
         best = guess
     else:
         gain = slowest(costs, guess, speeds) / slowest(costs, best, speeds)
         why = f"the estimate's is {gain:.2f} times as slow" if fits else "the estimate's would not fit"
-        said = [f"the model is cut by measured times: {why}"]
+        said.append(f"the model is cut by measured times: {why}")
     if len(set(speeds)) > 1:
         said.append(f"ranks differ: speeds of the stages {', '.join(f'{s:.2f}' for s in speeds)}")
-    return Choice(best, passes(profile, best, speeds), said, warned)
+    return Choice(best, passes(profile, best, speeds), recompute, said, warned)
 
 
 def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[float]) -> list[Work]:
