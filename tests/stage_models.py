@@ -282,3 +282,50 @@ class ChangesInput(Row):
     def forward(self, x):
         x.mul_(0.5)
         return super().forward(x)
+
+
+class TwoHeads(Row):
+    """The second target's head is on the first layers."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.early = nn.Linear(8, 1)
+
+    def forward(self, x):
+        first = self[1](self[0](x))
+        found = first
+        for layer in list(self)[2:8]:
+            found = layer(found)
+        return {"weight": self.early(first).squeeze(1), "y": found}
+
+
+class OwnLoss(TwoHeads):
+    """Adds a penalty of its own to the second output: the last stage uses a weight of the first."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        return {**found, "weight": found["weight"] + 0.1 * self[0].weight.square().mean()}
+
+
+class Scale(nn.Module):
+    """A complex weight for each frequency."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Spectrum(nn.Module):
+    """Goes through complex numbers and back."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, out_features)
+        self.scale = Scale(5)
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return self.c(torch.fft.irfft(self.scale(spectrum), n=8))

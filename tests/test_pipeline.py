@@ -24,7 +24,7 @@ from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
 MODELS = ["plain_row", "Row", "Named", "Skips", "Acts", "Tied", "tied_row", "FrozenHead", "Wide", "Filled"]
-TIED = ("Tied", "tied_row")
+TIED = ("Tied", "tied_row", "OwnLoss")
 
 
 MOST = {"Named": 3}
@@ -44,6 +44,7 @@ def build(world, files):
         config = config_of(files, f"stage_models.{model}", batch=settings.pop("batch", 8))
         config.model.init_args = settings.pop("arguments", {})
         config.train.clip = settings.pop("clip", 0.0)
+        config.data.targets = settings.pop("targets", config.data.targets)
         if model in TIED:  # Adam would follow the noise of gradients that are truly zero
             config.optimizer = Optimizer("torch.optim.SGD", {"lr": 0.05})
         config.averaging.invariant = settings.pop("invariant", False)
@@ -85,7 +86,7 @@ def alone_like(job, steps, clip=0.0):
     from mpi4py import MPI
 
     config = replace(job.config, parallel=replace(job.config.parallel, stages=1))
-    with Topology.build(MPI.COMM_SELF) as topology:
+    with Topology.build(MPI.COMM_SELF, threads=job.topology.threads) as topology:  # kernels cut sums by them
         alone = assemble.build(config, topology)
         losses = run(alone, steps, clip)
         state = {n: v.clone() for n, v in tensors_of(alone.engine.module).items()}
@@ -230,6 +231,26 @@ def test_forwards_that_run_again_keep_the_bits(world, build, waits, monkeypatch,
     has_bits_of_one_process(world, job, model)
     assert all(sent)
     assert bool(sent) == (job.topology.stage < world.size - 1)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [("TwoHeads", {"targets": ["y", "weight"]}), ("Spectrum", {}), ("OwnLoss", {"targets": ["y", "weight"]})],
+)
+def test_several_losses_and_complex_numbers(world, build, model, settings, schedule):
+    """A head on the first stage with a loss of its own; a loss that the model computes; complex activations."""
+    for stages in layouts(world.size):
+        job = build(model, stages, schedule=schedule, **settings)
+        assert compare(job, 2) is None
+        if stages == world.size:
+            job = build(model, stages, schedule=schedule, micro_batches=6, **settings)
+            has_bits_of_one_process(world, job, model)
+    if model == "Spectrum" and world.size == 2:  # the cut is where the numbers are complex
+        job = build(model, 2, cuts=["scale"])
+        assert compare(job, 2) is None
+        assert ("scale.weight" in job.engine.module.state_dict()) == (world.rank == 1)
 
 
 @pytest.mark.mpi
