@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 import hpctrain
 from hpctrain.errors import CheckpointError, ConfigError
+
+LANGUAGE = Path(__file__).resolve().parents[2] / "docs" / "language.md"
 
 
 @pytest.fixture
@@ -121,7 +124,8 @@ def test_digits_are_recognised(launcher, tmp_path):
 
 def test_a_language_model_in_stages(launcher, tmp_path):
     """Two replicas of two stages: metrics beside compressors, a sample, predictions, a resume that knows it all."""
-    made = launcher.run(sys.executable, "-m", "hpctrain", "data", "make", "language")
+    make, train, _ = re.findall(r"^(?:mpirun -n 4 )?hpctrain (.*)$", LANGUAGE.read_text(), re.M)
+    made = launcher.run(sys.executable, "-m", "hpctrain", *make.split())
     assert made.status == 0, made.text
     assert re.search(r"wrote language.h5: [\d]{3,} files of [\d,]{9,} bytes, \d\d+ of them", made.out)
     with h5py.File(tmp_path / "language.h5", "r+") as file:  # a few windows of them are enough here
@@ -130,7 +134,7 @@ def test_a_language_model_in_stages(launcher, tmp_path):
         for name, values in rest.items():
             del file[name]
             file[name] = values[keep]
-    words = ["train", "language", "--model.init_args.width", "48", "--parallel.stages", "2"]
+    words = [*train.split(), "--model.init_args.width", "48"]
     words += ["--data.task.init_args.sample_bytes", "40", "--train.epochs"]
     ended = launcher.ranks(4, *words, "2")
     assert ended.status == 0, ended.text
