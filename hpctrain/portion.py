@@ -25,6 +25,7 @@ from hpctrain.models import build as models
 from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
 from hpctrain.pipeline import simulate, split
+from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.stage import Stage, every_tensor, take_share, users_of
 from hpctrain.pipeline.transport import Transport
 from hpctrain.pipeline.weigh import Scales
@@ -69,10 +70,17 @@ def build(
         refuse_extra_state(module)
         synced = synchronise(module, config, count, topology.replicas)
     same_parameters(module, world)
-    stage = None
+    stage, pieces, scales = None, None, None
+    if topology.stages > 1:
+        with together(world), told_of_memory(topology):  # what may fail on one rank alone comes first
+            inputs = example()
+            split.need(config.parallel.cuts, topology.stages)
+            pieces = split.write(module, inputs, models.by_name(module, list(inputs)), topology.stages)
+        scales = scales_of(config, topology, count, synced)
     with together(world), told_of_memory(topology):
-        if topology.stages > 1:
-            stage, optimizer = stage_of(config, topology, module, deferred, example(), count, synced)
+        if pieces is not None:
+            pieces.place(config.parallel.cuts, scales)
+            stage, optimizer = stage_of(config, topology, module, deferred, pieces, synced)
         else:
             optimizer = groups.build(config.optimizer, module)
     same_start(module, topology.comms.data)
@@ -123,18 +131,14 @@ def stage_of(
     topology: Topology,
     module: torch.nn.Module,
     deferred: Deferred | None,
-    inputs: dict[str, torch.Tensor],
-    count: int,
+    model: Cut,
     synced: bool,
 ) -> tuple[Stage, torch.optim.Optimizer]:
-    """Cut the model, keep this rank's stage of it, give what runs it and its optimizer. Collective.
+    """Keep this rank's stage of a model in pieces; give what runs it and its optimizer. Collective.
 
     Only now the stage's tensors are made, where the model was built without memory.
     """
     parallel = config.parallel
-    named = models.by_name(module, list(inputs))
-    scales = scales_of(config, topology, count, synced)
-    model = split.cut(module, inputs, named, topology.stages, parallel.cuts, scales)
     for line in model.choice.said:
         LOGGER.info("%s", line)
     for line in model.choice.warned:
@@ -181,20 +185,26 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
     world, stages = topology.comms.world, topology.stages
     if topology.device != "cpu" or config.parallel.cuts:
         return None
-    told = world.allgather((topology.stage, room(topology.comms.node.size)))
+    node = topology.comms.node
+    told = world.allgather((topology.stage, room(node.size)))
     ranks = [[rank for rank, (stage, _) in enumerate(told) if stage == at] for at in range(stages)]
-    sharing = -(-topology.comms.node.size // len(usable_cores())) if topology.crowded else 1
-    turns = world.allreduce(sharing, op=MPI.MAX)
+    neighbours = node.allgather((topology.stage, usable_cores()))
+    cores = set[int]().union(*(own for _, own in neighbours))
+    turns = world.allreduce(-(-node.size // len(cores)) if topology.crowded else 1, op=MPI.MAX)
+    # a node has one copy of a stage's weights and of the optimizer's numbers, each rank its gradients
+    sharing = sum(stage == topology.stage for stage, _ in neighbours)
+    shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
+    copies = world.allreduce(1.0 + shared, op=MPI.MAX)
     dry = simulate.check(config.parallel.schedule, stages, range(max(1, count // topology.replicas)))
     return Scales(
         world,
         ranks,
         [min(told[rank][1] for rank in group) for group in ranks],
-        [1] * stages if config.parallel.recompute == "always" else dry.kept,
-        2.0 + groups.state_copies(config.optimizer),
+        dry.kept,
+        copies,
         precision(config.train.autocast, topology.device),
-        (topology.comms.node.rank % turns, turns),
-        config.parallel.recompute == "auto" and not synced,
+        (node.rank % turns, turns),
+        "never" if synced else config.parallel.recompute,
     )
 
 

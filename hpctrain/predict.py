@@ -69,7 +69,9 @@ def write(job: Job, split: str, output: Path, world: MPI.Intracomm) -> None:
     offsets, dtypes = from_root(world, begin)
     kinds = dict(zip(offsets, dtypes))
     shapes = {wanted.name: tuple(wanted.shape) for wanted in job.task.predictions()}
-    with together(world), open(temporary, "rb+") as file:
+    with together(world):  # before the stages wait for one another
+        file = open(temporary, "rb+")  # noqa: SIM115
+    with together(world), file:
         starts = iter(job.split_blocks(split))
 
         def store(batch: Batch, outputs: Any) -> None:

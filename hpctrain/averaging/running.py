@@ -93,18 +93,16 @@ class RunningStatistics:
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """Let a forward that is run again leave every buffer as it was, and no record."""
+        """Let a forward that is run again leave no record: its BatchNorms have been seen."""
         count = len(self.records)
-        before = {name: (buffer, buffer.clone()) for name, buffer in self.others().items()}
         try:
             yield
         finally:
             del self.records[count:]
-            for name, (buffer, value) in before.items():
-                path, _, leaf = name.rpartition(".")
-                self.module.get_submodule(path)._buffers[leaf] = buffer
-                with torch.no_grad():
-                    buffer.copy_(value)
+
+    def marks(self) -> dict[str, tuple[int, int]]:
+        """Say which tensors the other buffers are, and how often each was changed in place."""
+        return {name: (id(buffer), buffer._version) for name, buffer in self.others().items()}
 
     def others(self) -> dict[str, torch.Tensor]:
         """Buffers that are no BatchNorm's, as they are now: user code may assign new ones."""

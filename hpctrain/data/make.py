@@ -103,7 +103,7 @@ def texts(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.rglob("*")):
         if (
             path.suffix not in SUFFIXES
-            or FOREIGN & set(path.parts)
+            or FOREIGN & set(path.relative_to(folder).parts)
             or path.is_symlink()
             or not path.is_file()
         ):

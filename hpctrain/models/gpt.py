@@ -72,7 +72,8 @@ class GPT(nn.Module):
         super().__init__()
         if width % (2 * heads):
             raise ConfigError(
-                f"model width = {width} must be a multiple of 2 x heads = {2 * heads}: pairs are turned"
+                f"model width = {width} must be a multiple of 2 x heads = {2 * heads}: a head's channels are "
+                f"turned in pairs"
             )
         if positions not in ("rotary", "learnt"):
             raise ConfigError(f"model positions = {positions!r}: rotary or learnt was expected")
@@ -95,7 +96,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / ((2 * layers) ** 0.5 if adds else 1.0))
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        """Map tokens (n, t), integers, to logits (n, vocabulary, t) of the token at each place."""
+        """Map tokens (n, length), integers, to logits (n, vocabulary, length) of the token at each place."""
         x = self.embedding(text)
         x = self.dropout(x if self.place is None else x + self.place)
         for layer in self.layers:

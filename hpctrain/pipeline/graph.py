@@ -31,10 +31,8 @@ class Graph:
         inputs: dict[str, torch.Tensor],
         named: bool,
         stages: int,
-        cuts: list[str],
-        scales: Scales | None = None,
     ) -> None:
-        """Write the forward down for this batch and cut it. Collective, if there are scales."""
+        """Write the forward down for this batch. Local."""
         self.stages, self.module = stages, module
         self.writer = Writer(module, inputs, named, stages)
         first = dict[int, str]()
@@ -46,13 +44,16 @@ class Graph:
         self.first = {name: first.setdefault(id(t), name) for name, t in everything}
         self._traced: dict[tuple[int, bool], Traced] = {}
         samples = self.samples = len(next(iter(inputs.values())))
-        traced = self.writer.write(samples, training=True)
+        self._traced[samples, True] = self.writer.write(samples, training=True)
+
+    def place(self, cuts: list[str], scales: Scales | None = None) -> None:
+        """Cut it where `cuts` says, or by measured or estimated work. Collective, if there are scales."""
+        traced = self._traced[self.samples, True]
         self._place(traced, cuts, scales)
-        self.used: dict[int, set[str]] = {stage: set() for stage in range(stages)}
+        self.used: dict[int, set[str]] = {stage: set() for stage in range(self.stages)}
         for node in traced.nodes:
             names = {traced.held[a.name] for a in node.all_input_nodes if a.name in traced.held}
             self.used[traced.stage[node.name]] |= names | self._counter(node)
-        self._traced[samples, True] = traced
 
     def _counter(self, node: fx.Node) -> set[str]:
         """Give the counter of a BatchNorm's calls, which the module itself moves on."""

@@ -37,33 +37,32 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 class Layers:
     """Layers in a row; a stage runs some of them."""
 
-    def __init__(
-        self,
-        layers: list[tuple[str, nn.Module]],
-        value: torch.Tensor,
-        stages: int,
-        cuts: list[str],
-        scales: Scales | None = None,
-    ) -> None:
-        """Cut them by measured time or the numbers of their parameters, or where `cuts` says.
+    def __init__(self, layers: list[tuple[str, nn.Module]], value: torch.Tensor, stages: int) -> None:
+        """Take the layers by name, and what the first one gets."""
+        self.layers, self.value, self.stages = layers, value, stages
 
-        `value` is what the first one gets. Collective, if there are scales.
+    def place(self, cuts: list[str], scales: Scales | None = None) -> None:
+        """Cut them where `cuts` says, or by measured time, or the numbers of their parameters.
+
+        Collective, if there are scales.
         """
-        self.layers, self.stages = layers, stages
         if cuts:
-            self.choice = Choice(begins(cuts, [name for name, _ in layers], "layers"))
+            self.choice = Choice(begins(cuts, [name for name, _ in self.layers], "layers"))
         else:
-            modules = [layer for _, layer in layers]
+            modules = [layer for _, layer in self.layers]
             every = [module for layer in modules for module in layer.modules()]
-            hooked = any(module._forward_hooks or module._forward_pre_hooks for module in every)
+            hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
             self.choice = choose(
-                stages,
+                self.stages,
                 [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
                 [sum(p.nbytes for p in layer.parameters()) for layer in modules],
-                of_layers(modules, value),
+                of_layers(modules, self.value),
                 None if hooked else scales,  # a user's hooks run when the model does
             )
         self.ranges = self.choice.parts

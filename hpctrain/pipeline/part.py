@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.weigh import Choice
+from hpctrain.pipeline.weigh import Choice, Scales
 
 INPUT = -1
 """The stage of the model's inputs: whoever needs one reads it from the data."""
@@ -37,6 +37,9 @@ class Cut(Protocol):
 
     stages: int
     choice: Choice
+
+    def place(self, cuts: list[str], scales: Scales | None = None) -> None:
+        """Say where its stages begin, once, before anything else. Collective, if there are scales."""
 
     def tensors(self, stage: int) -> list[str]:
         """Names of the parameters and buffers that a stage uses."""

@@ -205,13 +205,13 @@ def of_layers(layers: Sequence[nn.Module], value: Any) -> list[Callable[[], Work
     What a layer gives is what the next one gets, so each is run at least once by every rank. Copies run,
     with weights and buffers made up: the model's own, its hooks and what it counts stay as they are.
     """
-    given = [value]
+    given = {0: value}
 
     def piece(at: int) -> Work:
-        while len(given) <= at:
-            run, _ = of_layer(layers[len(given) - 1], given[-1])
+        for before in range(max(given), at):
+            run, _ = of_layer(layers[before], given.pop(before))
             with torch.no_grad():
-                given.append(run())
+                given[before + 1] = run()
         value = _pytree.tree_map_only(torch.Tensor, lambda t: made_up(t, at > 0), given[at])
         run, numbers = of_layer(layers[at], value)
         inputs = [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
@@ -225,4 +225,11 @@ def of_layer(layer: nn.Module, value: Any) -> tuple[Callable[[], Any], dict[str,
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     twin = skeleton(layer, FakeTensorMode())
     numbers = {name: made_up(tensor, tensor.requires_grad) for name, tensor in tensors.items()}
-    return lambda: torch.func.functional_call(twin, numbers, (value,)), numbers
+    in_place = any(getattr(module, "inplace", False) for module in layer.modules())
+
+    def run() -> Any:
+        # what is changed must not be a leaf
+        own = _pytree.tree_map_only(torch.Tensor, torch.clone, value) if in_place else value
+        return torch.func.functional_call(twin, numbers, (own,))
+
+    return run, numbers

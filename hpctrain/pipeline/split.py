@@ -17,6 +17,18 @@ from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.weigh import Scales
 
 
+def write(module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages: int) -> Cut:
+    """Say what a model can be cut between; `place` cuts it. Local.
+
+    `inputs` is one micro-batch, for its shapes and dtypes. Raises ConfigError where the model can't be
+    cut, saying what stands in the way.
+    """
+    found = layers_of(module)
+    if found is not None and len(inputs) == 1:
+        return Layers(found, next(iter(inputs.values())), stages)
+    return Graph(module, inputs, named, stages)
+
+
 def cut(
     module: nn.Module,
     inputs: dict[str, torch.Tensor],
@@ -25,17 +37,20 @@ def cut(
     cuts: list[str],
     scales: Scales | None = None,
 ) -> Cut:
-    """Cut a model into stages; `inputs` is one micro-batch, for its shapes and dtypes.
+    """Cut a model into stages, `write` and `place` in one.
 
     `cuts` names the modules that begin a stage, stages - 1 of them; without it costs decide: measured
     with `scales` (collective), else estimated (local, deterministic).
-    Raises ConfigError where the model can't be cut, saying what stands in the way.
     """
+    need(cuts, stages)
+    found = write(module, inputs, named, stages)
+    found.place(cuts, scales)
+    return found
+
+
+def need(cuts: list[str], stages: int) -> None:
+    """Refuse cuts that do not make so many stages. Pure."""
     if cuts and len(cuts) != stages - 1:
         raise ConfigError(
             f"parallel.cuts names {len(cuts)} cuts, parallel.stages = {stages} needs {stages - 1}"
         )
-    found = layers_of(module)
-    if found is not None and len(inputs) == 1:
-        return Layers(found, next(iter(inputs.values())), stages, cuts, scales)
-    return Graph(module, inputs, named, stages, cuts, scales)

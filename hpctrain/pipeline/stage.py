@@ -36,9 +36,9 @@ class Kept:
     draws: int = 0
     """After the part's own."""
     given: Env = field(default_factory=dict)
-    """What the part got: the model's inputs, what was received. To run it again."""
-    versions: list[int] = field(default_factory=list)
-    """How often each tensor of it had been changed in place."""
+    """What the part got, to run it again; nothing if it changed that in place."""
+    gone: bool = False
+    """Whether the graph was let go."""
     stream: int = 0
     start: int = 0
     """The random stream, and the draws before the part."""
@@ -66,7 +66,7 @@ class Stage:
         self.cut, self.stage, self.transport = cut, stage, transport
         self.ties: list[Tie] = []
         self.recomputes = False
-        """Whether forward's graph is let go, and made again for backward."""
+        """Whether graphs of forwards are let go, and made again for backward."""
         self.kept: dict[int, Kept] = {}
 
     @property
@@ -110,27 +110,23 @@ class Stage:
         found, kept.draws = part.run(given, stream, kept.start)
         names = {name for given in part.gives.values() for name in given}
         kept.found = {name: found[name] for name in found if name in names}
-        if self.lets_go and torch.is_grad_enabled():
-            kept.given, kept.versions = given, versions
-            kept.found = _pytree.tree_map_only(torch.Tensor, without_graph, kept.found)
+        if versions_of(given) == versions:
+            kept.given = given
         return found.get("output")
 
-    @property
-    def lets_go(self) -> bool:
-        """Whether this stage recomputes: for the last one backward follows at once."""
-        return self.recomputes and not self.last
+    def let_go(self, v: int) -> None:
+        """Let the graph of a forward go, if it can be run again: it has not changed what it got. Local.
 
-    def again(self, v: int, part: Part) -> None:
-        """Run the part once more, for the graph that was let go. Local.
-
-        Raises ConfigError where the part had changed in place what it got.
+        The last stage keeps it: there the loss hangs on it.
         """
         kept = self.kept[v]
-        if versions_of(kept.given) != kept.versions:
-            raise ConfigError(
-                f"stage {self.stage} changes in place what it gets, so its forward can't be run again: set "
-                f"parallel.recompute = never"
-            )
+        if self.recomputes and not self.last and kept.given:
+            kept.gone = True
+            kept.found = _pytree.tree_map_only(torch.Tensor, without_graph, kept.found)
+
+    def again(self, v: int, part: Part) -> None:
+        """Run the part once more, for the graph that was let go. Local."""
+        kept = self.kept[v]
         found, _ = part.run(kept.given, kept.stream, kept.start)
         old, kept.found = kept.found, {name: found[name] for name in kept.found}
         leaves = zip(_pytree.tree_leaves(old), _pytree.tree_leaves(kept.found), strict=True)

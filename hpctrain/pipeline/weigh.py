@@ -37,8 +37,8 @@ class Scales:
     """What passes run under."""
     turn: tuple[int, int] = (0, 1)
     """This rank's of how many: those that share cores measure one after the other."""
-    may_recompute: bool = False
-    """Whether stages may let forward's graphs go."""
+    recompute: str = "never"
+    """"auto", "always" or "never": whether stages but the last let forward's graphs go."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ def choose(
     Raises ConfigError where the gradients alone would not fit.
     """
     guess = partition(estimates, stages)
-    if scales is None or len(pieces) == stages:
+    if scales is None:
         return Choice(guess)
     profile = measure(scales.comm, pieces, scales.around, scales.turn)
     if isinstance(profile, str):
@@ -77,16 +77,20 @@ def choose(
     costs = [work.seconds for work in profile.works]
     memory = [scales.copies * size for size in weights]
     kept = [float(work.kept) for work in profile.works]
-    said, warned, recompute, times = [], [], False, scales.kept
+    said, warned, recompute = [], [], scales.recompute == "always"
+    once = [*[1] * (stages - 1), scales.kept[-1]]
+    twice = [work.seconds + work.forward for work in profile.works]
+    times = once if recompute else scales.kept
+    costs = twice if recompute else costs
     try:
         best = partition(costs, stages, memory, scales.limits, speeds, kept, times)
     except ConfigError as error:
         try:
-            if not scales.may_recompute:
+            if scales.recompute != "auto":
                 raise
-            times = [1] * stages  # what was received stays too, which is little beside a graph
-            best = partition(costs, stages, memory, scales.limits, speeds, kept, times)
-            recompute = True
+            # what was received and sent stays too, which is little beside a graph
+            best = partition(twice, stages, memory, scales.limits, speeds, kept, once)
+            costs, times, recompute = twice, once, True
             said = [f"stages run forward again for backward, as memory asks for it: else {error}"]
         except ConfigError:
             partition(costs, stages, weights, scales.limits, speeds)
@@ -104,7 +108,15 @@ def choose(
         said.append(f"the model is cut by measured times: {why}")
     if len(set(speeds)) > 1:
         said.append(f"ranks differ: speeds of the stages {', '.join(f'{s:.2f}' for s in speeds)}")
-    return Choice(best, passes(profile, best, speeds), recompute, said, warned)
+    found = passes(profile, best, speeds)
+    if recompute:
+        found = [*map(again, found[:-1]), found[-1]]
+    return Choice(best, found, recompute, said, warned)
+
+
+def again(work: Work) -> Work:
+    """Give what a stage costs that runs its forward twice. Pure."""
+    return Work(work.forward, work.forward + work.input_gradient, work.weight_gradient, work.kept)
 
 
 def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[float]) -> list[Work]:

@@ -76,12 +76,19 @@ class Timeline:
             topology.world_rank,
             platform.node(),
             (names[0], names[-1]) if names else ("", ""),
-            sum(p.numel() for p in self.job.averager.named.values()),
+            sum(p.numel() for p in engine.module.parameters()),
             spans,
         )
         stages = topology.comms.pipe.gather(mine)
         if not self.run.writes or stages is None:
             return
+        try:
+            self.tell(step, stages)
+        except Exception as error:  # what is told of a step does not undo it
+            LOGGER.warning("nothing to tell of the stages: %s: %s", type(error).__name__, error)
+
+    def tell(self, step: int, stages: list[Told]) -> None:
+        """Log the table, write the row, draw the picture. Local: world rank 0."""
         measured = as_simulation([told.spans for told in stages])
         simulated = again(self.job, measured)
         expected = expectation(self.job)
@@ -89,11 +96,8 @@ class Timeline:
             LOGGER.info(line)
         self.run.row("pipeline", step, **row(self.job, stages, measured, simulated, expected))
         if self.job.config.report.pictures:
-            try:
-                title = f"{self.job.config.parallel.schedule}, step {step}"
-                pictures.timeline(measured, simulated, title, self.run.pictures / "pipeline.png")
-            except Exception as error:
-                LOGGER.warning("no picture of the stages: %s: %s", type(error).__name__, error)
+            title = f"{self.job.config.parallel.schedule}, step {step}"
+            pictures.timeline(measured, simulated, title, self.run.pictures / "pipeline.png")
 
 
 def seconds_ahead(comm: MPI.Intracomm) -> float:
