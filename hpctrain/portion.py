@@ -80,6 +80,8 @@ def build(
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)
+            own = range(-(-count // topology.replicas))
+            simulate.check(config.parallel.schedule, topology.stages, own, *pieces.links())
             stage, optimizer = stage_of(config, topology, module, deferred, pieces, synced)
         else:
             optimizer = groups.build(config.optimizer, module)
@@ -138,12 +140,10 @@ def stage_of(
 
     Only now the stage's tensors are made, where the model was built without memory.
     """
-    parallel = config.parallel
     for line in model.choice.said:
         LOGGER.info("%s", line)
     for line in model.choice.warned:
         LOGGER.warning("%s", line)
-    simulate.check(parallel.schedule, topology.stages, range(2 * topology.stages), *model.links())
     if deferred:
         tensors = dict(every_tensor(module))
         wanted = [tensors[n] for n, stages in users_of(module, model).items() if topology.stage in stages]
@@ -195,7 +195,7 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
     sharing = sum(stage == topology.stage for stage, _ in neighbours)
     shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
     copies = world.allreduce(1.0 + shared, op=MPI.MAX)
-    dry = simulate.check(config.parallel.schedule, stages, range(max(1, count // topology.replicas)))
+    dry = simulate.check(config.parallel.schedule, stages, range(-(-count // topology.replicas)))
     return Scales(
         world,
         ranks,
