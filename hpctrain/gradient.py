@@ -127,13 +127,10 @@ class StraightIntoPlace(TorchFunctionMode):
         """Weights that embeddings add to: the order of the sum would be another."""
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
         """Whether part of the module is compiled: no mode can look inside."""
-        self.weights = {
-            id(m.weight)
-            for m in module.modules()
-            if isinstance(m, (nn.Linear, nn.Embedding))
-            and m.weight is not None
-            and m.weight.numel() >= SMALLEST
-        }
+        weights = (  # a parametrised layer computes its weight when asked for it
+            m._parameters.get("weight") for m in module.modules() if isinstance(m, (nn.Linear, nn.Embedding))
+        )
+        self.weights = {id(w) for w in weights if w is not None and w.numel() >= SMALLEST}
 
     @contextmanager
     def forward(self) -> Iterator[None]:

@@ -123,7 +123,8 @@ def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: i
     if count != replicas:
         raise ConfigError(
             f"SyncBatchNorm takes its statistics over one micro-batch of each replica, which is the whole "
-            f"batch with parallel.micro_batches = auto only: it is {count}, the replicas are {replicas}"
+            f"batch only with as many as replicas: they are {count} and {replicas}; set "
+            f"parallel.micro_batches = {replicas}"
         )
     return True
 

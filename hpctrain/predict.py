@@ -43,7 +43,9 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
                 *(comm.size, config.parallel.stages),
             )
         # nothing is averaged here: any number of ranks will do
-        config = replace(config, averaging=replace(config.averaging, invariant=False))
+        averaging = replace(config.averaging, invariant=False, sync_batchnorm=False)
+        parallel = replace(config.parallel, micro_batches=topology.replicas)
+        config = replace(config, averaging=averaging, parallel=parallel)
         job = assemble.build(config, topology, learn=False)
         job.restore_weights(stored)
         try:

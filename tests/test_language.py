@@ -163,6 +163,7 @@ def test_a_byte_is_predicted_from_those_before_it(positions):
     ("wrong", "message"),
     [
         ({"width": 36, "heads": 8}, "model width = 36 must be a multiple of 2 x heads = 16"),
+        ({"heads": 0}, "width = 192, heads = 0, layers = 4: at least 1"),
         ({"positions": "sine"}, "model positions = 'sine': rotary or learnt was expected"),
     ],
 )

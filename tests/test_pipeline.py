@@ -24,6 +24,7 @@ from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
 MODELS = ["plain_row", "Row", "Named", "Skips", "Acts", "Tied", "tied_row", "FrozenHead", "Wide", "Filled"]
+MODELS.append("parametrised_row")
 TIED = ("Tied", "tied_row", "OwnLoss")
 
 
@@ -260,6 +261,15 @@ def test_what_cannot_run_again_keeps_its_graph(world, build, model):
         pytest.skip("one stage lets nothing go")
     job = build(model, world.size, recompute="always", micro_batches=6)
     has_bits_of_one_process(world, job, model)
+
+
+@pytest.mark.mpi
+def test_what_gives_other_numbers_the_second_time_is_refused(world, build):
+    if world.size not in (2, 3, 4):
+        pytest.skip("one stage lets nothing go")
+    job = build("counting_row", world.size, recompute="always")
+    with pytest.raises(ConfigError, match="stage 0 gives other numbers when its forward is run again"):
+        job.engine.step(0, job.loader.read(0))
 
 
 @pytest.mark.mpi

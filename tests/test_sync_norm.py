@@ -183,7 +183,7 @@ def test_the_failing_rank_is_the_one_that_is_named(topology, files):
 @pytest.mark.mpi
 def test_what_it_cannot_do_is_refused(topology, files):
     count = topology.world_size + 1
-    with pytest.raises(ConfigError, match=f"one micro-batch of each replica.*it is {count}"):
+    with pytest.raises(ConfigError, match=f"one micro-batch of each replica.*they are {count}"):
         build(files, topology, "helpers.Normed", micro_batches=count)
     config = config_of(files, "helpers.Normed")
     config.averaging.sync_batchnorm = config.averaging.invariant = True

@@ -55,6 +55,8 @@ def language(output: Path, folder: Path | None = None) -> str:
     path, one a file. Local. Gives a line for the user; raises ConfigError where there is no text.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: Python's standard library was expected there, not zipped")
     found = sorted((held_out(name), name, content) for name, content in texts(folder))
     if len({held for held, *_ in found}) < 2:
         raise ConfigError(
@@ -70,7 +72,9 @@ def language(output: Path, folder: Path | None = None) -> str:
             part.append(held)
 
     def fill(file: h5py.File) -> None:
-        file.create_dataset("text", data=np.stack(text), chunks=(64, WINDOW), compression="gzip")
+        file.create_dataset(
+            "text", data=np.stack(text), chunks=(min(64, len(text)), WINDOW), compression="gzip"
+        )
         file["text"].attrs["long_name"] = "windows of a file's bytes, each a few bytes into the one before"
         file.create_dataset("place", data=np.array(place, dtype=np.int32))
         file["place"].attrs["long_name"] = (
@@ -112,7 +116,8 @@ def texts(folder: Path) -> Iterator[tuple[str, bytes]]:
         digest = hashlib.sha256(content).digest()
         if content and digest not in seen:
             seen.add(digest)
-            yield path.relative_to(folder).as_posix(), content
+            name = path.relative_to(folder).as_posix()
+            yield name.encode(errors="replace").decode(), content
 
 
 def held_out(name: str) -> int:
@@ -125,6 +130,9 @@ def write(output: Path, fill: Callable[[h5py.File], None]) -> None:
     """Write a file under a temporary name, then rename it."""
     temporary = output.with_name(output.name + ".tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(temporary, "w") as file:
-        fill(file)
-    os.replace(temporary, output)
+    try:
+        with h5py.File(temporary, "w") as file:
+            fill(file)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)

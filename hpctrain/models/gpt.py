@@ -70,6 +70,11 @@ class GPT(nn.Module):
         and the MLP add.
         """
         super().__init__()
+        if vocabulary < 1 or width < 1 or heads < 1 or layers < 0:
+            raise ConfigError(
+                f"model vocabulary = {vocabulary}, width = {width}, heads = {heads}, layers = {layers}: "
+                f"at least 1 was expected, and no negative number of layers"
+            )
         if width % (2 * heads):
             raise ConfigError(
                 f"model width = {width} must be a multiple of 2 x heads = {2 * heads}: a head's channels are "

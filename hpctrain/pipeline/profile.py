@@ -4,20 +4,23 @@
       ranks     0 1 2 3 0 1 2 3           so no rank needs the model, or another piece's outputs
       yardstick a product of matrices     how fast a rank is; near equals count as equal
 
-The model itself is not run, no random stream of it moves on, and no buffer changes.
+The model itself is not run: copies of layers are, so no random stream of it moves on, and no buffer changes.
+What a layer counts outside of itself (in its class, say) is counted there too.
 """
 
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
 from hpctrain.pipeline.operators import changes
@@ -84,7 +87,7 @@ def measure(
     for number in range(turn[1]):
         try:
             if number == turn[0]:
-                with torch.random.fork_rng(devices=[]), around:
+                with streams_kept(), around:
                     mine = {at: pieces[at]() for at in range(comm.rank, len(pieces), comm.size)}
                     reference = yardstick()
         except Exception as error:  # made-up numbers don't suit every operator
@@ -155,13 +158,33 @@ def timed(run: Callable[[], Any], weights: Iterable[torch.Tensor], inputs: Itera
 
 
 def made_up(like: torch.Tensor, grad: bool = True) -> torch.Tensor:
-    """Give numbers of a tensor's shape, strides and dtype: near 1 or less, and places that exist. Local."""
+    """Give numbers of a tensor's shape, strides and dtype, its own where it has memory. Local.
+
+    Else weights in the scale of torch's own start, near 1 where there is one dimension; zeros for integers.
+    """
     found = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-    if not like.dtype.is_floating_point:
-        return found.zero_()
-    scale = found.shape[1] ** -0.5 if found.ndim == 2 and found.shape[1] else 1.0
-    found.copy_(torch.rand(like.shape, dtype=like.dtype).add_(0.5).mul_(scale))
-    return found.requires_grad_(grad)
+    numbers = like.dtype.is_floating_point or like.dtype.is_complex
+    if not isinstance(like, FakeTensor) and like.device.type != "meta":
+        found.copy_(like.detach())
+    elif not numbers:
+        found.zero_()
+    else:
+        drawn = torch.rand(like.shape, dtype=like.dtype)
+        rows = max(1, found.numel() // max(1, len(found))) if found.ndim > 1 else 1
+        found.copy_(drawn.sub_(0.5).mul_(2.0 * rows**-0.5) if found.ndim > 1 else drawn.add_(0.5))
+    return found.requires_grad_(grad and numbers)
+
+
+@contextmanager
+def streams_kept() -> Iterator[None]:
+    """Put the random streams of torch, NumPy and Python back behind the body."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def of_operators(nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Tensor]) -> Work:

@@ -125,12 +125,20 @@ class Stage:
             kept.found = _pytree.tree_map_only(torch.Tensor, without_graph, kept.found)
 
     def again(self, v: int, part: Part) -> None:
-        """Run the part once more, for the graph that was let go. Local."""
+        """Run the part once more, for the graph that was let go. Local.
+
+        Raises ConfigError where it gives other numbers than those that were sent.
+        """
         kept = self.kept[v]
         found, _ = part.run(kept.given, kept.stream, kept.start)
         old, kept.found = kept.found, {name: found[name] for name in kept.found}
-        leaves = zip(_pytree.tree_leaves(old), _pytree.tree_leaves(kept.found), strict=True)
-        new = {id(a): b for a, b in leaves}
+        pairs = list(zip(_pytree.tree_leaves(old), _pytree.tree_leaves(kept.found), strict=True))
+        if not all(same(a, b) for a, b in pairs):
+            raise ConfigError(
+                f"stage {self.stage} gives other numbers when its forward is run again (it counts its calls, "
+                f"or draws from a stream that is not torch's): set parallel.recompute = never"
+            )
+        new = {id(a): b for a, b in pairs}
         kept.gradients = [(new.get(id(leaf), leaf), gradient) for leaf, gradient in kept.gradients]
 
     def send(self, v: int, part: Part) -> None:
@@ -248,6 +256,14 @@ class Stage:
 def versions_of(given: Env) -> list[int]:
     """Count the changes in place of each tensor."""
     return [leaf._version for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same bits."""
+    if isinstance(one, torch.Tensor):
+        alike = (one == other) | ((one != one) & (other != other))  # not a number twice, too
+        return one.shape == other.shape and bool(alike.all())
+    return bool(one == other)
 
 
 def without_graph(tensor: torch.Tensor) -> torch.Tensor:

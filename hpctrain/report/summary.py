@@ -150,7 +150,7 @@ def write_sample(job: Job, run: RunFolder) -> None:
     write_whole(run.path / "sample.txt", found)
     LOGGER.info("a sample, also in %s:", run.path / "sample.txt")
     for line in found.splitlines():
-        LOGGER.info("    %s", line)
+        LOGGER.info("    %s", "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line))
 
 
 def end(job: Job, run: RunFolder, reason: str, found: Metrics, baselines: dict[str, Metrics]) -> None:

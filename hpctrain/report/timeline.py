@@ -90,8 +90,10 @@ class Timeline:
     def tell(self, step: int, stages: list[Told]) -> None:
         """Log the table, write the row, draw the picture. Local: world rank 0."""
         measured = as_simulation([told.spans for told in stages])
+        if not measured.spans:
+            return  # the first replica had no samples in this step
         simulated = again(self.job, measured)
-        expected = expectation(self.job)
+        expected = expectation(self.job, measured)
         for line in table(self.job, step, stages, measured, simulated, expected):
             LOGGER.info(line)
         self.run.row("pipeline", step, **row(self.job, stages, measured, simulated, expected))
@@ -151,13 +153,16 @@ def again(job: Job, measured: Simulation) -> Simulation:
     return dry(job, lambda stage, i: usual[stage, type(i).__name__] if (stage, i) in ran else 0.0)
 
 
-def expectation(job: Job) -> Simulation | None:
+def expectation(job: Job, measured: Simulation) -> Simulation | None:
     """Simulate the step with the pieces' times that the cut was chosen by, if it was by times. Local."""
     passes = job.stage.cut.choice.passes if job.stage else []
     if not passes:
         return None
+    ran = {(span.stage, span.instruction) for span in measured.spans}
 
     def cost(stage: int, instruction: Instruction) -> float:
+        if (stage, instruction) not in ran:
+            return 0.0
         work = passes[stage]
         match instruction:
             case Forward():
