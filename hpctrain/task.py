@@ -110,7 +110,7 @@ class Task:
         return None
 
     def sample(self, run_model: Callable[[Batch], Any]) -> str:
-        """Give what the trained model writes, where it does; every rank calls `run_model` as often."""
+        """Give what the trained model writes, where it does. Called by world rank 0 alone, as `maps` is."""
         return ""
 
     def pieces(self) -> list[Piece]:

@@ -17,14 +17,26 @@ from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
+from hpctrain.report import summary
 from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.report.timeline import WATCHED, Timeline, as_simulation, seconds_ahead
 from hpctrain.staged import GROUP, PASSES
 from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
-MODELS = ["plain_row", "Row", "Named", "Skips", "Acts", "Tied", "tied_row", "FrozenHead", "Wide", "Filled"]
-MODELS.append("parametrised_row")
+MODELS = [
+    "plain_row",
+    "Row",
+    "Named",
+    "Skips",
+    "Acts",
+    "Tied",
+    "tied_row",
+    "FrozenHead",
+    "Wide",
+    "Filled",
+    "parametrised_row",
+]
 TIED = ("Tied", "tied_row", "OwnLoss")
 
 
@@ -443,6 +455,34 @@ def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplo
         == stages
     )
     assert (run.path / "pictures" / "pipeline.png").stat().st_size > 10_000
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("trouble", ["task", "model", ""])
+def test_what_is_shown_at_the_end_fails_alone(world, build, shared_tmp, monkeypatch, trouble, caplog):
+    """Rank 0 asks for outputs; where its task or the model fails between, all ranks go on."""
+    job = build("plain_row", max([1, *layouts(world.size)]))
+    run = RunFolder(shared_tmp, writes=world.rank == 0)
+
+    def sample(run_model):
+        assert world.rank == 0
+        batch = job.task.batch(np.arange(3))
+        outputs = run_model(batch)
+        if trouble == "task":
+            raise ValueError("trouble in the task")
+        if trouble == "model":
+            batch.inputs["x"] = batch.inputs["x"][:, :2]
+        return f"{float((run_model(batch) - outputs).abs().max())}"
+
+    monkeypatch.setattr(job.task, "sample", sample)
+    with caplog.at_level("INFO", LOGGER.name):
+        summary.show(job, run)
+    sums = job.engine.evaluate(job.split_batches("train"), job.task.measure)
+    assert sums["loss"][1] > 0
+    if world.rank == 0:
+        assert ("no sample: " in caplog.text) == bool(trouble)
+        assert (run.path / "sample.txt").exists() != bool(trouble)
+        assert trouble or (run.path / "sample.txt").read_text() == "0.0"
 
 
 @pytest.mark.mpi

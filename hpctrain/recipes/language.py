@@ -146,7 +146,7 @@ class Language(Task):
         return {"bits": bits.numpy().astype(np.float32)}
 
     def sample(self, run_model: Callable[[Batch], Any]) -> str:
-        """Let the model go on from the prompt, byte by byte; the same draws on every rank."""
+        """Let the model go on from the prompt, byte by byte."""
         draws = np.random.default_rng(0)
         written = bytearray(self.prompt)
         for _ in range(self.sample_bytes):

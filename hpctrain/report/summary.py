@@ -1,7 +1,8 @@
 """What a run says at its start, at each step and at its end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import h5py
@@ -111,22 +112,26 @@ def table(metrics: dict[str, Metrics]) -> list[str]:
 def show(job: Job, run: RunFolder) -> None:
     """Draw the pictures and write the sample, by world rank 0. What fails does not undo the training.
 
-    Collective over the stages of the first replica: both are of the model's outputs.
+    Collective over the stages of the first replica: the others run the model as often as rank 0 asks.
     """
-    for name, make in (("pictures", draw), ("sample", write_sample)):
-        if run.writes:
+    pipe = job.topology.comms.pipe
+    if run.writes:
+        for name, make in (("pictures", draw), ("sample", write_sample)):
             try:
                 make(job, run)
             except Exception as error:
                 LOGGER.warning("no %s: %s: %s", name, type(error).__name__, error)
-        elif job.stage and job.topology.replica == 0:
+        pipe.bcast(None, root=0)
+    elif job.topology.replica == 0:
+        while (batch := pipe.bcast(None, root=0)) is not None:
             with suppress(Exception):  # rank 0 says what is wrong
-                make(job, run)
+                job.engine.outputs(batch, everywhere=True)
 
 
-def run_model(job: Job) -> Callable[[Batch], Any]:
-    """Give what a task calls for the model's outputs. The call is collective over the stages."""
-    return lambda batch: job.engine.outputs(batch, everywhere=True)
+def run_model(job: Job, batch: Batch) -> Any:
+    """Give rank 0 the model's outputs. Collective over the stages, which wait for it in `show`."""
+    job.topology.comms.pipe.bcast(batch, root=0)
+    return job.engine.outputs(batch, everywhere=True)
 
 
 def draw(job: Job, run: RunFolder) -> None:
@@ -134,18 +139,16 @@ def draw(job: Job, run: RunFolder) -> None:
     if not job.config.report.pictures:
         return
     metric = job.task.metrics[0] if job.task.metrics else "loss"
-    found = job.task.maps(run_model(job))
-    if not run.writes:
-        return
     pictures.curves(rows(run.path / "metrics.jsonl"), metric, run.pictures / "curves.png")
+    found = job.task.maps(partial(run_model, job))
     if found is not None:
         pictures.maps(found, run.pictures / "maps.png")
 
 
 def write_sample(job: Job, run: RunFolder) -> None:
     """Write and say what the model writes, where the task lets it."""
-    found = job.task.sample(run_model(job))
-    if not run.writes or not found:
+    found = job.task.sample(partial(run_model, job))
+    if not found:
         return
     write_whole(run.path / "sample.txt", found)
     LOGGER.info("a sample, also in %s:", run.path / "sample.txt")
