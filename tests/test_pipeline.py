@@ -424,7 +424,7 @@ def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplo
             watching.after(number + 1, number + 1)
             position = step.next_position
     every, ranks = zip(*job.topology.comms.pipe.allgather((spans, world.rank)))
-    assert abs(seconds_ahead(job.topology.comms.pipe)) < 1e-3  # one machine has one clock
+    assert abs(seconds_ahead(job.topology.comms.pipe)) < 5e-3  # one machine has one clock
     if job.topology.replica:
         return
     mine = [v for v, owner in enumerate(job.averager.owners) if owner == 0]
