@@ -90,7 +90,7 @@ def measure(
                 with streams_kept(), around:
                     mine = {at: pieces[at]() for at in range(comm.rank, len(pieces), comm.size)}
                     reference = yardstick()
-        except Exception as error:  # made-up numbers don't suit every operator
+        except (Exception, SystemExit) as error:  # made-up numbers don't suit every operator
             reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
         done = comm.Ibarrier()
         while not done.Test():
