@@ -187,6 +187,7 @@ FREE_ON_RESUME = (
     "optimizer.sharded",
     "parallel.stages",
     "parallel.schedule",
+    "parallel.recompute",
     "parallel.cuts",
 )
 
@@ -216,8 +217,9 @@ def names_to_paths(names: str | list[str] | dict[str, str]) -> dict[str, str]:
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Give {"section.key": value} of a configuration, nested dataclasses included.
 
-    >>> flatten(Parallel(stages=2))
-    {'stages': 2, 'micro_batches': 'auto', 'schedule': '1f1b', 'gradients': 'strict', 'cuts': []}
+    >>> found = flatten(Config(parallel=Parallel(stages=2)))
+    >>> found["parallel.stages"], found["parallel.schedule"]
+    (2, '1f1b')
     """
     flat: dict[str, Any] = {}
     for entry in fields(config):
