@@ -200,10 +200,11 @@ def warn_of_unlike_processors(what: str, kinds: list[str]) -> None:
     )
 
 
-def build(config: Config, topology: Topology, learn: bool = True) -> Job:
+def build(config: Config, topology: Topology, learn: bool = True, trains: bool = True) -> Job:
     """Build the job's parts. Collective; errors are raised on all ranks.
 
-    With learn=False the task does not look at the training samples: `restore` brings its state.
+    With learn=False the task does not look at the training samples: `restore` brings its state. With
+    trains=False the job only evaluates: BatchNorm layers stay as they are, and a cut is not measured.
     """
     world = topology.comms.world
     train = config.train
@@ -224,7 +225,7 @@ def build(config: Config, topology: Topology, learn: bool = True) -> Job:
         most = max(order.sizes(train.batch, count))
         return task.batch(index.splits["train"].samples(np.arange(most))).inputs
 
-    portion = portions.build(config, topology, task, example, count)
+    portion = portions.build(config, topology, task, example, count, trains)
     with told_of_memory(topology):
         averager = Averager(
             portion.module,

@@ -50,9 +50,17 @@ class Portion:
 
 
 def build(
-    config: Config, topology: Topology, task: Task, example: Callable[[], dict[str, torch.Tensor]], count: int
+    config: Config,
+    topology: Topology,
+    task: Task,
+    example: Callable[[], dict[str, torch.Tensor]],
+    count: int,
+    trains: bool = True,
 ) -> Portion:
-    """Build it; `example` reads one micro-batch's inputs, `count` is the step's micro-batches. Collective."""
+    """Build it; `example` reads one micro-batch's inputs, `count` is the step's micro-batches. Collective.
+
+    Where nothing is trained, nothing is measured either: the cut is by estimate.
+    """
     world = topology.comms.world
     with together(world), told_of_memory(topology):
         model = models.complete(config.model, task.input_shapes, task.target_shapes)
@@ -68,7 +76,7 @@ def build(
         else:
             module = models.build(model, config.train.seed).to(topology.device)
         refuse_extra_state(module)
-        synced = synchronise(module, config, count, topology.replicas)
+        synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)
     stage, pieces, scales = None, None, None
     if topology.stages > 1:
@@ -76,7 +84,7 @@ def build(
             inputs = example()
             split.need(config.parallel.cuts, topology.stages)
             pieces = split.write(module, inputs, models.by_name(module, list(inputs)), topology.stages)
-        scales = scales_of(config, topology, count, synced)
+        scales = scales_of(config, topology, count, synced) if trains else None
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)

@@ -43,10 +43,8 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
                 *(comm.size, config.parallel.stages),
             )
         # nothing is averaged here: any number of ranks will do
-        averaging = replace(config.averaging, invariant=False, sync_batchnorm=False)
-        parallel = replace(config.parallel, micro_batches=topology.replicas)
-        config = replace(config, averaging=averaging, parallel=parallel)
-        job = assemble.build(config, topology, learn=False)
+        config = replace(config, averaging=replace(config.averaging, invariant=False))
+        job = assemble.build(config, topology, learn=False, trains=False)
         job.restore_weights(stored)
         try:
             write(job, split, output, topology.comms.world)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from hpctrain import room
 from hpctrain.averaging.groups import state_copies
@@ -20,7 +20,7 @@ from hpctrain.pipeline.weigh import Scales, choose
 NAP = 0.03
 
 
-@torch.library.custom_op("hpctrain_tests::nap", mutates_args=())
+@library.custom_op("hpctrain_tests::nap", mutates_args=())
 def nap(x: torch.Tensor) -> torch.Tensor:
     time.sleep(NAP)
     return x.clone()
@@ -165,6 +165,10 @@ def test_memory_asks_for_recomputation(world, even):
     assert (found.recompute, found.parts, found.warned) == (True, [(0, 2), (2, 4)], [])
     assert found.said[0].startswith("stages run forward again for backward, as memory asks for it")
     assert [work.input_gradient for work in found.passes] == [2.0, 0.0]  # the last one keeps its graph
+    asked.limits = [60, 60]  # nor does one's: the least is taken all the same
+    found = choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked)
+    assert found.recompute
+    assert "memory may run out" in found.warned[0]
     asked.limits = [100, 100]
     assert not choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
 

@@ -95,6 +95,8 @@ def choose(
         except ConfigError:
             partition(costs, stages, weights, scales.limits, speeds)
             warned = [f"memory may run out: {error}"]
+            recompute = recompute or scales.recompute == "auto"  # the least that it can take
+            costs = twice if recompute else costs
             best = partition(costs, stages, speeds=speeds)
     fits = warned or all(
         sum(memory[a:b]) + count * sum(kept[a:b]) <= limit

@@ -49,6 +49,20 @@ def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
         assert all(np.array_equal(whole[name][:], staged[name][:]) for name in whole)
 
 
+def test_predictions_of_synchronised_batchnorm_in_stages(launcher, small, tmp_path):
+    """Nothing is averaged in prediction: any number of ranks and micro-batches will do."""
+    words = ["--averaging.sync_batchnorm", "true", "--model.class_path", "stage_models.Skips"]
+    words += ["--parallel.stages", "2", "--parallel.micro_batches", "2", "--train.steps", "3"]
+    ended = launcher.ranks(4, "train", "small.toml", *words, "--train.run_folder", "synced")
+    assert ended.status == 0, ended.text
+    for ranks in (2, 1):
+        predicted = launcher.ranks(ranks, "predict", "synced", "--output", f"{ranks}.h5")
+        assert predicted.status == 0, predicted.text
+        assert "measured" not in predicted.text
+    with h5py.File(tmp_path / "1.h5") as whole, h5py.File(tmp_path / "2.h5") as staged:
+        assert all(np.array_equal(whole[name][:], staged[name][:]) for name in whole)
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers(launcher, small):
     for stages, text in (
         ("3", "parallel.stages = 3 does not divide the 4 ranks that MPI started: run with -n 6 or set"),
