@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hpctrain import cuda_probe, launch
 from hpctrain.config import Config
-from hpctrain.config_file import read_config, recipes
+from hpctrain.config_file import MADE, read_config, recipes
 from hpctrain.errors import ConfigError, HpctrainError, RankError, nearest
 from hpctrain.version import __version__
 
@@ -310,13 +310,12 @@ def data(words: list[str]) -> int:
     parser = ArgumentParser(prog="hpctrain data", description="Make the data of a recipe.")
     actions = parser.add_subparsers(dest="action", required=True)
     making = actions.add_parser("make", help="make a recipe's HDF5 file")
-    making.add_argument("name", choices=["digits", "language"])
+    making.add_argument("name", choices=[Path(file).stem for file in MADE])
     making.add_argument("--output", type=Path, help="the file to write; default NAME.h5")
     found = parse_words(parser, words)
     from hpctrain.data import make
 
-    makes = {"digits": make.digits, "language": make.language}
-    print(makes[found.name](found.output or Path(f"{found.name}.h5")))
+    print(getattr(make, found.name)(found.output or Path(f"{found.name}.h5")))
     return 0
 
 

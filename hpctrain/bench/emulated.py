@@ -15,7 +15,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpctrain.pipeline.schedule import Backward, Instruction, program
+from hpctrain.pipeline.schedule import Backward, Instruction
 from hpctrain.pipeline.simulate import Simulation, simulate
 
 LAYER = 15e-3
@@ -110,8 +110,7 @@ def simulated(schedule: str, stages: int, micro_batches: int, stretch: float) ->
     def cost(stage: int, instruction: Instruction) -> float:
         return 2 * one if isinstance(instruction, Backward) else one
 
-    programs = [list(program(schedule, s, stages, range(micro_batches))) for s in range(stages)]
-    return simulate(programs, cost)
+    return simulate(programs(schedule, stages, range(micro_batches)), cost)
 
 
 def work(stages: int, micro_batches: int, stretch: float) -> float:

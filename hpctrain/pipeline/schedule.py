@@ -176,6 +176,11 @@ def forward_only(stage: int, stages: int, micro_batches: Sequence[int]) -> Itera
             yield Send(v)
 
 
+def programs(name: str, stages: int, micro_batches: Sequence[int]) -> list[list[Instruction]]:
+    """Give every stage's program."""
+    return [list(program(name, stage, stages, micro_batches)) for stage in range(stages)]
+
+
 def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
     """Give what one stage does in a step: its passes, with their messages around them.
 

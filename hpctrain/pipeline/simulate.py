@@ -20,7 +20,7 @@ from hpctrain.pipeline.schedule import (
     ReceiveGradient,
     Send,
     SendGradient,
-    program,
+    programs,
 )
 
 Links = Mapping[int, Sequence[int]]
@@ -215,5 +215,5 @@ def check(
             raise ConfigError(
                 f"stage {stage} gives activations to an earlier stage: the cut goes through a loop"
             )
-    programs = [list(program(name, stage, stages, micro_batches)) for stage in range(stages)]
-    return simulate(programs, lambda _, i: 2.0 if isinstance(i, Backward) else 1.0, links, back=back)
+    every = programs(name, stages, micro_batches)
+    return simulate(every, lambda _, i: 2.0 if isinstance(i, Backward) else 1.0, links, back=back)

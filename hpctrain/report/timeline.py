@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from hpctrain.assemble import Job
 from hpctrain.log import LOGGER
-from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, program
+from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, programs
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
 from hpctrain.report import pictures
 from hpctrain.report.run_folder import RunFolder
@@ -180,10 +180,9 @@ def dry(job: Job, cost: Cost) -> Simulation:
     """Simulate a full step of the first replica. Local."""
     mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
     stages = job.topology.stages
-    programs = [list(program(job.config.parallel.schedule, s, stages, mine)) for s in range(stages)]
     assert job.stage is not None
     links, back = job.stage.cut.links()
-    return simulate(programs, cost, links, back=back)
+    return simulate(programs(job.config.parallel.schedule, stages, mine), cost, links, back=back)
 
 
 def row(
@@ -207,7 +206,7 @@ def row(
                 "pass_seconds": {
                     kind: round(value, 6) for (stage, kind), value in usual.items() if stage == at
                 },
-                "idle": round(1.0 - measured.busy[at] / measured.seconds, 4) if measured.seconds else 0.0,
+                "idle": round(1.0 - measured.busy[at] / measured.seconds, 4),
             }
             for at, told in enumerate(stages)
         ],
@@ -227,7 +226,7 @@ def table(
     lines = ["stage  rank  parameters  forward ms  backward ms  idle  modules"]
     for at, told in enumerate(stages):
         back = sum(value for (stage, kind), value in usual.items() if stage == at and kind != forward)
-        idle = 1.0 - measured.busy[at] / measured.seconds if measured.seconds else 0.0
+        idle = 1.0 - measured.busy[at] / measured.seconds
         lines.append(
             f"{at:5}  {told.rank:4}  {told.parameters:10,}  {1e3 * usual.get((at, forward), 0.0):10.2f}  "
             f"{1e3 * back:11.2f}  {idle:4.0%}  {' … '.join(dict.fromkeys(told.modules))} on {told.host}"
