@@ -15,7 +15,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpctrain.pipeline.schedule import Backward, Instruction
+from hpctrain.pipeline.schedule import Backward, Instruction, programs
 from hpctrain.pipeline.simulate import Simulation, simulate
 
 LAYER = 15e-3
