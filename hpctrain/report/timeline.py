@@ -237,8 +237,9 @@ def table(
         f"{1e3 * simulated.seconds:.1f} ms, idle {simulated.bubble:.0%}"
     )
     if expected:
+        alone = "; the ranks share cores, and take longer" if job.topology.crowded else ""
         lines.append(
             f"expected before the cut, from pieces measured alone: {1e3 * expected.seconds:.1f} ms, "
-            f"idle {expected.bubble:.0%}"
+            f"idle {expected.bubble:.0%}{alone}"
         )
     return lines
