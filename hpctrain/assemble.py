@@ -32,7 +32,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.piece import Piece
-from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.portion import Portion, told_of_memory
 from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
@@ -67,8 +67,8 @@ class Job:
         return self.engine.averager
 
     @property
-    def stage(self) -> Stage | None:
-        """This rank's stage, where there are several."""
+    def pipeline(self) -> Pipeline | None:
+        """This rank's stages, where there are several."""
         return self.engine.pipeline if isinstance(self.engine, StagedEngine) else None
 
     @property
@@ -136,8 +136,8 @@ class Job:
         self.loader.close()
         self.reader.close()
         self.averager.close()
-        if self.stage and sys.exc_info()[0] is None:  # freeing is collective
-            self.stage.close()
+        if self.pipeline and sys.exc_info()[0] is None:  # freeing is collective
+            self.pipeline.close()
 
 
 def check_classes(config: Config) -> None:
@@ -155,6 +155,12 @@ def check_invariant(config: Config, replicas: int) -> None:
     """Check what the same bits on any layout ask for. Local."""
     if not config.averaging.invariant:
         return
+    if config.parallel.virtual > 1:
+        raise ConfigError(
+            "parallel.schedule = interleaved runs several micro-batches' backward passes on a rank by turns, "
+            "and averaging.invariant = true sums them one by one: leave one of them out; 1f1b, gpipe and "
+            "zb-h1 have the bits"
+        )
     if config.parallel.gradients == "fast":
         raise ConfigError(
             "parallel.gradients = fast adds micro-batches in an order that depends on the stages, and "
@@ -238,7 +244,7 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
             cuda_aware=topology.cuda_aware,
             pipe=topology.comms.pipe,
         )
-    if portion.stage and portion.stage.ties:
+    if portion.pipeline and portion.pipeline.ties:
         averager.nothing_early()
     with together(world):
         engine = engine_of(config, topology, portion, averager, list(task.input_shapes))
@@ -249,7 +255,7 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
         count,
         train.batch,
         train.seed,
-        maker(task, portion.stage),
+        maker(task, portion.pipeline),
     )
     # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
     kept = replace(config.parallel, micro_batches="auto" if portion.synced else count)
@@ -265,10 +271,10 @@ def engine_of(
     train, parallel = config.train, config.parallel
     loss = SummedLoss(construct.build(train.loss, "train.loss", **loss_arguments(train.loss)))
     common = topology, portion.module, loss, averager, names, train.seed, train.autocast
-    if portion.stage is None:
+    if portion.pipeline is None:
         return Engine(*common)
     merges = parallel.gradients == "fast"
-    return StagedEngine(*common, pipeline=portion.stage, schedule=parallel.schedule, merges=merges)
+    return StagedEngine(*common, pipeline=portion.pipeline, schedule=parallel.schedule, merges=merges)
 
 
 def wanted(topology: Topology, batch: int) -> int:
@@ -278,7 +284,7 @@ def wanted(topology: Topology, batch: int) -> int:
     return max(1, min(4 * topology.stages, batch // topology.replicas))
 
 
-def maker(task: Task, pipeline: Stage | None) -> Callable[[NDArray[np.int64]], Batch]:
+def maker(task: Task, pipeline: Pipeline | None) -> Callable[[NDArray[np.int64]], Batch]:
     """Give what makes a batch: no samples, and those that a stage in the middle needs not, are not read."""
     reads = pipeline is None or pipeline.reads_inputs
 

@@ -56,10 +56,14 @@ class Parallel:
     micro_batches: int | Literal["auto"] = "auto"
     """Micro-batches of one step over all replicas; auto: one a replica, four times the stages a replica
     with several stages."""
-    schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "zb-h1", "interleaved"] = "1f1b"
     """In which order a stage runs its passes: 1f1b keeps the activations of as many micro-batches as there
-    are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers.
-    The results are the same bits."""
+    are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers;
+    interleaved gives each rank several stages, for shorter gaps and more messages. The results are the same
+    bits."""
+    virtual_stages: int = 2
+    """Stages that a rank runs with schedule interleaved: twice as many for half the gaps. Has most where
+    micro_batches a replica are a multiple of stages."""
     gradients: Literal["strict", "fast"] = "strict"
     """strict: the bits of one process with the same micro-batches. fast: stages compute the weight gradients
     of several small micro-batches at once, whose sum has another order."""
@@ -68,6 +72,11 @@ class Parallel:
     random numbers; auto: where memory asks for it."""
     cuts: list[str] = field(default_factory=list)
     """Modules that begin a stage, such as ["encoder.3", "decoder.0"] for three; empty: cut by work."""
+
+    @property
+    def virtual(self) -> int:
+        """Stages that each rank runs."""
+        return self.virtual_stages if self.schedule == "interleaved" and self.stages > 1 else 1
 
 
 @dataclass

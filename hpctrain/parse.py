@@ -223,6 +223,7 @@ def check_values(config: Config) -> None:
         ("checkpoint.every_minutes", checkpoint.every_minutes, 0),
         ("checkpoint.keep", checkpoint.keep, 1),
         ("parallel.stages", config.parallel.stages, 1),
+        ("parallel.virtual_stages", config.parallel.virtual_stages, 2),
     ]
     count = config.parallel.micro_batches
     if isinstance(count, int):

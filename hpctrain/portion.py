@@ -26,7 +26,7 @@ from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
 from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.part import Cut
-from hpctrain.pipeline.stage import Stage, every_tensor, take_share, users_of
+from hpctrain.pipeline.pipeline import Pipeline, every_tensor, take_share, users_of
 from hpctrain.pipeline.transport import Transport
 from hpctrain.pipeline.weigh import Scales
 from hpctrain.room import room
@@ -43,8 +43,8 @@ class Portion:
     """Complete: it builds the model without the data."""
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    stage: Stage | None
-    """Where there are several."""
+    pipeline: Pipeline | None
+    """Where there are several stages."""
     synced: bool
     """Whether BatchNorm layers see the whole batch."""
 
@@ -78,25 +78,27 @@ def build(
         refuse_extra_state(module)
         synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)
-    stage, pieces, scales = None, None, None
+    pipeline, pieces, scales = None, None, None
+    stages = topology.stages * config.parallel.virtual
     if topology.stages > 1:
         with together(world), told_of_memory(topology):  # what may fail on one rank alone comes first
             inputs = example()
-            split.need(config.parallel.cuts, topology.stages)
-            pieces = split.write(module, inputs, models.by_name(module, list(inputs)), topology.stages)
+            split.need(config.parallel.cuts, stages)
+            pieces = split.write(module, inputs, models.by_name(module, list(inputs)), stages)
         scales = scales_of(config, topology, count, synced) if trains else None
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)
             own = range(-(-count // topology.replicas))
-            simulate.check(config.parallel.schedule, topology.stages, own, *pieces.links())
-            stage, optimizer = stage_of(config, topology, module, deferred, pieces, synced)
+            virtual = config.parallel.virtual
+            simulate.check(config.parallel.schedule, topology.stages, own, *pieces.links(), virtual)
+            pipeline, optimizer = pipeline_of(config, topology, module, deferred, pieces, synced)
         else:
             optimizer = groups.build(config.optimizer, module)
     same_start(module, topology.comms.data)
-    if stage:
-        stage.refresh()
-    return Portion(model, module, optimizer, stage, synced)
+    if pipeline:
+        pipeline.refresh()
+    return Portion(model, module, optimizer, pipeline, synced)
 
 
 @contextmanager
@@ -137,17 +139,17 @@ def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: i
     return True
 
 
-def stage_of(
+def pipeline_of(
     config: Config,
     topology: Topology,
     module: torch.nn.Module,
     deferred: Deferred | None,
     model: Cut,
     synced: bool,
-) -> tuple[Stage, torch.optim.Optimizer]:
-    """Keep this rank's stage of a model in pieces; give what runs it and its optimizer. Collective.
+) -> tuple[Pipeline, torch.optim.Optimizer]:
+    """Keep this rank's stages of a model in pieces; give what runs them and their optimizer. Collective.
 
-    Only now the stage's tensors are made, where the model was built without memory.
+    Only now their tensors are made, where the model was built without memory.
     """
     for line in model.choice.said:
         LOGGER.info("%s", line)
@@ -155,12 +157,13 @@ def stage_of(
         LOGGER.warning("%s", line)
     if deferred:
         tensors = dict(every_tensor(module))
-        wanted = [tensors[n] for n, stages in users_of(module, model).items() if topology.stage in stages]
+        users = users_of(module, model).items()
+        wanted = [tensors[n] for n, stages in users if any(mine(s, topology) for s in stages)]
         deferred.materialise(module, wanted, topology.device)
     else:
         module.to(topology.device)
     optimizer = groups.build(config.optimizer, module)  # over all parameters: stages have the same groups
-    mine, ties = take_share(module, model, topology.stage)
+    own, ties = take_share(module, model, topology.stage, topology.stages)
     trained = [tie.name for tie in ties if tie.tensor.requires_grad]
     if trained and config.averaging.invariant:
         raise ConfigError(
@@ -169,16 +172,19 @@ def stage_of(
             f"set parallel.stages = 1 or untie it"
         )
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in mine]
-    for parameter in [p for p in optimizer.state if id(p) not in mine]:
+        group["params"] = [p for p in group["params"] if id(p) in own]
+    for parameter in [p for p in optimizer.state if id(p) not in own]:
         del optimizer.state[parameter]
-    stage = Stage(model, topology.stage, Transport(topology.comms.pipe, topology.device))
-    stage.ties = ties
-    stage.recomputes = recomputes(config, stage, synced)
-    return stage, optimizer
+    again = recomputes(config, model, synced)
+    return Pipeline(model, Transport(topology.comms.pipe, topology.device), ties, again), optimizer
 
 
-def recomputes(config: Config, stage: Stage, synced: bool) -> bool:
+def mine(stage: int, topology: Topology) -> bool:
+    """Whether a stage is this rank's. Local."""
+    return stage % topology.stages == topology.stage
+
+
+def recomputes(config: Config, model: Cut, synced: bool) -> bool:
     """Whether stages run forward again for backward. Local."""
     asked = config.parallel.recompute
     if synced and asked == "always":
@@ -186,17 +192,20 @@ def recomputes(config: Config, stage: Stage, synced: bool) -> bool:
             "parallel.recompute = always and SyncBatchNorm exclude each other: its statistics are of all "
             "replicas at one moment, which can't be had again; leave one of them out"
         )
-    return not synced and (asked == "always" or (asked == "auto" and stage.cut.choice.recompute))
+    return not synced and (asked == "always" or (asked == "auto" and model.choice.recompute))
 
 
 def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> Scales | None:
     """Say by what a cut is to be chosen; None where nothing is measured. Collective."""
-    world, stages = topology.comms.world, topology.stages
+    world, stages = topology.comms.world, topology.stages * config.parallel.virtual
     if topology.device != "cpu" or config.parallel.cuts:
         return None
     node = topology.comms.node
     told = world.allgather((topology.stage, room(node.size)))
-    ranks = [[rank for rank, (stage, _) in enumerate(told) if stage == at] for at in range(stages)]
+    ranks = [
+        [rank for rank, (stage, _) in enumerate(told) if stage == at % topology.stages]
+        for at in range(stages)
+    ]
     neighbours = node.allgather((topology.stage, usable_cores()))
     cores = set[int]().union(*(own for _, own in neighbours))
     turns = world.allreduce(-(-node.size // len(cores)) if topology.crowded else 1, op=MPI.MAX)
@@ -204,11 +213,12 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
     sharing = sum(stage == topology.stage for stage, _ in neighbours)
     shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
     copies = world.allreduce(1.0 + shared, op=MPI.MAX)
-    dry = simulate.check(config.parallel.schedule, stages, range(-(-count // topology.replicas)))
+    own = range(-(-count // topology.replicas))
+    dry = simulate.check(config.parallel.schedule, topology.stages, own, virtual=config.parallel.virtual)
     return Scales(
         world,
         ranks,
-        [min(told[rank][1] for rank in group) for group in ranks],
+        [min(told[rank][1] for rank in group) / config.parallel.virtual for group in ranks],
         dry.kept,
         copies,
         precision(config.train.autocast, topology.device),

@@ -1,13 +1,13 @@
-"""The engine of a model in stages: every stage runs its own program, with messages around its passes.
+"""The engine of a model in stages: every rank runs its own program, with messages around its passes.
 
-A stage that fails goes on with its program in name only (`pipeline/stage.py`), so that all meet where
+A rank that fails goes on with its program in name only (`pipeline/stage.py`), so that all meet where
 errors are counted. Evaluation is a program of forwards.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from hpctrain.engine import EVALUATION, Engine, resident_bytes, to_float
 from hpctrain.errors import HpctrainError, RankError
 from hpctrain.keys import key
 from hpctrain.pipeline.part import Part
+from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.schedule import (
     Backward,
     BackwardInput,
@@ -45,10 +46,10 @@ GROUP = 2
 
 @dataclass(kw_only=True)
 class StagedEngine(Engine):
-    """Takes steps and evaluates, this rank being one stage of a replica."""
+    """Takes steps and evaluates, this rank running one stage of a replica, or several virtual ones."""
 
-    pipeline: Stage
-    """This rank's stage."""
+    pipeline: Pipeline
+    """This rank's stages."""
     schedule: str = "1f1b"
     merges: bool = False
     """Whether weight gradients of several micro-batches may be computed at once (`parallel.gradients`)."""
@@ -63,6 +64,8 @@ class StagedEngine(Engine):
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
+        self.parameters = self.pipeline.parameters(self.module)
+        """By virtual stage of this rank."""
 
     def refresh(self) -> None:
         """Give the owners' new weights to the copies of other stages. Collective (stages)."""
@@ -81,25 +84,27 @@ class StagedEngine(Engine):
         self, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
     ) -> Exception | None:
         """Run this stage's program to its end; in name only once it has failed. Collective (stages)."""
-        stage = self.pipeline
+        pipeline = self.pipeline
         mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
         working = [v for v in mine if sizes[v]]
         self._last_backward = working[-1] if working else -1
         self._joining.clear()
         self.straight.begin()
-        parts = {size: stage.part(size, True) for size in {sizes[v] for v in mine} if size}
-        for instruction in program(self.schedule, stage.stage, stage.cut.stages, mine):
-            v = instruction.micro_batch
+        own = {size for size in {sizes[v] for v in mine} if size}
+        parts = {(stage, size): stage.part(size, True) for size in own for stage in pipeline.stages}
+        for instruction in program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual):
+            v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             if not sizes[v]:
-                if isinstance(instruction, (Backward, BackwardInput)):
+                if isinstance(instruction, (Backward, BackwardInput)) and not instruction.virtual:
                     self.averager.joined(v, 0.0, 0.0)
                 continue
+            part = parts[stage, sizes[v]]
             if failure is not None:
-                stage.fail(instruction, parts[sizes[v]])
+                stage.fail(instruction, part)
                 continue
             began = time.perf_counter()
             try:
-                self._execute_staged(instruction, number, step, parts[sizes[v]])
+                self._execute_staged(instruction, number, step, stage, part)
             except HpctrainError as error:
                 failure = error
             except SystemExit as error:
@@ -110,63 +115,82 @@ class StagedEngine(Engine):
                 )
                 failure = error
             if failure is not None and isinstance(instruction, (Send, SendGradient)):
-                stage.fail(instruction, parts[sizes[v]])  # nothing of it has left; a receive took all
+                stage.fail(instruction, part)  # nothing of it has left; a receive took all
             if self._spans is not None and isinstance(instruction, PASSES):
                 self._spans.append(Span(stage.stage, instruction, began, time.perf_counter()))
-        stage.collect(self.averager.add)
-        stage.transport.finish()
+        pipeline.collect(self.averager.add)
+        pipeline.transport.finish()
         return failure
 
-    def _execute_staged(self, instruction: Instruction, number: int, step: Step[Batch], part: Part) -> None:
-        stage, v = self.pipeline, instruction.micro_batch
+    def _execute_staged(
+        self, instruction: Instruction, number: int, step: Step[Batch], stage: Stage, part: Part
+    ) -> None:
+        v = instruction.micro_batch
         batch = step.micro_batches[v]
         match instruction:
             case Receive():
                 stage.receive(v, part)
             case Forward():
-                self.averager.forward_of(v)
-                stream = key(self.seed, number, v)
-                set_generators(stream >> 1)
-                resident = 0 if self._stepped else resident_bytes()
-                marks = self.averager.running.marks() if stage.recomputes else {}
-                with self.straight.forward(), self._precision():
-                    outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
-                if stage.recomputes and self.averager.running.marks() == marks:
-                    stage.let_go(v)
-                if stage.last:
-                    self._losses[v] = self._checked(
-                        number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
-                    )
-                if resident:  # of all micro-batches that are on their way at once
-                    self.activation_bytes += max(0, resident_bytes() - resident)
+                self._forward_staged(number, v, batch, stage, part)
             case Send():
                 stage.send(v, part)
             case ReceiveGradient():
                 stage.receive_gradient(v, part)
             case Backward() | BackwardInput():
-                total, weight = self._losses.pop(v, (None, 0.0))
                 # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
                 waits = isinstance(instruction, BackwardInput) and self.averager.growing is None
-                if stage.kept[v].gone:
-                    set_generators(key(self.seed, number, v) >> 1)
-                    with self.averager.running.unseen(), self.straight.forward(), self._precision():
-                        stage.again(v, part)
-                if v == self._last_backward:
-                    self.averager.last_backward()
-                with self.straight.accumulating(v if waits else -1):
-                    stage.backward(v, total)
-                self._joining[v] = float(total.detach()) if total is not None else 0.0, weight
-                if not waits:
-                    self.averager.joined(v, *self._joining.pop(v))
+                self._backward_staged(instruction, number, stage, part, waits)
                 if stage.stage == 0:
                     stage.forget(v)
             case BackwardWeight():
                 if v in self._joining:
-                    self.straight.weights_of(v, last=v == self._last_backward)
-                    self.averager.joined(v, *self._joining.pop(v))
+                    last = v == self._last_backward and not instruction.virtual
+                    self.straight.weights_of(v, last)
+                    self._join(instruction)
             case SendGradient():
                 stage.send_gradient(v, part)
                 stage.forget(v)
+
+    def _forward_staged(self, number: int, v: int, batch: Batch, stage: Stage, part: Part) -> None:
+        self.averager.forward_of(v)
+        stream = key(self.seed, number, v)
+        set_generators(stream >> 1)
+        resident = 0 if self._stepped else resident_bytes()
+        marks = self.averager.running.marks() if stage.recomputes else {}
+        with self.straight.forward(), self._precision():
+            outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
+        if stage.recomputes and self.averager.running.marks() == marks:
+            stage.let_go(v)
+        if stage.last:
+            self._losses[v] = self._checked(
+                number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
+            )
+        if resident:  # of all micro-batches that are on their way at once
+            self.activation_bytes += max(0, resident_bytes() - resident)
+
+    def _backward_staged(
+        self, instruction: Instruction, number: int, stage: Stage, part: Part, waits: bool
+    ) -> None:
+        v, virtual = instruction.micro_batch, instruction.virtual
+        total, weight = self._losses.pop(v, (None, 0.0)) if stage.last else (None, 0.0)
+        if stage.kept[v].gone:
+            set_generators(key(self.seed, number, v) >> 1)
+            with self.averager.running.unseen(), self.straight.forward(), self._precision():
+                stage.again(v, part)
+        if v == self._last_backward:
+            self.averager.last_backward(self.parameters[virtual] if virtual else None)
+        with self.straight.accumulating(v if waits else -1):
+            stage.backward(v, total)
+        if total is not None:
+            self._joining[v] = float(total.detach()), weight
+        self._joining.setdefault(v, (0.0, 0.0))
+        if not waits:
+            self._join(instruction)
+
+    def _join(self, instruction: Instruction) -> None:
+        """Note that a micro-batch is done here, with the last of its backward passes. Local."""
+        if not instruction.virtual:
+            self.averager.joined(instruction.micro_batch, *self._joining.pop(instruction.micro_batch))
 
     def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
         """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""
@@ -195,13 +219,17 @@ class StagedEngine(Engine):
     def _forwards(self, batches: list[Batch], use: Callable[[Batch, Any], None]) -> None:
         """Run the program of a few forwards to its end, in name only once this stage has failed."""
         self.module.eval()
-        stage = self.pipeline
+        pipeline = self.pipeline
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)
-        parts = {size: stage.part(size, False) for size in {len(batch) for batch in batches}}
-        for instruction in forward_only(stage.stage, stage.cut.stages, range(len(batches))):
-            v = instruction.micro_batch
-            batch, part = batches[v], parts[len(batches[v])]
+        own = {len(batch) for batch in batches}
+        parts = {(stage, size): stage.part(size, False) for size in own for stage in pipeline.stages}
+        every = range(len(batches))
+        for instruction in forward_only(
+            self.schedule, pipeline.rank, pipeline.ranks, every, pipeline.virtual
+        ):
+            v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
+            batch, part = batches[v], parts[stage, len(batches[v])]
             if failure is not None:
                 stage.fail(instruction, part)
                 continue
@@ -226,7 +254,7 @@ class StagedEngine(Engine):
                 failure = error
             if failure is not None and isinstance(instruction, Send):
                 stage.fail(instruction, part)
-        stage.transport.finish()
-        for v in range(len(batches)):
+        pipeline.transport.finish()
+        for stage, v in product(pipeline.stages, every):
             stage.forget(v)
         raise_together(self.topology.comms.pipe, None if isinstance(failure, PeerFailedError) else failure)

@@ -133,7 +133,7 @@ def one_step(job: Job, alone: Job | None, number: int, step: Step[Any]) -> str |
 def snapshot(job: Job) -> dict[str, torch.Tensor]:
     """Copy all weights and buffers, of all stages. Collective over them."""
     mine = {name: value.detach().clone() for name, value in tensors_of(job.engine.module).items()}
-    if not job.stage:
+    if not job.pipeline:
         return mine
     return {name: value for share in job.topology.comms.pipe.allgather(mine) for name, value in share.items()}
 
@@ -200,7 +200,7 @@ def largest_of(tensors: Iterable[torch.Tensor]) -> float:
 def first_difference(job: Job, reference: Reference, loss: float) -> Difference | None:
     """Compare this rank's result with the reference. Local."""
     rank = job.topology.world_rank
-    tied = {tie.name for tie in job.stage.ties} if job.stage else set()
+    tied = {tie.name for tie in job.pipeline.ties} if job.pipeline else set()
     if abs(loss - reference.loss) > reference.loss_bound:
         return Difference("the loss", rank, abs(loss - reference.loss) / reference.loss_bound)
     for name in job.averager.named:
@@ -237,7 +237,7 @@ def micro_batch_at_fault(
     job: Job, alone: Job | None, weights: dict[str, torch.Tensor], number: int, step: Step[Any], name: str
 ) -> str:
     """Compare one micro-batch at a time, to say which rank computes which one wrong. Collective."""
-    if job.stage:
+    if job.pipeline:
         return "look at the layers around it, and at what crosses between the stages there"
     if synced(job):
         return "SyncBatchNorm joins all micro-batches, so none can be looked at alone"

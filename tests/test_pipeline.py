@@ -148,6 +148,48 @@ def test_one_replica_has_the_bits_of_one_process(world, build, model):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [("plain_row", 5), ("Skips", 4), ("Acts", 3), ("Wide", 2), ("Filled", 6), ("Tied", 5), ("tied_row", 5)],
+)
+def test_several_stages_a_rank_have_the_bits_of_one_process(world, build, waits, model, count):
+    """Interleaved: skips to stages of the same rank, fewer micro-batches than ranks, evaluation, other layouts."""
+    for stages in layouts(world.size):
+        if stages == 4 and model not in ("plain_row", "Skips", "Tied"):
+            continue  # has fewer than 8 pieces
+        count = max(count, world.size // stages)
+        job = build(model, stages, micro_batches=count, schedule="interleaved")
+        assert len(job.pipeline.stages) == 2
+        if stages == world.size:
+            has_bits_of_one_process(world, job, model)
+            alone = build_alone(job)
+            take_weights(job, alone)
+            found = job.engine.evaluate(job.split_batches("train"), job.task.measure)
+            others = alone.engine.evaluate(alone.split_batches("train"), alone.task.measure)
+            room = 1e-5 if model in TIED else 0.0
+            assert all(found[n] == pytest.approx(others[n], rel=room, abs=0.0) for n in found)
+            alone.close()
+            alone.topology.close()
+        else:
+            assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+def test_interleaved_recomputes_fails_and_refuses(world, build):
+    for stages in layouts(world.size):
+        job = build("plain_row", stages, schedule="interleaved", recompute="always", micro_batches=6)
+        assert compare(job, 2) is None
+        if stages == 2:  # it has 5 layers
+            job = build("breaking_row", 2, arguments={"at": 0, "backward": True}, schedule="interleaved")
+            with pytest.raises(HpctrainError, match="trouble in a layer"):
+                job.engine.step(0, job.loader.read(0))
+        with pytest.raises(ConfigError, match="interleaved runs several micro-batches' backward passes"):
+            build("plain_row", stages, micro_batches=6, schedule="interleaved", invariant=True)
+        with pytest.raises(ConfigError, match="has 8 layers .*, too few for"):
+            build("plain_row", stages, schedule="interleaved", virtual_stages=5)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("model", MODELS)
 def test_a_stage_makes_its_own_weights_alone(world, build, monkeypatch, model):
     """However small: each is made by the stages that use it, with the bits of the whole model."""
@@ -431,19 +473,22 @@ def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplo
             assert bool(spans) == (number + 1 == WATCHED and job.topology.replica == 0)
             watching.after(number + 1, number + 1)
             position = step.next_position
+    virtual = job.pipeline.virtual
     every, ranks = zip(*job.topology.comms.pipe.allgather((spans, world.rank)))
     assert abs(seconds_ahead(job.topology.comms.pipe)) < 5e-3  # one machine has one clock
     if job.topology.replica:
         return
     mine = [v for v, owner in enumerate(job.averager.owners) if owner == 0]
     at = {}
-    for stage, found in enumerate(every):
-        passes = [i for i in program(schedule, stage, stages, mine) if isinstance(i, PASSES)]
+    for rank, found in enumerate(every):
+        passes = [i for i in program(schedule, rank, stages, mine, virtual) if isinstance(i, PASSES)]
         assert [span.instruction for span in found] == passes
-        assert all(span.stage == stage for span in found)
+        assert all(span.stage == rank + stages * span.instruction.virtual for span in found)
         assert all(a.end <= b.start for a, b in pairwise(found))
-        at |= {(stage, type(s.instruction) is Forward, s.instruction.micro_batch): s for s in reversed(found)}
-    for stage in range(stages - 1):
+        at |= {
+            (s.stage, type(s.instruction) is Forward, s.instruction.micro_batch): s for s in reversed(found)
+        }
+    for stage in range(stages * virtual - 1):
         for v in mine:
             assert at[stage, True, v].end <= at[stage + 1, True, v].start
             assert at[stage + 1, False, v].start <= at[stage, False, v].start
@@ -451,7 +496,7 @@ def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplo
         return
     (row,) = [row for row in rows(run.path / "metrics.jsonl") if row["event"] == "pipeline"]
     assert row["seconds"] == pytest.approx(as_simulation(every).seconds, abs=1e-6)
-    assert [told["rank"] for told in row["stages"]] == list(ranks)
+    assert [told["rank"] for told in row["stages"]] == list(ranks) * virtual
     assert sum(told["parameters"] for told in row["stages"]) == sum(
         p.numel() for p in build_alone(job).engine.module.parameters()
     )
@@ -460,7 +505,7 @@ def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplo
     table = [record.getMessage() for record in caplog.records]
     assert (
         sum(bool(re.match(r" +\d +\d+ +[\d,]+ +\d+\.\d\d +\d+\.\d\d +\d+%  \d", line)) for line in table)
-        == stages
+        == stages * virtual
     )
     assert (run.path / "pictures" / "pipeline.png").stat().st_size > 10_000
 
@@ -514,13 +559,13 @@ def test_evaluation_that_fails_on_one_stage_ends_on_all(world, build, monkeypatc
                 raise ValueError("trouble")
             return {}
 
-        def forward(v, *rest, at=at - GROUP * stages, whole=job.engine.pipeline.forward):
+        def forward(v, *rest, at=at - GROUP * stages, whole=job.engine.pipeline.stages[0].forward):
             if v == at:
                 raise ValueError("trouble")
             return whole(v, *rest)
 
         if where == "model" and last and job.topology.stage == 0:
-            monkeypatch.setattr(job.engine.pipeline, "forward", forward)
+            monkeypatch.setattr(job.engine.pipeline.stages[0], "forward", forward)
         firsts = world.allgather(last and job.topology.stage == 0)
         failing = firsts.index(True) if where == "model" else world.size - 1
         with pytest.raises(HpctrainError, match="trouble") as raised:
@@ -546,7 +591,7 @@ def test_cuts_where_the_user_says(world, build):
     for cuts, text in (
         (["nowhere"], "parallel.cuts: nowhere is not among the layers 0, 1, 2"),
         (["0"], "parallel.cuts: 0 does not come behind the cut before it"),
-        (["1", "2"], "names 2 cuts, parallel.stages = 2 needs 1"),
+        (["1", "2"], "names 2 cuts, 2 stages need 1"),
     ):
         with pytest.raises(ConfigError, match=text):
             build("plain_row", 2, cuts=cuts)

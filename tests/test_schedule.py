@@ -22,8 +22,12 @@ from hpctrain.pipeline.simulate import chain, check, simulate
 SIZES = [(1, 3), (2, 1), (2, 2), (2, 5), (3, 2), (4, 4), (4, 9), (8, 3)]
 
 
-def programs(name, stages, count):
-    return [list(program(name, s, stages, range(count))) for s in range(stages)]
+VIRTUAL = {"interleaved": 2}
+
+
+def programs(name, ranks, count, virtual=None):
+    virtual = virtual or VIRTUAL.get(name, 1)
+    return [list(program(name, rank, ranks, range(count), virtual)) for rank in range(ranks)]
 
 
 def halved(stage, instruction):
@@ -37,39 +41,56 @@ def unsplit(stage, instruction):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("stages", "count"), SIZES)
-def test_laws(name, stages, count):
+@pytest.mark.parametrize(("ranks", "count"), SIZES)
+def test_laws(name, ranks, count):
     """No deadlock; every micro-batch once forward and once backward, both halves of that in order."""
-    found = simulate(programs(name, stages, count), halved)
-    for stage in range(stages):
+    found = simulate(programs(name, ranks, count), halved)
+    virtual = VIRTUAL.get(name, 1) if ranks > 1 else 1
+    for stage in range(ranks * virtual):
         mine = [span.instruction for span in found.spans if span.stage == stage]
         assert sorted(i.micro_batch for i in mine if isinstance(i, Forward)) == list(range(count))
         for halves in ((Backward, BackwardInput), (Backward, BackwardWeight)):
             assert [i.micro_batch for i in mine if isinstance(i, halves)] == list(range(count))
-        assert found.busy[stage] == 3.0 * count
-    if stages == 1:
+    assert found.busy == [3.0 * count * virtual] * ranks
+    if ranks == 1:
         assert found.kept == [1]
         assert found.bubble == 0
         return
-    gaps = stages - 1
-    assert simulate(programs(name, stages, count), unsplit).bubble == pytest.approx(gaps / (count + gaps))
+    gaps = ranks - 1
+    if virtual == 1 or count % ranks == 0:
+        bubble = simulate(programs(name, ranks, count), unsplit).bubble
+        assert bubble == pytest.approx(gaps / (virtual * count + gaps))
     if name == "zb-h1":
-        assert found.kept == [min(count, stages)] * stages
-        if count >= 2 * stages - 1:  # p - 1 gaps of F + I - W
+        assert found.kept == [min(count, ranks)] * ranks
+        if count >= 2 * ranks - 1:  # p - 1 gaps of F + I - W
             assert found.bubble == pytest.approx(gaps / (3 * count + gaps))
-    else:
+    elif virtual == 1:
         assert found.bubble == pytest.approx(2 * gaps / (3 * count + 2 * gaps))  # of F + I
-        most = [count] * stages if name == "gpipe" else [min(count, stages - s) for s in range(stages)]
+        most = [count] * ranks if name == "gpipe" else [min(count, ranks - r) for r in range(ranks)]
         assert found.kept == most
 
 
-@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b", "zero_bubble"])
+@pytest.mark.parametrize("virtual", [2, 3, 4])
+def test_interleaving_never_hangs(virtual):
+    """Whatever the numbers; a multiple of the ranks has the shortest gaps, and one more virtual stage shorter."""
+    for ranks, count in itertools.product(range(2, 9), range(1, 19)):
+        found = simulate(programs("interleaved", ranks, count, virtual), unsplit)
+        assert found.busy == [2.0 * count * virtual] * ranks
+        whole = -(-count // ranks) * ranks  # what is left out leaves a gap
+        assert found.seconds <= 2.0 * whole * virtual + 2.0 * (ranks - 1)
+        if count == whole:
+            assert found.bubble == pytest.approx((ranks - 1) / (virtual * count + ranks - 1))
+        assert max(found.kept) <= min(count, 2 * ranks)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b", "zero_bubble", "interleaved"])
 def test_the_drawing_is_what_runs(name):
     lines = schedule.__doc__.splitlines()
-    top = lines.index(f"    {name}")
-    drawn = [line[4:] for line in lines[top + 1 : top + 5]]
-    short = {"gpipe": "gpipe", "one_f_one_b": "1f1b", "zero_bubble": "zb-h1"}[name]
-    assert simulate(programs(short, 4, 4), halved).picture(1.0) == drawn
+    top = next(at for at, line in enumerate(lines) if line.split(",")[0] == f"    {name}")
+    short = {"one_f_one_b": "1f1b", "zero_bubble": "zb-h1"}.get(name, name)
+    ranks = 2 if name == "interleaved" else 4
+    drawn = [line[4:] for line in lines[top + 1 : top + 1 + ranks]]
+    assert simulate(programs(short, ranks, 4), halved).picture(1.0) == drawn
 
 
 def test_utilisation_of_four_stages():
@@ -88,7 +109,7 @@ def test_two_neighbours_swapped_are_found(name, stages, count):
     for stage in range(stages):
         for at in range(len(good[stage]) - 1):
             a, b = good[stage][at : at + 2]
-            if a.micro_batch != b.micro_batch or isinstance(a, Send):
+            if (a.micro_batch, a.virtual) != (b.micro_batch, b.virtual) or isinstance(a, Send):
                 continue  # a message of one micro-batch may wait for a pass of another
             if isinstance(a, SendGradient) and isinstance(b, BackwardWeight):
                 continue  # later than it could be, not wrong
@@ -173,6 +194,6 @@ def test_a_partition_is_the_best_of_all(stages):
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(
-        ConfigError, match="parallel.stages = 3, but the model has 2 layers .*stages = 2 or fewer"
+        ConfigError, match=r"the model has 2 layers .*, too few for 3 stages: set parallel.stages .* = 2 or fewer"
     ):
         partition([1, 1], 3)

@@ -66,7 +66,7 @@ def test_trees_of_all_kinds_arrive(world, transport):
 @pytest.mark.mpi
 def test_what_cannot_travel_says_so_before_anything_is_sent(transport):
     with pytest.raises(
-        HpctrainError, match=r"a object would cross from stage .*: tensors, numbers, strings and None can"
+        HpctrainError, match=r"a object would cross to stage .*: tensors, numbers, strings and None can"
     ):
         transport.pack(0, 0, {"x": torch.ones(1), "y": object()}, 0)
 
@@ -77,7 +77,7 @@ def test_word_of_a_failure_arrives_in_its_turn(world, transport):
     transport.start(to, FORWARD, transport.pack(to, 0, torch.ones(3), 0))
     transport.send_failure(to, FORWARD, 1)
     assert torch.equal(transport.receive(source, FORWARD, 0)[0], torch.ones(3))
-    with pytest.raises(PeerFailedError, match=f"stage {source} failed"):
+    with pytest.raises(PeerFailedError, match=f"rank {source} failed"):
         transport.receive(source, FORWARD, 1)
     transport.finish()
 

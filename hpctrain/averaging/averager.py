@@ -233,11 +233,11 @@ class Averager:
         if len(self._coming) == 1:
             self.last_backward()
 
-    def last_backward(self) -> None:
-        """Note that the backward that follows is this replica's last one of the step. Local."""
+    def last_backward(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Note that what the backward that follows brings is final, for all parameters or some. Local."""
         if self.overlap and not self._told_last:
-            self.overlap.last()
-        self._told_last = True
+            self.overlap.last(parameters)
+        self._told_last = self._told_last or parameters is None
 
     def forward_of(self, micro_batch: int) -> None:
         """Note that the forward of a micro-batch follows, where passes are not in turn. Local."""

@@ -11,10 +11,11 @@ depends on wire, cores and model: the first steps take turns, and the fastest is
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from mpi4py import MPI
+from torch import nn
 
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.places import Places
@@ -137,10 +138,10 @@ class Overlap:
         """Start a step. Local."""
         self.polled, self._full = 0.0, 0
 
-    def last(self) -> None:
-        """Note that the backward that follows is the last of the step. Local."""
+    def last(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Note that what the backward that follows brings is final, for all parameters or some. Local."""
         early = self.choice.way != "after" and not self.places.repeats
-        self.places.last_backward(self._tell if early else None)
+        self.places.last_backward(self._tell if early else None, parameters)
         if early and self.choice.way == "thread" and self.node.place.lane is not None:
             self.mover.start()
 

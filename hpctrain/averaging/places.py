@@ -9,7 +9,7 @@ In the last backward of a step a bucket is full when every parameter that lies i
 buckets are told in their order, so that all ranks mean the same ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class Places:
         """Numbers of the buckets, as they are told."""
         self._told = 0
         self._missing: list[int] = []
+        self._final: set[int] | None = set()
+        """Parameters whose gradients are final when they come; None: all."""
         self._came: dict[int, int] = {}
         self._waiting: set[int] = set()
         """Parameters whose gradients are computed after their backward."""
@@ -69,12 +71,23 @@ class Places:
     def begin(self) -> None:
         """Start a step: no gradient has joined. Local."""
         self.used.zero_()
-        self._telling, self._missing = None, []
+        self._telling, self._missing, self._final = None, [], set()
         self._waiting.clear()
         self._steps += 1
 
-    def last_backward(self, tell: Callable[[int], None] | None) -> None:
-        """Note that what comes now is final; `tell(n)` hears that n buckets of the order are full. Local."""
+    def last_backward(
+        self, tell: Callable[[int], None] | None, parameters: Iterable[nn.Parameter] | None = None
+    ) -> None:
+        """Note that what comes now is final, for all parameters or some (more may follow in other calls).
+
+        `tell(n)` hears that n buckets of the order are full. Local.
+        """
+        if parameters is None:
+            self._final = None
+        elif self._final is not None:
+            self._final |= {self._index[id(p)] for p in parameters if id(p) in self._index}
+        if self._missing:
+            return
         self._telling, self._told = tell, 0
         self._came = {}
         counts = [0] * len(self.order)
@@ -128,7 +141,7 @@ class Places:
         """Note that no gradient of the parameter waits any more. Local."""
         index = self._index[id(parameter)]
         self._waiting.discard(index)
-        if self._missing:
+        if self._missing and (self._final is None or index in self._final):
             self._note(index)
 
     def ready(self, parameter: torch.Tensor) -> None:
@@ -147,7 +160,8 @@ class Places:
                     view.add_(grad)
             parameter.grad = view  # the next micro-batch adds to it by itself
             self.filled(parameter)
-        if self._missing and index not in self._waiting:
+        final = self._final is None or index in self._final
+        if self._missing and final and index not in self._waiting:
             self._note(index)
 
     def _note(self, index: int) -> None:

@@ -36,7 +36,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.loss import SummedLoss
 from hpctrain.pipeline import split
 from hpctrain.pipeline.layers import Layers
-from hpctrain.pipeline.stage import Stage, take_share
+from hpctrain.pipeline.pipeline import Pipeline, take_share
 from hpctrain.pipeline.transport import Transport
 from hpctrain.staged import StagedEngine
 from hpctrain.topology import Topology
@@ -149,15 +149,16 @@ def our_step(
     model = case.make()
     sizes = order.sizes(len(x), case.micro_batches)
     starts = np.cumsum([0, *sizes])
-    pieces = split.cut(model, {"x": x[: sizes[0]]}, False, topology.stages, [])
-    take_share(model, pieces, topology.stage)
-    stage = Stage(pieces, topology.stage, Transport(topology.comms.pipe, "cpu"))
+    virtual = 2 if schedule == "interleaved" else 1
+    pieces = split.cut(model, {"x": x[: sizes[0]]}, False, virtual * topology.stages, [])
+    take_share(model, pieces, topology.stage, topology.stages)
+    pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu"))
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
     owners = [0] * case.micro_batches
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
     engine = StagedEngine(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
-        pipeline=stage, schedule=schedule, merges=merges,
+        pipeline=pipeline, schedule=schedule, merges=merges,
     )  # fmt: skip
     if case.sleeps:
         engine.straight = emulated.Weights(topology.stages)  # type: ignore[assignment]

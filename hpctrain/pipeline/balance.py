@@ -38,8 +38,8 @@ def partition(
     layers = len(costs)
     if layers < stages:
         raise ConfigError(
-            f"parallel.stages = {stages}, but the model has {layers} layers that can be cut apart: "
-            f"set parallel.stages = {layers} or fewer"
+            f"the model has {layers} layers that can be cut apart, too few for {stages} stages: "
+            f"set parallel.stages (times parallel.virtual_stages, if interleaved) = {layers} or fewer"
         )
     sums = [0.0, *accumulate(map(float, costs))]
     held = [0.0, *accumulate(map(float, memory or [0.0] * layers))]

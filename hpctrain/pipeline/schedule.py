@@ -21,12 +21,19 @@ one micro-batch; 4 stages (rows), micro-batches 0 1 2 3, time to the right, B = 
     .  .  F0 F1 .  I0 F2 I1 F3 I2 W0 I3 W1 W2 W3
     .  .  .  F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3
 
+    interleaved, 2 ranks with two virtual stages each: 0 and 2, 1 and 3, the second ones' passes marked '
+    F0  F1  F0' F1' F2  I0' W0' F3  I1' W1' F2' B0  B0  F3' B1  B1  .   I2' W2' .   I3' W3' B2  B2  B3  B3
+    .   F0  F1  F0' I0' W0' F1' I1' W1' F2  I0  W0  F3  I1  W1  F2' I2' W2' F3' I3' W3' I2  W2  I3  W3
+
 p stages, m micro-batches: gpipe and one_f_one_b leave a stage idle for p - 1 forwards and p - 1 gradients
 of inputs. Where a backward can't be split and is as long as a forward, that is (p-1)/(m+p-1) of the time.
 gpipe (Huang et al. 2019) keeps m micro-batches' activations, one_f_one_b (Narayanan et al. 2019) at most p.
 zero_bubble (ZB-H1 of Qi et al. 2023) fills the gaps of one_f_one_b with weight gradients, which nobody
-waits for, and keeps at most p too: p - 1 gaps of length F + I - W are left a stage. All run the backward
-passes in the order of the micro-batches, as one process does: gradients add up to the same bits.
+waits for, and keeps at most p too: p - 1 gaps of length F + I - W are left a stage. interleaved (Narayanan
+et al. 2021) lets each micro-batch go round the ranks k times, through virtual stages of 1/k the length:
+1f1b's gaps are 1/k as long, for k times the messages and more activations; it wants m to be a multiple
+of p. All run the backward passes of a (virtual) stage in the order of the micro-batches, as one process
+does: gradients add up to the same bits.
 
 Around each pass stand its messages: activations from earlier stages before F, to later ones behind
 it; gradients the other way around B. A send is started and not waited for, a receive is.
@@ -41,10 +48,12 @@ class Instruction:
     """Something a stage does for one micro-batch of the step."""
 
     micro_batch: int
+    virtual: int = 0
+    """Which of the stages that share a rank: number `virtual` x ranks + rank of all."""
 
     def __str__(self) -> str:
-        """Write it short: F3 is the forward of micro-batch 3."""
-        return f"{SHORT[type(self)]}{self.micro_batch}"
+        """Write it short: F3 is the forward of micro-batch 3, F3' that of the rank's next virtual stage."""
+        return f"{SHORT[type(self)]}{self.micro_batch}{chr(39) * self.virtual}"
 
 
 class Forward(Instruction):
@@ -90,8 +99,8 @@ SHORT: dict[type[Instruction], str] = {
     SendGradient: "sB",
 }
 
-Schedule = Callable[[int, int, Sequence[int]], Iterator[Instruction]]
-"""(stage, stages, micro-batches) to the passes of that stage, without messages."""
+Schedule = Callable[[int, int, Sequence[int], int], Iterator[Instruction]]
+"""(rank, ranks, micro-batches, virtual stages a rank) to the passes of that rank, without messages."""
 
 
 def one_stage(micro_batches: Iterable[int]) -> Iterator[Instruction]:
@@ -105,7 +114,7 @@ def one_stage(micro_batches: Iterable[int]) -> Iterator[Instruction]:
         yield Backward(micro_batch)
 
 
-def gpipe(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+def gpipe(stage: int, stages: int, micro_batches: Sequence[int], virtual: int = 1) -> Iterator[Instruction]:
     """All forwards, then all backwards.
 
     >>> [str(i) for i in gpipe(0, 2, [0, 1])]
@@ -117,7 +126,9 @@ def gpipe(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Ins
         yield Backward(micro_batch)
 
 
-def one_f_one_b(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+def one_f_one_b(
+    stage: int, stages: int, micro_batches: Sequence[int], virtual: int = 1
+) -> Iterator[Instruction]:
     """As many forwards as stages follow, then one forward and one backward in turn, then the rest.
 
     >>> [str(i) for i in one_f_one_b(0, 2, [0, 1, 2])]
@@ -133,7 +144,9 @@ def one_f_one_b(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterat
         yield Backward(micro_batch)
 
 
-def zero_bubble(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+def zero_bubble(
+    stage: int, stages: int, micro_batches: Sequence[int], virtual: int = 1
+) -> Iterator[Instruction]:
     """Run one_f_one_b's passes; weight gradients of `stage` micro-batches wait, and fill its gaps.
 
     So every stage keeps as many micro-batches as the first one of one_f_one_b does.
@@ -158,31 +171,63 @@ def zero_bubble(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterat
         yield BackwardWeight(v)
 
 
-SCHEDULES: dict[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe, "zb-h1": zero_bubble}
+def interleaved(
+    rank: int, ranks: int, micro_batches: Sequence[int], virtual: int = 2
+) -> Iterator[Instruction]:
+    """Let as many micro-batches as ranks go through one virtual stage before the next; then as one_f_one_b.
+
+    The order is made for a multiple of `ranks` micro-batches, and those that are not there are left out:
+    that takes no pass from what it waits for, so nothing hangs.
+
+    >>> [str(i) for i in interleaved(1, 2, [0, 1, 2])][:9]
+    ['F0', 'F1', "F0'", "B0'", "F1'", "B1'", 'F2', 'B0', 'B1']
+    """
+    groups = [micro_batches[at : at + ranks] for at in range(0, len(micro_batches), ranks)]
+    if groups:
+        groups[-1] = [*groups[-1], *[-1] * (ranks - len(groups[-1]))]
+    forwards = [Forward(v, at) for group in groups for at in range(virtual) for v in group]
+    backwards = [Backward(v, at) for group in groups for at in reversed(range(virtual)) for v in group]
+    ahead = min(2 * (ranks - rank - 1) + (virtual - 1) * ranks, len(forwards))
+    passes: list[Instruction] = [*forwards[:ahead]]
+    for forward, backward in zip(forwards[ahead:], backwards):
+        passes += [forward, backward]
+    passes += backwards[len(forwards) - ahead :]
+    yield from (one for one in passes if one.micro_batch >= 0)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "1f1b": one_f_one_b,
+    "gpipe": gpipe,
+    "zb-h1": zero_bubble,
+    "interleaved": interleaved,
+}
 """By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
 
 
-def forward_only(stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
-    """Give what one stage does to evaluate micro-batches: while it has one, the stage before has the next.
+def forward_only(
+    name: str, rank: int, ranks: int, micro_batches: Sequence[int], virtual: int = 1
+) -> Iterator[Instruction]:
+    """Give what one rank does to evaluate micro-batches: the forwards of a schedule, in its order.
 
-    >>> [str(i) for i in forward_only(1, 3, [0, 1])]
+    >>> [str(i) for i in forward_only("1f1b", 1, 3, [0, 1])]
     ['rF0', 'F0', 'sF0', 'rF1', 'F1', 'sF1']
     """
-    for v in micro_batches:
-        if stage:
-            yield Receive(v)
-        yield Forward(v)
-        if stage < stages - 1:
-            yield Send(v)
+    for instruction in SCHEDULES[name](rank, ranks, micro_batches, virtual):
+        if isinstance(instruction, Forward):
+            yield from with_messages(instruction, rank, ranks, virtual)
 
 
-def programs(name: str, stages: int, micro_batches: Sequence[int]) -> list[list[Instruction]]:
-    """Give every stage's program."""
-    return [list(program(name, stage, stages, micro_batches)) for stage in range(stages)]
+def programs(
+    name: str, ranks: int, micro_batches: Sequence[int], virtual: int = 1
+) -> list[list[Instruction]]:
+    """Give every rank's program."""
+    return [list(program(name, rank, ranks, micro_batches, virtual)) for rank in range(ranks)]
 
 
-def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
-    """Give what one stage does in a step: its passes, with their messages around them.
+def program(
+    name: str, rank: int, ranks: int, micro_batches: Sequence[int], virtual: int = 1
+) -> Iterator[Instruction]:
+    """Give what one rank does in a step: its passes, with their messages around them.
 
     The gradient that another stage waits for leaves before those of the weights are computed.
 
@@ -191,26 +236,31 @@ def program(name: str, stage: int, stages: int, micro_batches: Sequence[int]) ->
     >>> [str(i) for i in program("1f1b", 1, 2, [0, 1])]
     ['rF0', 'F0', 'I0', 'sB0', 'W0', 'rF1', 'F1', 'I1', 'sB1', 'W1']
     """
-    if stages == 1:
+    if ranks == 1:
         yield from one_stage(micro_batches)
         return
-    first, last = stage == 0, stage == stages - 1
-    for instruction in SCHEDULES[name](stage, stages, micro_batches):
-        micro_batch = instruction.micro_batch
-        if isinstance(instruction, Forward):
-            if not first:
-                yield Receive(micro_batch)
-            yield instruction
-            if not last:
-                yield Send(micro_batch)
-        elif isinstance(instruction, BackwardWeight):
-            yield instruction
-        else:
-            split = not first and isinstance(instruction, Backward)
-            if not last:
-                yield ReceiveGradient(micro_batch)
-            yield BackwardInput(micro_batch) if split else instruction
-            if not first:
-                yield SendGradient(micro_batch)
-            if split:
-                yield BackwardWeight(micro_batch)
+    for instruction in SCHEDULES[name](rank, ranks, micro_batches, virtual):
+        yield from with_messages(instruction, rank, ranks, virtual)
+
+
+def with_messages(instruction: Instruction, rank: int, ranks: int, virtual: int) -> Iterator[Instruction]:
+    """Put the messages of its stage around a pass."""
+    v, at = instruction.micro_batch, instruction.virtual
+    first, last = rank == at == 0, (rank, at) == (ranks - 1, virtual - 1)
+    if isinstance(instruction, Forward):
+        if not first:
+            yield Receive(v, at)
+        yield instruction
+        if not last:
+            yield Send(v, at)
+    elif isinstance(instruction, BackwardWeight):
+        yield instruction
+    else:
+        split = not first and isinstance(instruction, Backward)
+        if not last:
+            yield ReceiveGradient(v, at)
+        yield BackwardInput(v, at) if split else instruction
+        if not first:
+            yield SendGradient(v, at)
+        if split:
+            yield BackwardWeight(v, at)

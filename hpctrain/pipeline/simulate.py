@@ -1,9 +1,11 @@
 """Runs a pipeline's programs dry: deadlock, order, bubble, kept activations, picture. Pure.
 
-Every stage walks through its own program at once. A pass takes its cost; a message takes `wire`
+Every rank walks through its own program at once. A pass takes its cost; a message takes `wire`
 from its send on; a receive waits for it. Who waits for something that nobody will send is a deadlock.
 
-      stage s:  start(pass) = max(end of what stood before it, arrivals that it waits for)
+      start(pass) = max(end of what stood before it on its rank, arrivals that it waits for)
+
+Stage s is on rank s % ranks: there are as many stages as ranks, or several times as many (virtual ones).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +40,7 @@ def chain(stages: int) -> dict[int, list[int]]:
 
 @dataclass(frozen=True)
 class Span:
-    """One pass on one stage, from start to end in seconds."""
+    """One pass of one stage, from start to end in seconds."""
 
     stage: int
     instruction: Instruction
@@ -54,7 +56,7 @@ class Simulation:
     kept: list[int] = field(default_factory=list)
     """By stage: the most micro-batches whose activations are kept at once."""
     busy: list[float] = field(default_factory=list)
-    """By stage: seconds of work."""
+    """By rank: seconds of work."""
 
     @property
     def seconds(self) -> float:
@@ -63,21 +65,22 @@ class Simulation:
 
     @property
     def bubble(self) -> float:
-        """Share of the stages' time that is not work."""
+        """Share of the ranks' time that is not work."""
         total = self.seconds * len(self.busy)
         return 1.0 - sum(self.busy) / total if total else 0.0
 
     def picture(self, unit: float) -> list[str]:
-        """Draw stages as rows and time to the right, a column each `unit` seconds."""
-        columns = round(self.seconds / unit)
+        """Draw ranks as rows and time to the right, a column each `unit` seconds."""
+        columns, ranks = round(self.seconds / unit), len(self.busy)
+        width = max((len(str(span.instruction)) for span in self.spans), default=1)
         rows = []
-        for stage in range(len(self.busy)):
+        for rank in range(ranks):
             cells = ["."] * columns
             for span in self.spans:
-                if span.stage == stage:
+                if span.stage % ranks == rank:
                     for at in range(round(span.start / unit), round(span.end / unit)):
                         cells[at] = str(span.instruction)
-            rows.append(" ".join(f"{cell:2}" for cell in cells).rstrip(" ."))
+            rows.append(" ".join(f"{cell:{width}}" for cell in cells).rstrip(" ."))
         return rows
 
 
@@ -92,20 +95,21 @@ def simulate(
     wire: float = 0.0,
     back: Links | None = None,
 ) -> Simulation:
-    """Run every stage's program. Raises HpctrainError for a deadlock and for passes out of order.
+    """Run every rank's program. Raises HpctrainError for a deadlock and for passes out of order.
 
     `back`: by stage, the later stages that its gradients come from; without it those it gives to.
     """
-    stages = len(programs)
-    links = chain(stages) if links is None else links
-    machine = _Machine(programs, cost, links, links if back is None else back, wire)
-    while any(machine.advance(stage) for stage in range(stages)):
+    ranks = len(programs)
+    virtual = 1 + max((i.virtual for program in programs for i in program), default=0)
+    links = chain(ranks * virtual) if links is None else links
+    machine = _Machine(programs, virtual, cost, links, links if back is None else back, wire)
+    while any(machine.advance(rank) for rank in range(ranks)):
         pass
-    waiting = [s for s in range(stages) if machine.at[s] < len(programs[s])]
+    waiting = [r for r in range(ranks) if machine.at[r] < len(programs[r])]
     if waiting:
-        each = ", ".join(f"stage {s} at {programs[s][machine.at[s]]}" for s in waiting)
+        each = ", ".join(machine.where(rank) for rank in waiting)
         raise HpctrainError(f"deadlock: every stage waits for a message that is not sent: {each}")
-    left = [(s, v) for s in range(stages) for v in sorted(machine.live[s])]
+    left = [(s, v) for s in range(ranks * virtual) for v in sorted(machine.live[s])]
     if left:
         raise HpctrainError(
             f"stage {left[0][0]} runs micro-batch {left[0][1]} forward and never all of its backward"
@@ -122,33 +126,38 @@ class _Machine:
     def __init__(
         self,
         programs: Sequence[Sequence[Instruction]],
+        virtual: int,
         cost: Cost,
         links: Links,
         back: Links,
         wire: float,
     ) -> None:
         self.programs, self.cost, self.links, self.back, self.wire = programs, cost, links, back, wire
-        stages = len(programs)
+        self.ranks = len(programs)
+        stages = self.ranks * virtual
         self.sources = {s: [o for o in range(stages) if s in links[o]] for s in range(stages)}
         self.targets = {s: [o for o in range(stages) if s in back[o]] for s in range(stages)}
-        self.at, self.clock = [0] * stages, [0.0] * stages
+        self.at, self.clock = [0] * self.ranks, [0.0] * self.ranks
         self.sent: dict[tuple[str, int, int, int], float] = {}
         self.live: list[set[int]] = [set() for _ in range(stages)]
         self.done: list[set[str]] = [set() for _ in range(stages)]
-        self.found = Simulation([], [0] * stages, [0.0] * stages)
+        self.found = Simulation([], [0] * stages, [0.0] * self.ranks)
 
-    def advance(self, stage: int) -> bool:
-        """Run one stage as far as it goes; say whether it went on."""
-        began = self.at[stage]
-        while self.at[stage] < len(self.programs[stage]) and self.run(
-            stage, self.programs[stage][self.at[stage]]
-        ):
-            self.at[stage] += 1
-        return self.at[stage] > began
+    def where(self, rank: int) -> str:
+        """Say at which instruction a rank stands."""
+        instruction = self.programs[rank][self.at[rank]]
+        return f"stage {instruction.virtual * self.ranks + rank} at {instruction}"
 
-    def run(self, stage: int, instruction: Instruction) -> bool:
+    def advance(self, rank: int) -> bool:
+        """Run one rank as far as it goes; say whether it went on."""
+        began = self.at[rank]
+        while self.at[rank] < len(self.programs[rank]) and self.run(rank, self.programs[rank][self.at[rank]]):
+            self.at[rank] += 1
+        return self.at[rank] > began
+
+    def run(self, rank: int, instruction: Instruction) -> bool:
         """Run one instruction; False where it must wait."""
-        v = instruction.micro_batch
+        v, stage = instruction.micro_batch, instruction.virtual * self.ranks + rank
         match instruction:
             case Receive():
                 return self.take(stage, [("F", s, stage, v) for s in self.sources[stage]], f"F in {v}")
@@ -168,19 +177,19 @@ class _Machine:
                 self.live[stage].discard(v)
             case Send():
                 self.need(stage, instruction, f"F {v}")
-                self.sent.update({("F", stage, s, v): self.clock[stage] for s in self.links[stage]})
+                self.sent.update({("F", stage, s, v): self.clock[rank] for s in self.links[stage]})
                 return True
             case SendGradient():
                 self.need(stage, instruction, f"B {v}")
-                self.sent.update({("B", stage, s, v): self.clock[stage] for s in self.targets[stage]})
+                self.sent.update({("B", stage, s, v): self.clock[rank] for s in self.targets[stage]})
                 return True
         kind = KINDS.get(type(instruction), "B")
         if f"{kind} {v}" in self.done[stage]:
             raise HpctrainError(f"stage {stage} runs {instruction} twice")
         self.done[stage].add(f"{kind} {v}")
-        seconds, start = self.cost(stage, instruction), self.clock[stage]
-        self.clock[stage] = start + seconds
-        self.found.busy[stage] += seconds
+        seconds, start = self.cost(stage, instruction), self.clock[rank]
+        self.clock[rank] = start + seconds
+        self.found.busy[rank] += seconds
         self.found.spans.append(Span(stage, instruction, start, start + seconds))
         return True
 
@@ -189,7 +198,8 @@ class _Machine:
         if any(message not in self.sent for message in messages):
             return False
         arrivals = [self.sent[message] + self.wire for message in messages]
-        self.clock[stage] = max([self.clock[stage], *arrivals])
+        rank = stage % self.ranks
+        self.clock[rank] = max([self.clock[rank], *arrivals])
         self.done[stage].add(mark)
         return True
 
@@ -201,10 +211,11 @@ class _Machine:
 
 def check(
     name: str,
-    stages: int,
+    ranks: int,
     micro_batches: Sequence[int],
     links: Links | None = None,
     back: Links | None = None,
+    virtual: int = 1,
 ) -> Simulation:
     """Prove a schedule for these numbers before anything runs: a backward of two forwards, halved if split.
 
@@ -215,5 +226,5 @@ def check(
             raise ConfigError(
                 f"stage {stage} gives activations to an earlier stage: the cut goes through a loop"
             )
-    every = programs(name, stages, micro_batches)
+    every = programs(name, ranks, micro_batches, virtual)
     return simulate(every, lambda _, i: 2.0 if isinstance(i, Backward) else 1.0, links, back=back)

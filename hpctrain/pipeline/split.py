@@ -51,6 +51,4 @@ def cut(
 def need(cuts: list[str], stages: int) -> None:
     """Refuse cuts that do not make so many stages. Pure."""
     if cuts and len(cuts) != stages - 1:
-        raise ConfigError(
-            f"parallel.cuts names {len(cuts)} cuts, parallel.stages = {stages} needs {stages - 1}"
-        )
+        raise ConfigError(f"parallel.cuts names {len(cuts)} cuts, {stages} stages need {stages - 1}")

@@ -13,16 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.part import INPUT, Cut, Env, Part
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
-from hpctrain.pipeline.transport import BACKWARD, FORWARD, PeerFailedError, Transport
-
-TIED = 4
-"""Tag of the messages about parameters that several stages use."""
+from hpctrain.pipeline.transport import BACKWARD, FORWARD, KINDS, PeerFailedError, Transport
 
 
 @dataclass
@@ -48,25 +44,15 @@ class Kept:
     """Gradients of what was received, by the id of the leaf: as they come, `.grad` would lay them anew."""
 
 
-@dataclass(frozen=True)
-class Tie:
-    """A parameter that several stages use; this rank holds it or a copy of it."""
-
-    name: str
-    tensor: torch.Tensor
-    owner: int
-    others: tuple[int, ...]
-
-
 class Stage:
-    """This rank's stage of a model in pieces."""
+    """One stage of a model in pieces, on this rank."""
 
-    def __init__(self, cut: Cut, stage: int, transport: Transport) -> None:
-        """Take the model in pieces and what carries messages."""
-        self.cut, self.stage, self.transport = cut, stage, transport
-        self.ties: list[Tie] = []
-        self.recomputes = False
-        """Whether graphs of forwards are let go, and made again for backward."""
+    def __init__(self, cut: Cut, stage: int, transport: Transport, recomputes: bool = False) -> None:
+        """Take the model in pieces, the number of the stage and what carries messages.
+
+        `recomputes`: graphs of forwards are let go, and made again for backward.
+        """
+        self.cut, self.stage, self.transport, self.recomputes = cut, stage, transport, recomputes
         self.kept: dict[int, Kept] = {}
 
     @property
@@ -83,6 +69,19 @@ class Stage:
         """Whether this stage may ask for the model's inputs: one in the middle of layers does not."""
         return self.stage == 0 or self.last or hasattr(self.cut, "real")
 
+    def to(self, target: int, kind: int) -> tuple[int, int]:
+        """Rank and tag of the messages for a stage; ranks may run several. Local."""
+        ranks = self.transport.comm.size
+        return target % ranks, self._tag(self.stage // ranks, target // ranks, kind)
+
+    def of(self, source: int, kind: int) -> tuple[int, int]:
+        """Rank and tag of the messages from a stage. Local."""
+        ranks = self.transport.comm.size
+        return source % ranks, self._tag(source // ranks, self.stage // ranks, kind)
+
+    def _tag(self, source: int, target: int, kind: int) -> int:
+        return kind + KINDS * (source * (self.cut.stages // self.transport.comm.size) + target)
+
     # -- forward -----------------------------------------------------------------------------
 
     def receive(self, v: int, part: Part) -> None:
@@ -91,7 +90,7 @@ class Stage:
         failed: PeerFailedError | None = None
         for producer in sorted(p for p in part.needs if p != INPUT):
             try:
-                kept.received[producer], draws = self.transport.receive(producer, FORWARD, v)
+                kept.received[producer], draws = self.transport.receive(*self.of(producer, FORWARD), v)
                 kept.draws = max(kept.draws, draws)
             except PeerFailedError as error:
                 failed = error
@@ -149,7 +148,7 @@ class Stage:
             for target, names in part.gives.items()
         }
         for target, messages in packed.items():
-            self.transport.start(target, FORWARD, messages)
+            self.transport.start(*self.to(target, FORWARD), messages)
 
     # -- backward ----------------------------------------------------------------------------
 
@@ -161,7 +160,7 @@ class Stage:
             values.update(given)
         for source, names in sorted(part.awaits.items(), reverse=True):
             try:
-                found, _ = self.transport.receive(source, BACKWARD, v)
+                found, _ = self.transport.receive(*self.of(source, BACKWARD), v)
             except PeerFailedError as error:
                 failed = error
                 continue
@@ -186,7 +185,8 @@ class Stage:
         for target, names in part.returns.items():
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
             gradients = [kept.returned.get(id(leaf)) for leaf in leaves]
-            self.transport.start(target, BACKWARD, self.transport.pack(target, v, gradients, 0))
+            messages = self.transport.pack(target, v, gradients, 0)
+            self.transport.start(*self.to(target, BACKWARD), messages)
 
     def forget(self, v: int) -> None:
         """Let go of a micro-batch's activations. Local."""
@@ -204,53 +204,18 @@ class Stage:
             self._drop(sorted(part.awaits, reverse=True), BACKWARD, v)
         elif isinstance(instruction, Send):
             for target in part.gives:
-                self.transport.send_failure(target, FORWARD, v)
+                self.transport.send_failure(*self.to(target, FORWARD), v)
         elif isinstance(instruction, SendGradient):
             for target in part.returns:
-                self.transport.send_failure(target, BACKWARD, v)
+                self.transport.send_failure(*self.to(target, BACKWARD), v)
             self.forget(v)
 
-    def _drop(self, stages: list[int], tag: int, v: int) -> None:
+    def _drop(self, stages: list[int], kind: int, v: int) -> None:
         for stage in stages:
             try:
-                self.transport.receive(stage, tag, v)
+                self.transport.receive(*self.of(stage, kind), v)
             except PeerFailedError:
                 continue
-
-    # -- parameters that several stages use --------------------------------------------------
-
-    def collect(self, add: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
-        """Bring the gradients of copies to the owners, who `add` them. Collective over the stages."""
-        for number, tie in enumerate(self.ties):
-            if not tie.tensor.requires_grad:
-                continue
-            if self.stage == tie.owner:
-                for other in tie.others:
-                    gradient, _ = self.transport.receive(other, TIED, number)
-                    if gradient is not None:
-                        add(tie.tensor, gradient)  # type: ignore[arg-type]
-            elif self.stage in tie.others:
-                message = self.transport.pack(tie.owner, number, tie.tensor.grad, 0)
-                self.transport.start(tie.owner, TIED, message)
-                self.transport.finish()
-                tie.tensor.grad = None
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Give the owners' numbers to the copies. Collective over the stages."""
-        for number, tie in enumerate(self.ties):
-            if self.stage == tie.owner:
-                for other in tie.others:
-                    self.transport.start(
-                        other, TIED, self.transport.pack(other, number, tie.tensor.detach(), 0)
-                    )
-            elif self.stage in tie.others:
-                tie.tensor.copy_(self.transport.receive(tie.owner, TIED, number)[0])
-        self.transport.finish()
-
-    def close(self) -> None:
-        """Free the communicator. Collective."""
-        self.transport.close()
 
 
 def versions_of(given: Env) -> list[int]:
@@ -278,66 +243,3 @@ def catcher(into: dict[int, torch.Tensor], at: int) -> Callable[[torch.Tensor], 
         into[at] = gradient.detach()
 
     return catch
-
-
-def every_tensor(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """List parameters and buffers by all of their names. Local."""
-    return [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-
-
-def users_of(module: nn.Module, cut: Cut) -> dict[str, list[int]]:
-    """Give the stages that use each tensor, by its first name; the first one owns it. Local.
-
-    What nobody uses is stage 0's.
-    """
-    first: dict[int, str] = {}
-    everything = every_tensor(module)
-    for name, tensor in everything:
-        first.setdefault(id(tensor), name)
-    by_name = dict(everything)
-    users: dict[str, set[int]] = {name: set() for name in first.values()}
-    for at in range(cut.stages):
-        for name in cut.tensors(at):
-            users[first[id(by_name[name])]].add(at)
-    return {name: sorted(stages or {0}) for name, stages in users.items()}
-
-
-def take_share(module: nn.Module, cut: Cut, stage: int) -> tuple[set[int], list[Tie]]:
-    """Leave in the module what this stage owns; gives the ids of its parameters, and the ties. Local.
-
-    Tensors that later stages of a tie use stay in their modules as plain attributes: no parameter
-    to train or to store, but there for the forward.
-    """
-    everything = every_tensor(module)
-    by_name = dict(everything)
-    ties, mine, copies = [], set[int](), dict[int, torch.Tensor]()
-    for name, stages in users_of(module, cut).items():
-        tensor, at = by_name[name], id(by_name[name])
-        here: torch.Tensor = tensor
-        if stage == stages[0]:
-            mine.add(at)
-        elif stage in stages:
-            here = copies[at] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        if len(stages) > 1 and name.endswith("running_mean"):
-            raise ConfigError(
-                f"stages {stages[0]} and {stages[-1]} both call the BatchNorm of {name}, whose running "
-                f"statistics have one place: set parallel.cuts so that one stage makes all its calls"
-            )
-        if len(stages) > 1:
-            ties.append(Tie(name, here, stages[0], tuple(stages[1:])))
-    for _, owner in list(module.named_modules()):
-        for kept in (owner._parameters, owner._buffers):
-            for name, value in list(kept.items()):
-                if value is None or id(value) in mine:
-                    continue
-                if id(value) in copies:
-                    del kept[name]
-                    owner.__dict__[name] = copies[id(value)]
-                else:
-                    kept[name] = None
-    if hasattr(cut, "adopt"):
-        cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in mine or id(t) in copies})
-    return mine, ties

@@ -26,8 +26,8 @@ from torch.utils import _pytree
 from hpctrain.errors import HpctrainError
 from hpctrain.topology import named
 
-FORWARD, BACKWARD = 0, 2
-"""Tags of headers; the tensors' is one more."""
+FORWARD, BACKWARD, TIED, KINDS = 0, 2, 4, 6
+"""Tags of headers, and their number; the tensors' is one more. TIED: what several stages use."""
 LINE = 64
 """Bytes: where torch's own memory begins, and what kernels choose their path by."""
 MOST = 1 << 30
@@ -86,7 +86,7 @@ class Transport:
                 listed.append(["c", leaf])
             else:
                 raise HpctrainError(
-                    f"a {type(leaf).__name__} would cross from stage {self.comm.rank} to stage {stage}: "
+                    f"a {type(leaf).__name__} would cross to stage {stage}: "
                     f"tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut "
                     f"elsewhere (parallel.cuts) or give out its tensors"
                 )
@@ -96,27 +96,27 @@ class Transport:
             messages += [flat[at : at + MOST].numpy() for at in range(0, len(flat), MOST)]
         return messages
 
-    def start(self, stage: int, tag: int, messages: list[NDArray[np.uint8]]) -> None:
+    def start(self, rank: int, tag: int, messages: list[NDArray[np.uint8]]) -> None:
         """Start to send messages. Local."""
         for number, message in enumerate(messages):
-            self._start(message, stage, tag + (number > 0))
+            self._start(message, rank, tag + (number > 0))
 
-    def send_failure(self, stage: int, tag: int, micro_batch: int) -> None:
-        """Tell a stage that what it waits for will not come. Local."""
-        self._start(np.frombuffer(json.dumps({"v": micro_batch}).encode(), np.uint8), stage, tag)
+    def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
+        """Tell a rank that what it waits for will not come. Local."""
+        self._start(np.frombuffer(json.dumps({"v": micro_batch}).encode(), np.uint8), rank, tag)
 
-    def receive(self, stage: int, tag: int, micro_batch: int) -> tuple[Any, int]:
-        """Take what a stage sends: the tree, and the count of draws. Waits for it.
+    def receive(self, rank: int, tag: int, micro_batch: int) -> tuple[Any, int]:
+        """Take what a rank sends: the tree, and the count of draws. Waits for it.
 
-        Raises PeerFailedError where that stage has failed.
+        Raises PeerFailedError where that rank has failed.
         """
-        status = self._wait(stage, tag)
+        status = self._wait(rank, tag)
         raw = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self.comm.Recv(raw, stage, tag)
+        self.comm.Recv(raw, rank, tag)
         header = json.loads(raw.tobytes())
-        assert header["v"] == micro_batch, f"stage {stage} sent micro-batch {header['v']}, not {micro_batch}"
+        assert header["v"] == micro_batch, f"rank {rank} sent micro-batch {header['v']}, not {micro_batch}"
         if "leaves" not in header:
-            raise PeerFailedError(f"stage {stage} failed")
+            raise PeerFailedError(f"pipeline rank {rank} failed")
         leaves = []
         for leaf in header["leaves"]:
             if leaf[0] == "c":
@@ -128,8 +128,8 @@ class Transport:
             memory = torch.empty(first + span(shape, strides), dtype=dtype)[first:]
             flat = memory.view(torch.uint8).numpy()
             for at in range(0, len(flat), MOST):
-                self._wait(stage, tag + 1)
-                self.comm.Recv(flat[at : at + MOST], stage, tag + 1)
+                self._wait(rank, tag + 1)
+                self.comm.Recv(flat[at : at + MOST], rank, tag + 1)
             tensor = memory.as_strided(shape, strides).to(self.device)
             leaves.append(tensor.requires_grad_(grad))
         return _pytree.tree_unflatten(leaves, _pytree.treespec_loads(header["tree"])), header["draws"]
@@ -143,15 +143,15 @@ class Transport:
         """Free the communicator. Collective."""
         self.comm.Free()
 
-    def _start(self, values: NDArray[np.uint8], stage: int, tag: int) -> None:
+    def _start(self, values: NDArray[np.uint8], rank: int, tag: int) -> None:
         if len(self._sent) > 64:
             self._sent = [entry for entry in self._sent if not entry[0].Test()]
-        self._sent.append((self.comm.Isend([values, MPI.BYTE], stage, tag), values))
+        self._sent.append((self.comm.Isend([values, MPI.BYTE], rank, tag), values))
 
-    def _wait(self, stage: int, tag: int) -> MPI.Status:
+    def _wait(self, rank: int, tag: int) -> MPI.Status:
         """Wait for a message, giving the core away: a rank that waits must not slow those that work."""
         status, looks = MPI.Status(), 0
-        while not self.comm.Iprobe(stage, tag, status):
+        while not self.comm.Iprobe(rank, tag, status):
             looks += 1
             if looks < YIELDS:
                 os.sched_yield()

@@ -28,7 +28,7 @@ class Scales:
     ranks: list[list[int]]
     """By stage: those of `comm` that run it."""
     limits: list[float]
-    """By stage: the bytes that each of its ranks may take."""
+    """By stage: the bytes that it may take on each of its ranks, where virtual stages share alike."""
     kept: list[int]
     """By stage: the most micro-batches on their way at once."""
     copies: float

@@ -93,35 +93,36 @@ def maps(found: "Maps", path: Path) -> None:
 
 
 def timeline(measured: "Simulation", simulated: "Simulation", title: str, path: Path) -> None:
-    """Draw the passes of a step, a row a stage, as measured above and as simulated below, on one axis."""
+    """Draw the passes of a step, a row a rank, as measured above and as simulated below, on one axis."""
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    stages = len(measured.busy)
+    ranks = len(measured.busy)
     figure, axes = pyplot.subplots(
-        2, 1, figsize=(11, 2.2 + 0.7 * stages), constrained_layout=True, sharex=True, sharey=True
+        2, 1, figsize=(11, 2.2 + 0.7 * ranks), constrained_layout=True, sharex=True, sharey=True
     )
     for axis, name, found in zip(axes, ("measured", "simulated"), (measured, simulated)):
         for span in found.spans:
             kind = type(span.instruction).__name__
             where = 1e3 * span.start, 1e3 * (span.end - span.start)
-            axis.broken_barh([where], (span.stage - 0.4, 0.8), color=COLOURS[kind], edgecolor="white", lw=0.5)
+            row = span.stage % ranks
+            axis.broken_barh([where], (row - 0.4, 0.8), color=COLOURS[kind], edgecolor="white", lw=0.5)
             if span.end - span.start > 0.02 * measured.seconds:
                 axis.text(
                     sum(where) - where[1] / 2,
-                    span.stage,
-                    str(span.instruction.micro_batch),
+                    row,
+                    str(span.instruction)[1:],
                     ha="center",
                     va="center",
                     fontsize=7,
                 )
         axis.set(
-            ylabel="stage",
-            yticks=range(stages),
+            ylabel="pipeline rank",
+            yticks=range(ranks),
             title=f"{title}, {name}: {1e3 * found.seconds:.0f} ms, idle {found.bubble:.0%}",
         )
     axes[0].invert_yaxis()
-    axes[1].set_xlabel("time (ms); the numbers are micro-batches")
+    axes[1].set_xlabel("time (ms); the numbers are micro-batches, a ' is the rank's next virtual stage")
     kinds = {type(span.instruction).__name__ for span in measured.spans}
     handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)

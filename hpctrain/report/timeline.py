@@ -33,13 +33,14 @@ ROUNDS = 16
 
 @dataclass
 class Told:
-    """What one stage says of itself."""
+    """What one rank says of its stages."""
 
     rank: int
     host: str
-    modules: tuple[str, str]
-    """First and last."""
-    parameters: int
+    modules: list[list[str]]
+    """By stage: the first and the last, if it has any."""
+    parameters: list[int]
+    """By stage."""
     spans: list[Span]
 
 
@@ -68,35 +69,35 @@ class Timeline:
         engine = self.watched(number)
         if engine is None:
             return
-        names = engine.pipeline.cut.names(engine.pipeline.stage)
+        modules = [list(dict.fromkeys([*names[:1], *names[-1:]])) for names in engine.pipeline.names()]
         topology = self.job.topology
         ahead = seconds_ahead(topology.comms.pipe)
         spans = [Span(s.stage, s.instruction, s.start - ahead, s.end - ahead) for s in engine.unwatch()]
         mine = Told(
             topology.world_rank,
             platform.node(),
-            (names[0], names[-1]) if names else ("", ""),
-            sum(p.numel() for p in engine.module.parameters()),
+            modules,
+            [sum(p.numel() for p in own) for own in engine.parameters],
             spans,
         )
-        stages = topology.comms.pipe.gather(mine)
-        if not self.run.writes or stages is None:
+        ranks = topology.comms.pipe.gather(mine)
+        if not self.run.writes or ranks is None:
             return
         try:
-            self.tell(step, stages)
+            self.tell(step, ranks)
         except Exception as error:  # what is told of a step does not undo it
             LOGGER.warning("nothing to tell of the stages: %s: %s", type(error).__name__, error)
 
-    def tell(self, step: int, stages: list[Told]) -> None:
+    def tell(self, step: int, ranks: list[Told]) -> None:
         """Log the table, write the row, draw the picture. Local: world rank 0."""
-        measured = as_simulation([told.spans for told in stages])
+        measured = as_simulation([told.spans for told in ranks])
         if not measured.spans:
             return  # the first replica had no samples in this step
         simulated = again(self.job, measured)
         expected = expectation(self.job, measured)
-        for line in table(self.job, step, stages, measured, simulated, expected):
+        for line in table(self.job, step, ranks, measured, simulated, expected):
             LOGGER.info(line)
-        self.run.row("pipeline", step, **row(self.job, stages, measured, simulated, expected))
+        self.run.row("pipeline", step, **row(self.job, ranks, measured, simulated, expected))
         if self.job.config.report.pictures:
             title = f"{self.job.config.parallel.schedule}, step {step}"
             pictures.timeline(measured, simulated, title, self.run.pictures / "pipeline.png")
@@ -129,12 +130,12 @@ def seconds_ahead(comm: MPI.Intracomm) -> float:
     return ahead
 
 
-def as_simulation(stages: list[list[Span]]) -> Simulation:
+def as_simulation(ranks: list[list[Span]]) -> Simulation:
     """Take measured passes as a simulation's; the step begins with its first pass. Pure."""
-    every = [span for spans in stages for span in spans]
+    every = [span for spans in ranks for span in spans]
     first = min((span.start for span in every), default=0.0)
     moved = [Span(s.stage, s.instruction, s.start - first, s.end - first) for s in every]
-    busy = [sum(span.end - span.start for span in spans) for spans in stages]
+    busy = [sum(span.end - span.start for span in spans) for spans in ranks]
     return Simulation(moved, [], busy)
 
 
@@ -155,7 +156,7 @@ def again(job: Job, measured: Simulation) -> Simulation:
 
 def expectation(job: Job, measured: Simulation) -> Simulation | None:
     """Simulate the step with the pieces' times that the cut was chosen by, if it was by times. Local."""
-    passes = job.stage.cut.choice.passes if job.stage else []
+    passes = job.pipeline.cut.choice.passes if job.pipeline else []
     if not passes:
         return None
     ran = {(span.stage, span.instruction) for span in measured.spans}
@@ -180,13 +181,14 @@ def dry(job: Job, cost: Cost) -> Simulation:
     """Simulate a full step of the first replica. Local."""
     mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
     stages = job.topology.stages
-    assert job.stage is not None
-    links, back = job.stage.cut.links()
-    return simulate(programs(job.config.parallel.schedule, stages, mine), cost, links, back=back)
+    assert job.pipeline is not None
+    links, back = job.pipeline.cut.links()
+    every = programs(job.config.parallel.schedule, stages, mine, job.pipeline.virtual)
+    return simulate(every, cost, links, back=back)
 
 
 def row(
-    job: Job, stages: list[Told], measured: Simulation, simulated: Simulation, expected: Simulation | None
+    job: Job, ranks: list[Told], measured: Simulation, simulated: Simulation, expected: Simulation | None
 ) -> dict[str, Any]:
     """Give what the log's table says, as numbers. Pure."""
     usual = medians(measured)
@@ -201,22 +203,28 @@ def row(
             {
                 "rank": told.rank,
                 "host": told.host,
-                "modules": list(told.modules),
-                "parameters": told.parameters,
+                "modules": told.modules[virtual],
+                "parameters": told.parameters[virtual],
                 "pass_seconds": {
                     kind: round(value, 6) for (stage, kind), value in usual.items() if stage == at
                 },
-                "idle": round(1.0 - measured.busy[at] / measured.seconds, 4),
+                "idle": round(1.0 - measured.busy[at % len(ranks)] / measured.seconds, 4),
             }
-            for at, told in enumerate(stages)
+            for at, virtual, told in in_order(ranks)
         ],
     }
+
+
+def in_order(ranks: list[Told]) -> list[tuple[int, int, Told]]:
+    """List the stages: number, which of its rank's, and what its rank says. Pure."""
+    virtual = len(ranks[0].parameters)
+    return [(v * len(ranks) + r, v, told) for v in range(virtual) for r, told in enumerate(ranks)]
 
 
 def table(
     job: Job,
     step: int,
-    stages: list[Told],
+    ranks: list[Told],
     measured: Simulation,
     simulated: Simulation,
     expected: Simulation | None,
@@ -224,12 +232,12 @@ def table(
     """Lines for the log: a row a stage, then the whole step. Pure."""
     usual, forward = medians(measured), Forward.__name__
     lines = ["stage  rank  parameters  forward ms  backward ms  idle  modules"]
-    for at, told in enumerate(stages):
+    for at, virtual, told in in_order(ranks):
         back = sum(value for (stage, kind), value in usual.items() if stage == at and kind != forward)
-        idle = 1.0 - measured.busy[at] / measured.seconds
+        idle = 1.0 - measured.busy[at % len(ranks)] / measured.seconds
+        there = usual.get((at, forward), 0.0)
         lines.append(
-            f"{at:5}  {told.rank:4}  {told.parameters:10,}  {1e3 * usual.get((at, forward), 0.0):10.2f}  "
-            f"{1e3 * back:11.2f}  {idle:4.0%}  {' … '.join(dict.fromkeys(told.modules))} on {told.host}"
+            f"{at:5}  {told.rank:4}  {told.parameters[virtual]:10,}  {1e3 * there:10.2f}  {1e3 * back:11.2f}  {idle:4.0%}  {' … '.join(told.modules[virtual])} on {told.host}"
         )
     lines.append(
         f"the passes of step {step} took {1e3 * measured.seconds:.1f} ms, idle {measured.bubble:.0%}; "

@@ -1,0 +1,171 @@
+"""This rank's stages of a model in pieces, and the parameters that several stages use.
+
+Stage s is on rank s % ranks: one a rank, or several virtual ones. A parameter that several stages use
+belongs to the rank of the first of them; the others' ranks hold copies, whose gradients come to the owner
+and which get its new numbers after each step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hpctrain.errors import ConfigError
+from hpctrain.pipeline.part import Cut
+from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.transport import TIED, Transport
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A parameter that several stages use; this rank holds it or a copy of it, if it uses it."""
+
+    name: str
+    tensor: torch.Tensor
+    owner: int
+    """The rank of the first stage that uses it."""
+    others: tuple[int, ...]
+    """Ranks of the other stages, the owner left out."""
+
+
+class Pipeline:
+    """What one rank runs of a model in pieces."""
+
+    def __init__(
+        self, cut: Cut, transport: Transport, ties: Sequence[Tie] = (), recomputes: bool = False
+    ) -> None:
+        """Take the model in pieces, what carries messages, and what several stages use.
+
+        `recomputes`: stages let the graphs of their forwards go, and make them again for backward.
+        """
+        self.cut, self.transport, self.ties = cut, transport, ties
+        self.rank, self.ranks = transport.comm.rank, transport.comm.size
+        self.virtual = cut.stages // self.ranks
+        numbers = [at * self.ranks + self.rank for at in range(self.virtual)]
+        self.stages = [Stage(cut, number, transport, recomputes) for number in numbers]
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether a stage here may ask for the model's inputs."""
+        return any(stage.reads_inputs for stage in self.stages)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.stages[-1].last
+
+    def names(self) -> list[list[str]]:
+        """Names of the modules that each stage runs. Local."""
+        return [self.cut.names(stage.stage) for stage in self.stages]
+
+    def parameters(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        """Give the parameters that each stage owns; one that several use here is the first one's. Local."""
+        left = dict.fromkeys(module.parameters())
+        every = list(module.named_parameters(remove_duplicate=False))
+        found = []
+        for stage in self.stages:
+            names = set(self.cut.tensors(stage.stage))
+            own = [p for p in dict.fromkeys(p for name, p in every if name in names) if p in left]
+            found.append(own)
+            for parameter in own:
+                del left[parameter]
+        found[0] += left  # what nobody uses
+        return found
+
+    def collect(self, add: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
+        """Bring the gradients of copies to the owners, who `add` them. Collective over the stages."""
+        for number, tie in enumerate(self.ties):
+            if not tie.tensor.requires_grad:
+                continue
+            if self.rank == tie.owner:
+                for other in tie.others:
+                    gradient, _ = self.transport.receive(other, TIED, number)
+                    if gradient is not None:
+                        add(tie.tensor, gradient)  # type: ignore[arg-type]
+            elif self.rank in tie.others:
+                message = self.transport.pack(tie.owner, number, tie.tensor.grad, 0)
+                self.transport.start(tie.owner, TIED, message)
+                self.transport.finish()
+                tie.tensor.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the owners' numbers to the copies. Collective over the stages."""
+        for number, tie in enumerate(self.ties):
+            if self.rank == tie.owner:
+                for other in tie.others:
+                    self.transport.start(
+                        other, TIED, self.transport.pack(other, number, tie.tensor.detach(), 0)
+                    )
+            elif self.rank in tie.others:
+                tie.tensor.copy_(self.transport.receive(tie.owner, TIED, number)[0])
+        self.transport.finish()
+
+    def close(self) -> None:
+        """Free the communicator. Collective."""
+        self.transport.close()
+
+
+def every_tensor(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """List parameters and buffers by all of their names. Local."""
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+
+
+def users_of(module: nn.Module, cut: Cut) -> dict[str, list[int]]:
+    """Give the stages that use each tensor, by its first name; the first one owns it. Local.
+
+    What nobody uses is stage 0's.
+    """
+    first: dict[int, str] = {}
+    everything = every_tensor(module)
+    for name, tensor in everything:
+        first.setdefault(id(tensor), name)
+    by_name = dict(everything)
+    users: dict[str, set[int]] = {name: set() for name in first.values()}
+    for at in range(cut.stages):
+        for name in cut.tensors(at):
+            users[first[id(by_name[name])]].add(at)
+    return {name: sorted(stages or {0}) for name, stages in users.items()}
+
+
+def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[int], list[Tie]]:
+    """Leave in the module what this rank's stages own; gives the ids of its parameters, and the ties. Local.
+
+    Tensors that later stages of a tie use stay in their modules as plain attributes: no parameter
+    to train or to store, but there for the forward.
+    """
+    everything = every_tensor(module)
+    by_name = dict(everything)
+    ties, mine, copies = [], set[int](), dict[int, torch.Tensor]()
+    for name, stages in users_of(module, cut).items():
+        tensor, at = by_name[name], id(by_name[name])
+        here: torch.Tensor = tensor
+        users = list(dict.fromkeys(stage % ranks for stage in stages))
+        if rank == users[0]:
+            mine.add(at)
+        elif rank in users:
+            here = copies[at] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        if len(stages) > 1 and name.endswith("running_mean"):
+            raise ConfigError(
+                f"stages {stages[0]} and {stages[-1]} both call the BatchNorm of {name}, whose running "
+                f"statistics have one place: set parallel.cuts so that one stage makes all its calls"
+            )
+        if len(stages) > 1:
+            ties.append(Tie(name, here, users[0], tuple(users[1:])))
+    for _, owner in list(module.named_modules()):
+        for kept in (owner._parameters, owner._buffers):
+            for name, value in list(kept.items()):
+                if value is None or id(value) in mine:
+                    continue
+                if id(value) in copies:
+                    del kept[name]
+                    owner.__dict__[name] = copies[id(value)]
+                else:
+                    kept[name] = None
+    if hasattr(cut, "adopt"):
+        cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in mine or id(t) in copies})
+    return mine, ties
