@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain.averaging import memory
+from hpctrain import node_memory as memory
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.medium import BLOCK, Wire
-from hpctrain.averaging.memory import NodeMemory, Rendezvous, alive
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.space import UNIT, Space
 from hpctrain.averaging.staged import Staged
+from hpctrain.node_memory import NodeMemory, Rendezvous, alive
 
 WAYS = [
     "wire",

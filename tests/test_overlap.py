@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from hpctrain.averaging import links
 from hpctrain.averaging.averager import Averager
-from hpctrain.averaging.memory import NodeMemory, Rendezvous
 from hpctrain.averaging.overlap import TURNS, WAYS, Choice, Mover
 from hpctrain.averaging.space import UNIT
 from hpctrain.config import Averaging
 from hpctrain.errors import HpctrainError
 from hpctrain.gradient import StraightIntoPlace
+from hpctrain.node_memory import NodeMemory, Rendezvous
 
 
 class Net(nn.Module):

@@ -194,6 +194,7 @@ def test_a_partition_is_the_best_of_all(stages):
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(
-        ConfigError, match=r"the model has 2 layers .*, too few for 3 stages: set parallel.stages .* = 2 or fewer"
+        ConfigError,
+        match=r"the model has 2 layers .*, too few for 3 stages: set parallel.stages .* = 2 or fewer",
     ):
         partition([1, 1], 3)

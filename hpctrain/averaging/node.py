@@ -21,9 +21,9 @@ from hpctrain.averaging import tree as trees
 from hpctrain.averaging.across import Across, Bucket, unit_type
 from hpctrain.averaging.lanes import Lanes, lanes_of
 from hpctrain.averaging.medium import BLOCK, Sink
-from hpctrain.averaging.memory import NodeMemory, Rendezvous
 from hpctrain.averaging.space import ALIGNMENT, UNIT, Space, cut, up
 from hpctrain.log import LOGGER
+from hpctrain.node_memory import NodeMemory, Rendezvous
 from hpctrain.topology import named
 
 FLOAT = 8

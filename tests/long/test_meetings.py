@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 WORK = """
 import numpy, torch
 from mpi4py import MPI
-from hpctrain.averaging.memory import NodeMemory, Rendezvous
+from hpctrain.node_memory import NodeMemory, Rendezvous
 world, rounds = MPI.COMM_WORLD, int({rounds})
 node = NodeMemory(world, 0, 64)
 place = Rendezvous(world, node, {crowded})
