@@ -91,8 +91,9 @@ def build(
             pieces.place(config.parallel.cuts, scales)
             own = range(-(-count // topology.replicas))
             virtual = config.parallel.virtual
-            simulate.check(config.parallel.schedule, topology.stages, own, *pieces.links(), virtual)
-            pipeline, optimizer = pipeline_of(config, topology, module, deferred, pieces, synced)
+            found = simulate.check(config.parallel.schedule, topology.stages, own, *pieces.links(), virtual)
+            kept = max(found.kept)
+            pipeline, optimizer = pipeline_of(config, topology, module, deferred, pieces, synced, kept)
         else:
             optimizer = groups.build(config.optimizer, module)
     same_start(module, topology.comms.data)
@@ -146,6 +147,7 @@ def pipeline_of(
     deferred: Deferred | None,
     model: Cut,
     synced: bool,
+    kept: int,
 ) -> tuple[Pipeline, torch.optim.Optimizer]:
     """Keep this rank's stages of a model in pieces; give what runs them and their optimizer. Collective.
 
@@ -176,7 +178,8 @@ def pipeline_of(
     for parameter in [p for p in optimizer.state if id(p) not in own]:
         del optimizer.state[parameter]
     again = recomputes(config, model, synced)
-    return Pipeline(model, Transport(topology.comms.pipe, topology.device), ties, again), optimizer
+    transport = Transport(topology.comms.pipe, topology.device)
+    return Pipeline(model, transport, ties, again, kept), optimizer
 
 
 def mine(stage: int, topology: Topology) -> bool:

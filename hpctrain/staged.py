@@ -90,6 +90,7 @@ class StagedEngine(Engine):
         self._last_backward = working[-1] if working else -1
         self._joining.clear()
         self.straight.begin()
+        pipeline.transport.begin()
         own = {size for size in {sizes[v] for v in mine} if size}
         parts = {(stage, size): stage.part(size, True) for size in own for stage in pipeline.stages}
         for instruction in program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual):
@@ -222,6 +223,7 @@ class StagedEngine(Engine):
         pipeline = self.pipeline
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)
+        pipeline.transport.begin()
         own = {len(batch) for batch in batches}
         parts = {(stage, size): stage.part(size, False) for size in own for stage in pipeline.stages}
         every = range(len(batches))

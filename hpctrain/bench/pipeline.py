@@ -34,7 +34,7 @@ from hpctrain.data import order
 from hpctrain.data.loader import Step
 from hpctrain.errors import ConfigError
 from hpctrain.loss import SummedLoss
-from hpctrain.pipeline import split
+from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.pipeline import Pipeline, take_share
 from hpctrain.pipeline.transport import Transport
@@ -86,7 +86,7 @@ CASES = {
     "mlp m=16": Case(mlp, (512, 1024), 16),
     "mlp m=32": Case(mlp, (512, 1024), 32),
     "transformer m=8": Case(transformer, (32, 32, 256), 8),
-    "cnn m=8": Case(cnn, (16, 4, 64, 64), 8),
+    "cnn m=8": Case(cnn, (32, 4, 64, 64), 8),
     "emulated m=8": Case(emulated.sleepers, (8, 16), 8),
 }
 
@@ -152,7 +152,8 @@ def our_step(
     virtual = 2 if schedule == "interleaved" else 1
     pieces = split.cut(model, {"x": x[: sizes[0]]}, False, virtual * topology.stages, [])
     take_share(model, pieces, topology.stage, topology.stages)
-    pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu"))
+    kept = max(simulate.check(schedule, topology.stages, range(case.micro_batches), virtual=virtual).kept)
+    pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu"), kept=kept)
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
     owners = [0] * case.micro_batches
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
@@ -172,6 +173,7 @@ def our_step(
         failure = engine.run_passes(0, step_data, sizes, None)
         if failure is not None:
             raise failure
+        engine.refresh()
 
     return step, engine
 

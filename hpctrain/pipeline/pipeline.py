@@ -33,12 +33,19 @@ class Pipeline:
     """What one rank runs of a model in pieces."""
 
     def __init__(
-        self, cut: Cut, transport: Transport, ties: Sequence[Tie] = (), recomputes: bool = False
+        self,
+        cut: Cut,
+        transport: Transport,
+        ties: Sequence[Tie] = (),
+        recomputes: bool = False,
+        kept: int = 1,
     ) -> None:
         """Take the model in pieces, what carries messages, and what several stages use.
 
-        `recomputes`: stages let the graphs of their forwards go, and make them again for backward.
+        `recomputes`: stages let the graphs of their forwards go, and make them again for backward; `kept`:
+        the most micro-batches that are on their way at once.
         """
+        self.kept = kept
         self.cut, self.transport, self.ties = cut, transport, ties
         self.rank, self.ranks = transport.comm.rank, transport.comm.size
         self.virtual = cut.stages // self.ranks
@@ -84,14 +91,16 @@ class Pipeline:
                     if gradient is not None:
                         add(tie.tensor, gradient)  # type: ignore[arg-type]
             elif self.rank in tie.others:
-                message = self.transport.pack(tie.owner, number, tie.tensor.grad, 0)
-                self.transport.start(tie.owner, TIED, message)
+                self.transport.start(
+                    tie.owner, TIED, self.transport.pack(tie.owner, number, tie.tensor.grad, 0)
+                )
                 self.transport.finish()
                 tie.tensor.grad = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Give the owners' numbers to the copies. Collective over the stages."""
+        """Give the owners' numbers to the copies, behind a step or before the first. Collective (stages)."""
+        self.transport.grow(self.kept)
         for number, tie in enumerate(self.ties):
             if self.rank == tie.owner:
                 for other in tie.others:

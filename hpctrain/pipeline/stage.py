@@ -147,8 +147,8 @@ class Stage:
             target: self.transport.pack(target, v, {name: kept.found[name] for name in names}, kept.draws)
             for target, names in part.gives.items()
         }
-        for target, messages in packed.items():
-            self.transport.start(*self.to(target, FORWARD), messages)
+        for target, ready in packed.items():
+            self.transport.start(*self.to(target, FORWARD), ready)
 
     # -- backward ----------------------------------------------------------------------------
 
@@ -185,8 +185,7 @@ class Stage:
         for target, names in part.returns.items():
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
             gradients = [kept.returned.get(id(leaf)) for leaf in leaves]
-            messages = self.transport.pack(target, v, gradients, 0)
-            self.transport.start(*self.to(target, BACKWARD), messages)
+            self.transport.start(*self.to(target, BACKWARD), self.transport.pack(target, v, gradients, 0))
 
     def forget(self, v: int) -> None:
         """Let go of a micro-batch's activations. Local."""

@@ -1,20 +1,24 @@
-"""Messages between stages: a header that says what follows, then each tensor's bytes.
+"""Messages between stages: numbers that say what comes, its layout where that is new, then the tensors.
 
-      header   {"v": 3, "leaves": [["t", "float32", [8, 16], [16, 1], true, 0], …], "tree": …, "draws": 2}
-      then     one message a tensor, straight from and into its memory
+      numbers  micro-batch, status, draws, offset and flag of the slot where the tensors lie (-1: none)
+      layout   [["t", "float32", [8, 16], [16, 1], true, 0], …] and the tree, as JSON behind the numbers,
+               where it is not that of the message before
+      tensors  on one node in a slot of its memory (`slots.py`), else one message each, in pieces that MPI
+               sends at once: larger ones would wait until both ends call MPI, and both compute
 
 A tensor keeps its strides on the way, gaps and repetitions included, and how far behind a 64-byte line
 it begins: kernels add in the order in which memory lies, so another layout would give other bits.
 
 Nothing is pickled. Sends are started and not waited for; between two ranks messages keep their
 order, and both sides run the micro-batches in the same one. A stage that has failed goes on to send
-headers that say so: whoever waits for it learns of it where it waits, and nobody hangs.
+numbers that say so: whoever waits for it learns of it where it waits, and nobody hangs.
 """
 
 import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,20 +28,53 @@ from numpy.typing import NDArray
 from torch.utils import _pytree
 
 from hpctrain.errors import HpctrainError
+from hpctrain.log import LOGGER
+from hpctrain.node_memory import LINE
+from hpctrain.pipeline.slots import Slots, lines
 from hpctrain.topology import named
 
 FORWARD, BACKWARD, TIED, KINDS = 0, 2, 4, 6
-"""Tags of headers, and their number; the tensors' is one more. TIED: what several stages use."""
-LINE = 64
-"""Bytes: where torch's own memory begins, and what kernels choose their path by."""
-MOST = 1 << 30
-"""Bytes of one message: counts are 32-bit integers in most MPIs."""
+"""Tags of the first messages, and their number; the tensors' is one more. TIED: what several stages use."""
+SAME, NEW, FAILED = 0, 1, 2
+"""Status: the layout is that of the message before, or follows, or there is nothing."""
+NUMBERS = 5
+PIECE = 65536 - 512
+"""Bytes: with its header below the 64 KiB up to which Open MPI sends over TCP without asking the receiver."""
 YIELDS = 300
 NAP_SECONDS = 50e-6
 
 
 class PeerFailedError(HpctrainError):
     """Another stage failed; its own error is the one to show."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a message holds besides the bytes of its tensors."""
+
+    leaves: tuple[Any, ...]
+    """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line) or ("c", value)."""
+    tree: _pytree.TreeSpec
+
+    def written(self) -> bytes:
+        """Write it as JSON."""
+        return json.dumps([self.leaves, _pytree.treespec_dumps(self.tree)]).encode()
+
+
+@dataclass
+class Packed:
+    """A tree of values, ready to leave."""
+
+    micro_batch: int
+    draws: int
+    layout: Layout
+    flats: list[torch.Tensor]
+    """The bytes of its tensors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in a slot."""
+        return sum(lines(len(flat)) for flat in self.flats)
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -65,10 +102,49 @@ class Transport:
     def __init__(self, pipe: MPI.Intracomm, device: str) -> None:
         """Take the ranks of the stages. Collective."""
         self.comm, self.device = named(pipe.Dup(), "pipeline"), device
+        self.node = named(pipe.Split_type(MPI.COMM_TYPE_SHARED), "pipeline of a node")
+        at = self.node.allgather(self.comm.rank)
+        self._on_node = {rank: number for number, rank in enumerate(at) if rank != self.comm.rank}
+        self._slots: Slots | None = None
+        self._refused = False
+        self._bytes: dict[int, int] = {}
+        """For this node, by micro-batch of the step or evaluation that runs."""
+        self._most = 0
+        """For this node, of one micro-batch so far."""
+        self._told: dict[tuple[int, int], Layout] = {}
+        self._known: dict[tuple[int, int], Layout] = {}
+        """The last layout that left and came, by rank and tag."""
         self._sent: list[tuple[MPI.Request, Any]] = []
 
-    def pack(self, stage: int, micro_batch: int, value: Any, draws: int) -> list[NDArray[np.uint8]]:
-        """Make the messages of a tree of tensors and plain values: header, tensors. Local.
+    def begin(self) -> None:
+        """Start with a step's or an evaluation's micro-batches. Local."""
+        self._most = max(self._most, *self._bytes.values(), 0)
+        self._bytes.clear()
+
+    def grow(self, micro_batches: int) -> None:
+        """Have room on the node for what so many micro-batches send, by those so far. Collective (the node).
+
+        Call it where no message is on its way.
+        """
+        self.begin()
+        if self.node.size == 1 or self._refused:
+            return
+        most = self.node.allreduce(micro_batches * self._most, op=MPI.MAX)
+        if most <= (self._slots.size if self._slots else 0):
+            return
+        self._slots = None  # the old memory goes first
+        try:
+            self._slots = Slots(self.node, most)
+        except OSError as error:
+            self._refused = True
+            LOGGER.warning(
+                "no shared memory for what stages on this node send one another (%s): MPI carries it, which "
+                "is slower in containers; %d MiB for each rank were asked for",
+                *(error, most >> 20),
+            )
+
+    def pack(self, stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
+        """Make a tree of tensors and plain values ready for a stage. Local.
 
         Raises HpctrainError for what can't travel.
         """
@@ -80,30 +156,39 @@ class Transport:
                 laid, flat = memory_of(leaf.detach().to("cpu"))
                 kind = str(leaf.dtype).removeprefix("torch.")
                 behind = laid.data_ptr() % LINE
-                listed.append(["t", kind, list(leaf.shape), list(laid.stride()), leaf.requires_grad, behind])
+                listed.append(("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind))
                 flats.append(flat.view(torch.uint8))
             elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-                listed.append(["c", leaf])
+                listed.append(("c", leaf))
             else:
                 raise HpctrainError(
                     f"a {type(leaf).__name__} would cross to stage {stage}: "
                     f"tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut "
                     f"elsewhere (parallel.cuts) or give out its tensors"
                 )
-        header = {"v": micro_batch, "leaves": listed, "tree": _pytree.treespec_dumps(tree), "draws": draws}
-        messages = [np.frombuffer(json.dumps(header).encode(), np.uint8)]
-        for flat in flats:
-            messages += [flat[at : at + MOST].numpy() for at in range(0, len(flat), MOST)]
-        return messages
+        return Packed(micro_batch, draws, Layout(tuple(listed), tree), flats)
 
-    def start(self, rank: int, tag: int, messages: list[NDArray[np.uint8]]) -> None:
-        """Start to send messages. Local."""
-        for number, message in enumerate(messages):
-            self._start(message, rank, tag + (number > 0))
+    def start(self, rank: int, tag: int, packed: Packed) -> None:
+        """Start to send. Local."""
+        slot = None
+        if rank in self._on_node and packed.flats:
+            v = packed.micro_batch
+            self._bytes[v] = self._bytes.get(v, 0) + packed.nbytes
+            slot = self._slots.put(packed.flats) if self._slots else None
+        status = SAME if same(self._told.get((rank, tag)), packed.layout) else NEW
+        self._told[rank, tag] = packed.layout
+        numbers = np.array([packed.micro_batch, status, packed.draws, *(slot or (-1, -1))], np.int64)
+        text = packed.layout.written() if status == NEW else b""
+        self._start(np.frombuffer(numbers.tobytes() + text, np.uint8), rank, tag)
+        if slot is None:
+            for flat in packed.flats:
+                for at in range(0, len(flat), PIECE):
+                    self._start(flat[at : at + PIECE].numpy(), rank, tag + 1)
 
     def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
         """Tell a rank that what it waits for will not come. Local."""
-        self._start(np.frombuffer(json.dumps({"v": micro_batch}).encode(), np.uint8), rank, tag)
+        numbers = np.array([micro_batch, FAILED, 0, -1, -1], np.int64)
+        self._start(numbers.view(np.uint8), rank, tag)
 
     def receive(self, rank: int, tag: int, micro_batch: int) -> tuple[Any, int]:
         """Take what a rank sends: the tree, and the count of draws. Waits for it.
@@ -113,26 +198,34 @@ class Transport:
         status = self._wait(rank, tag)
         raw = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         self.comm.Recv(raw, rank, tag)
-        header = json.loads(raw.tobytes())
-        assert header["v"] == micro_batch, f"rank {rank} sent micro-batch {header['v']}, not {micro_batch}"
-        if "leaves" not in header:
+        v, kind, draws, offset, flag = raw[: 8 * NUMBERS].view(np.int64).tolist()
+        assert v == micro_batch, f"rank {rank} sent micro-batch {v}, not {micro_batch}"
+        if kind == FAILED:
             raise PeerFailedError(f"pipeline rank {rank} failed")
-        leaves = []
-        for leaf in header["leaves"]:
+        if kind == NEW:
+            leaves, tree = json.loads(raw[8 * NUMBERS :].tobytes())
+            self._known[rank, tag] = Layout(tuple(map(tuple, leaves)), _pytree.treespec_loads(tree))
+        layout = self._known[rank, tag]
+        memories, flats = room_for(layout)
+        if offset >= 0:
+            assert self._slots is not None
+            self._slots.take(self._on_node[rank], offset, flag, flats)
+        else:
+            for flat in flats:
+                for at in range(0, len(flat), PIECE):
+                    self._wait(rank, tag + 1)
+                    self.comm.Recv(flat[at : at + PIECE].numpy(), rank, tag + 1)
+        return self._tree(layout, memories), draws
+
+    def _tree(self, layout: Layout, memories: list[torch.Tensor]) -> Any:
+        leaves, left = [], iter(memories)
+        for leaf in layout.leaves:
             if leaf[0] == "c":
                 leaves.append(leaf[1])
-                continue
-            _, kind, shape, strides, grad, behind = leaf
-            dtype = getattr(torch, kind)
-            first = behind // dtype.itemsize
-            memory = torch.empty(first + span(shape, strides), dtype=dtype)[first:]
-            flat = memory.view(torch.uint8).numpy()
-            for at in range(0, len(flat), MOST):
-                self._wait(rank, tag + 1)
-                self.comm.Recv(flat[at : at + MOST], rank, tag + 1)
-            tensor = memory.as_strided(shape, strides).to(self.device)
-            leaves.append(tensor.requires_grad_(grad))
-        return _pytree.tree_unflatten(leaves, _pytree.treespec_loads(header["tree"])), header["draws"]
+            else:
+                tensor = next(left).as_strided(leaf[2], leaf[3]).to(self.device)
+                leaves.append(tensor.requires_grad_(leaf[4]))
+        return _pytree.tree_unflatten(leaves, layout.tree)
 
     def finish(self) -> None:
         """Wait until all that was sent has been taken."""
@@ -140,8 +233,9 @@ class Transport:
         self._sent.clear()
 
     def close(self) -> None:
-        """Free the communicator. Collective."""
+        """Free the communicators. Collective."""
         self.comm.Free()
+        self.node.Free()
 
     def _start(self, values: NDArray[np.uint8], rank: int, tag: int) -> None:
         if len(self._sent) > 64:
@@ -158,3 +252,22 @@ class Transport:
             else:
                 time.sleep(NAP_SECONDS)
         return status
+
+
+def same(one: Layout | None, other: Layout) -> bool:
+    """Tell whether a layout need not be sent again; True and 1 are not the same. Pure."""
+    return one is not None and repr(one.leaves) == repr(other.leaves) and one.tree == other.tree
+
+
+def room_for(layout: Layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Make memory for each of a layout's tensors, as far behind a line; give it, and its bytes. Local."""
+    memories, flats = [], []
+    for leaf in layout.leaves:
+        if leaf[0] == "t":
+            _, kind, shape, strides, _, behind = leaf
+            dtype = getattr(torch, kind)
+            first = behind // dtype.itemsize
+            memory = torch.empty(first + span(shape, strides), dtype=dtype)[first:]
+            memories.append(memory)
+            flats.append(memory.view(torch.uint8))
+    return memories, flats

@@ -236,8 +236,10 @@ def table(
         back = sum(value for (stage, kind), value in usual.items() if stage == at and kind != forward)
         idle = 1.0 - measured.busy[at % len(ranks)] / measured.seconds
         there = usual.get((at, forward), 0.0)
+        where = f"{' … '.join(told.modules[virtual])} on {told.host}"
         lines.append(
-            f"{at:5}  {told.rank:4}  {told.parameters[virtual]:10,}  {1e3 * there:10.2f}  {1e3 * back:11.2f}  {idle:4.0%}  {' … '.join(told.modules[virtual])} on {told.host}"
+            f"{at:5}  {told.rank:4}  {told.parameters[virtual]:10,}  {1e3 * there:10.2f}  "
+            f"{1e3 * back:11.2f}  {idle:4.0%}  {where}"
         )
     lines.append(
         f"the passes of step {step} took {1e3 * measured.seconds:.1f} ms, idle {measured.bubble:.0%}; "
