@@ -84,6 +84,21 @@ class Skips(nn.Module):
         return self.head(torch.cat([d, x], dim=1))
 
 
+class Reaching(nn.Module):
+    """Each layer's values go to all that follow: in four stages on two ranks also to the same rank."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.d = nn.Linear(8, out_features)
+
+    def forward(self, x):
+        a = torch.tanh(self.a(x))
+        b = torch.tanh(self.b(a))
+        c = torch.tanh(self.c(b + a))
+        return self.d(c * a + b)
+
+
 class Acting(nn.BatchNorm1d):
     """Normalises and does more, in code of its own, as some libraries' layers do."""
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hpctrain.errors import HpctrainError
+from hpctrain.pipeline.slots import FLAGS, Slots
 from hpctrain.pipeline.transport import FORWARD, PeerFailedError, Transport
 
 BASE = torch.arange(24.0).reshape(2, 3, 4)
@@ -28,21 +29,45 @@ TENSORS = {
 
 @pytest.fixture
 def transport(world):
+    """Goes by messages, until it grows."""
     made = Transport(world, "cpu")
     yield made
     made.close()
 
 
+def grow(transport, size):
+    transport._most = size
+    transport.grow(1)
+
+
+@pytest.fixture
+def puts(monkeypatch):
+    """What was put in slots: where, or None where there was no room."""
+    found, put = [], Slots.put
+
+    def noted(self, flats):
+        found.append(put(self, flats))
+        return found[-1]
+
+    monkeypatch.setattr(Slots, "put", noted)
+    return found
+
+
 @pytest.mark.mpi
+@pytest.mark.parametrize("slots", [False, True])
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_arrives_as_it_was(world, transport, name):
+def test_a_tensor_arrives_as_it_was(world, transport, puts, name, slots):
     """Sent around the ring; strides are kept but where gaps are more than half of the memory."""
     sent = TENSORS[name]
+    if slots:
+        grow(transport, 1 << 16)
     above, below = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     transport.start(above, FORWARD, transport.pack(above, 3, {"x": sent}, 5))
     found, draws = transport.receive(below, FORWARD, 3)
     transport.finish()
     x = found["x"]
+    assert len(puts) == (slots and world.size > 1)
+    assert None not in puts
     assert (x.dtype, x.shape, x.requires_grad, draws) == (sent.dtype, sent.shape, sent.requires_grad, 5)
     assert torch.equal(x, sent)
     assert (x.stride() == sent.stride()) == (name != "with large gaps")
@@ -84,9 +109,111 @@ def test_word_of_a_failure_arrives_in_its_turn(world, transport):
 
 @pytest.mark.mpi
 def test_large_tensors_are_cut_into_messages(world, transport, monkeypatch):
-    monkeypatch.setattr("hpctrain.pipeline.transport.MOST", 1000)
+    monkeypatch.setattr("hpctrain.pipeline.transport.PIECE", 1000)
     sent = torch.arange(5000.0).reshape(50, 100).t()
     to = (world.rank + 1) % world.size
     transport.start(to, FORWARD, transport.pack(to, 0, sent, 0))
     assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], sent)
     transport.finish()
+
+
+@pytest.mark.mpi
+def test_a_layout_travels_when_it_changes(world, transport, monkeypatch):
+    """Shapes, constants, True and 1, trees; the same ones again are 40 bytes."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    lengths, start = [], Transport._start
+
+    def noted(self, values, rank, tag):
+        lengths.append(len(values))
+        start(self, values, rank, tag)
+
+    monkeypatch.setattr(Transport, "_start", noted)
+    values = [[torch.ones(2), 1], [torch.zeros(2), 1], [torch.ones(3), 1], [torch.ones(3), True]]
+    values += [[torch.ones(3), True], (torch.ones(3), True), (torch.ones(3), float("nan"))]
+    for v, value in enumerate([*values, values[-1]]):
+        transport.start(to, FORWARD, transport.pack(to, v, value, v))
+    told = [length > 40 for length in lengths[::2]]
+    assert told == [True, False, True, True, False, True, True, False]
+    for v, value in enumerate(values):
+        found, draws = transport.receive(source, FORWARD, v)
+        assert (type(found), type(found[1]), draws) == (type(value), type(value[1]), v)
+        assert torch.equal(found[0], value[0])
+        assert found[1] == value[1] or value[1] != value[1]
+    transport.receive(source, FORWARD, len(values))
+    transport.finish()
+
+
+@pytest.mark.mpi
+def test_slots_are_filled_again_and_again(world, transport, puts):
+    """Of all sizes, around the ring's end; where there is no room messages carry the tensors, in order."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    grow(transport, 5000)
+    numbers = torch.arange(2000, dtype=torch.int32)
+    for turn in range(60):
+        sizes = [(7 * turn + 311 * at) % 700 for at in range(4)]
+        for at, size in enumerate(sizes):
+            transport.start(to, FORWARD, transport.pack(to, at, (numbers[:size] + turn, numbers[at]), 0))
+        world.Barrier()
+        for at, size in enumerate(sizes):
+            (found, single), _ = transport.receive(source, FORWARD, at)
+            assert torch.equal(found, numbers[:size] + turn)
+            assert single == at
+        world.Barrier()
+    transport.finish()
+    if world.size > 1:
+        assert len(puts) == 240
+        assert 60 < sum(put is None for put in puts) < 200
+        assert max(put[0] for put in puts if put) > 4000
+
+
+@pytest.mark.mpi
+def test_no_more_slots_than_flags(world, transport, puts):
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    grow(transport, 1 << 20)
+    for v in range(FLAGS + 3):
+        transport.start(to, FORWARD, transport.pack(to, v, torch.tensor(v), 0))
+    world.Barrier()
+    assert all(int(transport.receive(source, FORWARD, v)[0]) == v for v in range(FLAGS + 3))
+    transport.finish()
+    assert [at for at, put in enumerate(puts) if put is None] == (
+        [FLAGS + at for at in range(3)] if puts else []
+    )
+
+
+@pytest.mark.mpi
+def test_room_on_the_node_follows_what_a_micro_batch_sends(world, transport, puts):
+    """The most of any rank, times the micro-batches on their way; several messages of one count together."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    for step, rows in enumerate((3 + world.rank, 40)):
+        transport.begin()
+        for v in range(2):
+            for _ in range(2):
+                transport.start(to, FORWARD, transport.pack(to, v, torch.ones(rows, 16), 0))
+        for v in range(2):
+            for _ in range(2):
+                transport.receive(source, FORWARD, v)
+        transport.finish()
+        transport.grow(3)
+        if world.size > 1:
+            assert transport._slots.size == 3 * 2 * 64 * (world.size + 2 if not step else 40)
+    if world.size > 1:
+        kept = transport._slots
+        transport.grow(3)
+        assert transport._slots is kept
+
+
+@pytest.mark.mpi
+def test_without_shared_memory_messages_carry_all(world, transport, monkeypatch, caplog):
+    """Where it is refused it is said once, with the bytes."""
+    monkeypatch.setattr("hpctrain.node_memory.FOLDER", "/nowhere")
+    for _ in range(2):
+        grow(transport, 3 << 20)
+    to = (world.rank + 1) % world.size
+    transport.start(to, FORWARD, transport.pack(to, 0, torch.ones(5), 0))
+    assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], torch.ones(5))
+    transport.finish()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (world.size > 1)
+    if told:
+        assert "no shared memory for what stages on this node send" in told[0]
+        assert "3 MiB for each rank were asked for" in told[0]
