@@ -96,7 +96,7 @@ class Reaching(nn.Module):
         a = torch.tanh(self.a(x))
         b = torch.tanh(self.b(a))
         c = torch.tanh(self.c(b + a))
-        return self.d(c * a + b)
+        return self.d(c) + a[:, :2] * b[:, :2]
 
 
 class Acting(nn.BatchNorm1d):
