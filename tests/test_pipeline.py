@@ -29,6 +29,7 @@ MODELS = [
     "Row",
     "Named",
     "Skips",
+    "Reaching",
     "Acts",
     "Tied",
     "tied_row",
