@@ -138,6 +138,8 @@ class Job:
         self.averager.close()
         if self.pipeline and sys.exc_info()[0] is None:  # freeing is collective
             self.pipeline.close()
+        elif self.pipeline:
+            self.pipeline.transport.watch.stop()
 
 
 def check_classes(config: Config) -> None:

@@ -104,6 +104,7 @@ class StagedEngine(Engine):
                 stage.fail(instruction, part)
                 continue
             began = time.perf_counter()
+            pipeline.transport.watch.doing(instruction, stage.stage)
             try:
                 self._execute_staged(instruction, number, step, stage, part)
             except HpctrainError as error:
@@ -121,6 +122,7 @@ class StagedEngine(Engine):
                 self._spans.append(Span(stage.stage, instruction, began, time.perf_counter()))
         pipeline.collect(self.averager.add)
         pipeline.transport.finish()
+        pipeline.transport.watch.doing()
         return failure
 
     def _execute_staged(
@@ -235,6 +237,7 @@ class StagedEngine(Engine):
             if failure is not None:
                 stage.fail(instruction, part)
                 continue
+            pipeline.transport.watch.doing(instruction, stage.stage)
             try:
                 match instruction:
                     case Receive():
@@ -257,6 +260,7 @@ class StagedEngine(Engine):
             if failure is not None and isinstance(instruction, Send):
                 stage.fail(instruction, part)
         pipeline.transport.finish()
+        pipeline.transport.watch.doing()
         for stage, v in product(pipeline.stages, every):
             stage.forget(v)
         raise_together(self.topology.comms.pipe, None if isinstance(failure, PeerFailedError) else failure)

@@ -189,6 +189,42 @@ class Misfit(Net):
         self.second = nn.Linear(9, out_features)
 
 
+class Deeper(nn.Module):
+    """Has a layer that can't be written down."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(in_features, 8), Deciding(8, out_features)])
+
+    def forward(self, x):
+        return self.inner[1](self.inner[0](x))
+
+
+class Shy(nn.Module):
+    """Runs its layers in another order in eval mode."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.lines = nn.ModuleList([nn.Linear(in_features, in_features) for _ in range(4)])
+        self.head = nn.Linear(in_features, out_features)
+
+    def forward(self, x):
+        for line in self.lines if self.training else reversed(self.lines):
+            x = torch.tanh(line(x))
+        return self.head(x)
+
+
+class Overflowing(nn.Module):
+    """Gives numbers that are not finite for the sample whose first input is largest."""
+
+    def __init__(self, in_features: int, out_features: int, most: float):
+        super().__init__()
+        self.first, self.second, self.most = nn.Linear(in_features, 8), nn.Linear(8, out_features), most
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) / (x[:, :1] < self.most)
+
+
 class Deciding(Net):
     """Looks at values: no graph can be written down."""
 

@@ -1,6 +1,7 @@
 """Stages against one process: every model that pipelines tend to get wrong, bit for bit where sums keep their order."""
 
 import re
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 from hpctrain import assemble
 from hpctrain.config import Optimizer
 from hpctrain.data import order
-from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.watch import ASK, Watch
 from hpctrain.report import summary
 from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.report.timeline import WATCHED, Timeline, as_simulation, seconds_ahead
@@ -70,6 +72,7 @@ def build(world, files):
         if model in TIED:  # Adam would follow the noise of gradients that are truly zero
             config.optimizer = Optimizer("torch.optim.SGD", {"lr": 0.05})
         config.averaging.invariant = settings.pop("invariant", False)
+        config.train.autocast = settings.pop("autocast", "none")
         config.parallel.stages = stages
         for name, value in settings.items():
             setattr(config.parallel, name, value)
@@ -446,7 +449,112 @@ def test_a_failing_layer_is_named_on_all_ranks(world, build, at, backward):
         text = str(raised.value)
         assert "at step 0, micro-batch" in text
         assert "stage " in text
+        if not backward:
+            assert re.search(rf"in layer {at}\.1 \(Bad\), given float32 \(\d, [28]\)", text)
         assert all(other == text for other in world.allgather(text))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+def test_half_precision_has_the_bits_of_one_process(world, build, schedule):
+    """bf16 in forward and in what recomputes it; the numbers that cross are 16 bits wide."""
+    for model in ("plain_row", "Skips"):
+        if world.size in layouts(world.size):
+            recompute = "always" if schedule == "zb-h1" else "never"
+            job = build(
+                model, world.size, schedule=schedule, autocast="bf16", recompute=recompute, micro_batches=5
+            )
+            assert job.engine.autocast == "bf16"
+            has_bits_of_one_process(world, job, model)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_one_sample_trains_in_stages(world, build, schedule):
+    """More stages than samples, and than micro-batches."""
+    for stages in layouts(world.size):
+        job = build("plain_row", stages, batch=1, schedule=schedule, micro_batches=world.size // stages)
+        assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+def test_a_loss_that_is_not_finite_ends_on_all_stages(world, build):
+    """Named with its samples by the stage that has the loss; the weights stay as they were."""
+    for stages in layouts(world.size):
+        job = build("Overflowing", stages, arguments={"most": -1e9}, micro_batches=2 * world.size // stages)
+        before = {n: v.clone() for n, v in tensors_of(job.engine.module).items()}
+        with pytest.raises(
+            DivergedError, match=r"the loss is (nan|inf) at step 0 on rank \d+, .*samples \d"
+        ) as raised:
+            job.engine.step(0, job.loader.read(0))
+        assert all(text == str(raised.value) for text in world.allgather(str(raised.value)))
+        after = tensors_of(job.engine.module)
+        assert all(torch.equal(v, before[n]) for n, v in after.items())
+
+
+@pytest.mark.mpi
+def test_a_cut_before_an_operator_in_place_is_refused(world, build):
+    if world.size != 2:
+        pytest.skip("two ranks do")
+    with pytest.raises(
+        ConfigError, match=r"4 begins between a tensor and an operator that changes it in place"
+    ):
+        build("Row", 2, cuts=["4"])
+
+
+@pytest.mark.mpi
+def test_a_missing_message_is_named_with_what_every_rank_does(world, build, monkeypatch, caplog):
+    """A rank sits in its forward; the lowest that waits tells of all, and all goes on when it comes back."""
+    if world.size == 1:
+        pytest.skip("one rank waits for nobody")
+    monkeypatch.setattr("hpctrain.pipeline.watch.PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr("hpctrain.pipeline.watch.LOOK_SECONDS", 0.1)
+    job = build("plain_row", world.size, micro_batches=5)
+    forward = Stage.forward
+
+    def slow(self, v, *rest):
+        if v == 2 and self.last:
+            time.sleep(2.5)
+        return forward(self, v, *rest)
+
+    monkeypatch.setattr(Stage, "forward", slow)
+    with caplog.at_level("WARNING", LOGGER.name):
+        job.engine.step(0, job.loader.read(0))
+    told = [record.getMessage() for record in caplog.records if "no message" in record.getMessage()]
+    assert bool(told) == (world.rank == 0)
+    if told:
+        last, first = world.size - 1, told[0]
+        assert re.match(
+            r"no message from rank 1 on \S+ for \d s: rank 0 on \S+ waits for the gradients of ", first
+        )
+        assert re.search(
+            rf"; rank {last} on \S+ runs the forward pass of micro-batch 2 on stage {last} since \d s", first
+        )
+        assert len(told) <= 3  # then after twice and four times as long
+
+
+@pytest.mark.mpi
+def test_a_rank_that_does_not_answer_is_named(world, monkeypatch, caplog):
+    """Its thread answers no more, as if it had stopped; before, it says what it does."""
+    if world.size == 1:
+        pytest.skip("one rank waits for nobody")
+    monkeypatch.setattr("hpctrain.pipeline.watch.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("hpctrain.pipeline.watch.ANSWER_SECONDS", 1.0)
+    watch = Watch(world)
+    assert watch.told().startswith("is between the pipeline's passes since")
+    if world.rank:
+        watch.stop()
+    world.Barrier()
+    if not world.rank:
+        with caplog.at_level("WARNING", LOGGER.name):
+            watch.missing(1, 60.0)
+        assert re.search(
+            r"no message from rank 1 on \S+ for 60 s: .*; rank 1 on \S+ does not answer", caplog.text
+        )
+    world.Barrier()
+    while watch.comm.Iprobe(0, ASK):
+        watch.comm.recv(source=0, tag=ASK)
+    watch.close()
 
 
 @pytest.mark.mpi
@@ -612,9 +720,18 @@ def test_what_cannot_be_cut_says_why(world, build):
     if world.size == 1:
         pytest.skip("needs two ranks")
     with pytest.raises(
-        ConfigError, match=r"torch.export can't write Deciding down.* or give it a method layers\(\)"
+        ConfigError,
+        match=r"can't write Deciding down, .* cut: \(Deciding\), stage_models.py:\d+: `return self.second\(.*` "
+        r"\(.*torch.where, .*a method layers\(\)",
     ):
         build("Deciding", world.size)
+    with pytest.raises(
+        ConfigError, match=r"Deeper .* cut: layer inner\.1 \(Deciding\), stage_models.py:\d+: `"
+    ):
+        build("Deeper", world.size)
+    job = build("Shy", world.size)
+    with pytest.raises(ConfigError, match=r"runs lines\.\d\.\w+ in another order in eval mode"):
+        job.engine.evaluate(job.split_batches("train"), job.task.measure)
     with pytest.raises(ConfigError, match=r"both call the BatchNorm of 1\.running_mean"):
         build("normed_row", world.size)
     with pytest.raises(ConfigError, match=r"into\.weight is used by several stages"):

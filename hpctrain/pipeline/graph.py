@@ -8,6 +8,7 @@ A cut may go anywhere but between a tensor and an operator that changes it in pl
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -157,7 +158,7 @@ class Graph:
         where their parameters are.
         """
         first = self._traced[self.samples, True]
-        if [(n.name, n.target) for n in traced.nodes] == [(n.name, n.target) for n in first.nodes]:
+        if operators(traced) == operators(first):
             traced.stage = dict(first.stage)
             return
         owner: dict[str, list[int]] = {}
@@ -231,3 +232,11 @@ class Graph:
                 count += 1
         part.run = Runner(self.module, self.real.__getitem__, traced, mine, numbers, stage == last)
         return part
+
+
+def operators(traced: Traced) -> list[tuple[str, Any, list[str]]]:
+    """List a forward's operators: name, kind, and the parameters and values that it takes. Pure."""
+    return [
+        (node.name, node.target, [traced.held.get(a.name, a.name) for a in node.all_input_nodes])
+        for node in traced.nodes
+    ]

@@ -9,7 +9,7 @@ from torch.utils import _pytree
 
 from hpctrain.draws import Draws
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.part import Env, Part, begins
+from hpctrain.pipeline.part import Env, Part, begins, naming
 from hpctrain.pipeline.profile import of_layers
 from hpctrain.pipeline.weigh import Choice, Scales, choose
 
@@ -91,8 +91,8 @@ class Layers:
     def part(self, stage: int, samples: int, training: bool) -> Part:
         """Run the stage's layers one behind the other."""
         start, stop = self.ranges[stage]
-        layers = [layer for _, layer in self.layers[start:stop]]
-        changes = any(getattr(m, "inplace", False) for layer in layers for m in layer.modules())
+        layers = self.layers[start:stop]
+        changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
         last = stage == self.stages - 1
 
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
@@ -100,8 +100,9 @@ class Layers:
             if changes and stage:
                 value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
             with Draws(stream, begin) as counting:
-                for layer in layers:
-                    value = layer(value)
+                for name, layer in layers:
+                    with naming(f"layer {name} ({type(layer).__name__})", value):
+                        value = layer(value)
             return {"output" if last else f"value {stage}": value}, counting.count
 
         before = {stage - 1: [f"value {stage - 1}"]} if stage else {}

@@ -1,8 +1,12 @@
 """What a stage does in one forward, and what a model in stages offers, however it was cut."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.weigh import Choice, Scales
@@ -52,6 +56,32 @@ class Cut(Protocol):
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """By stage: the later stages that it gives values to in training, and that gradients come from."""
+
+
+@contextmanager
+def naming(what: str, given: Any) -> Iterator[None]:
+    """Let an exception of the body say in what it was raised, and what that was given. Local."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {what}, given {shapes_of(given)}")
+        raise
+
+
+def shapes_of(given: Any) -> str:
+    """Write dtypes and shapes of the tensors in a tree, and its other values.
+
+    >>> shapes_of({"x": torch.zeros(2, 3), "scale": 0.5})
+    'float32 (2, 3), 0.5'
+    """
+    leaves = _pytree.tree_leaves(given)
+    tensors = (
+        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+        if isinstance(leaf, torch.Tensor)
+        else repr(leaf)
+        for leaf in leaves
+    )
+    return ", ".join(tensors) or "nothing"
 
 
 def begins(cuts: list[str], owners: list[str], what: str) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from hpctrain.draws import seed
 from hpctrain.pipeline.operators import kind_of, path_of
-from hpctrain.pipeline.part import Env
+from hpctrain.pipeline.part import Env, shapes_of
 from hpctrain.pipeline.trace import Constant, Traced
 
 
@@ -48,7 +48,12 @@ class Runner:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), value)
             if node.name in self.numbers:
                 seed(stream, self.numbers[node.name])
-            env[node.name] = self._call(node, arguments, named)
+            try:
+                env[node.name] = self._call(node, arguments, named)
+            except Exception as error:
+                where = f"layer {path_of(node)}" if path_of(node) else "the model's forward"
+                error.add_note(f"in {where}, operator {node.name}, given {shapes_of((arguments, named))}")
+                raise
         if self.last:
             values = [o.value if isinstance(o, Constant) else self._output(o, env) for o in traced.outputs]
             env["output"] = _pytree.tree_unflatten(values, traced.tree)

@@ -1,6 +1,9 @@
 """Writes a model's forward down as operators, with torch.export, on tensors without memory."""
 
 import copy
+import linecache
+import os
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,8 +67,9 @@ class Writer:
             line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
             raise ConfigError(
                 f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
-                f"down, so it can't be cut ({type(error).__name__}: {line.strip()}); make it an "
-                f"nn.Sequential, or give it a method layers() that lists submodules which follow one another"
+                f"down, so it can't be cut{self._where(error)} ({type(error).__name__}: {line.strip()}); "
+                f"write a branch on a tensor's numbers as torch.where, make the model an nn.Sequential, or "
+                f"give it a method layers() that lists submodules which follow one another"
             ) from None
         signature = program.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -94,6 +98,20 @@ class Writer:
             outputs,
             program.call_spec.out_spec,
         )
+
+    def _where(self, error: Exception) -> str:
+        """Say at which layer and line of the user's code the writing down ended. Local."""
+        names = {id(m): name for name, m in self.skeleton.named_modules()}
+        torchs = os.path.dirname(torch.__file__)
+        found = ""
+        for frame, number in traceback.walk_tb(error.__traceback__):
+            owner = frame.f_locals.get("self")
+            path = frame.f_code.co_filename
+            if id(owner) in names and not path.startswith(torchs):
+                layer = f"layer {names[id(owner)]} " if names[id(owner)] else ""
+                text = linecache.getline(path, number).strip()
+                found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
+        return found
 
 
 def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:

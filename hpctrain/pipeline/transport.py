@@ -17,7 +17,7 @@ numbers that say so: whoever waits for it learns of it where it waits, and nobod
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,9 @@ from torch.utils import _pytree
 from hpctrain.errors import HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.node_memory import LINE
+from hpctrain.pipeline import watch
 from hpctrain.pipeline.slots import Slots, lines
+from hpctrain.pipeline.watch import Watch
 from hpctrain.topology import named
 
 FORWARD, BACKWARD, TIED, KINDS = 0, 2, 4, 6
@@ -114,7 +116,9 @@ class Transport:
         self._told: dict[tuple[int, int], Layout] = {}
         self._known: dict[tuple[int, int], Layout] = {}
         """The last layout that left and came, by rank and tag."""
-        self._sent: list[tuple[MPI.Request, Any]] = []
+        self._sent: list[tuple[MPI.Request, Any, int]] = []
+        """Requests, their memory, to whom."""
+        self.watch = Watch(pipe)
 
     def begin(self) -> None:
         """Start with a step's or an evaluation's micro-batches. Local."""
@@ -228,30 +232,42 @@ class Transport:
         return _pytree.tree_unflatten(leaves, layout.tree)
 
     def finish(self) -> None:
-        """Wait until all that was sent has been taken."""
-        MPI.Request.Waitall([request for request, _ in self._sent])
-        self._sent.clear()
+        """Wait until all that was sent has been taken. Local."""
+        while self._sent:
+            request, _, rank = self._sent.pop()
+            self._until(request.Test, rank)
 
     def close(self) -> None:
         """Free the communicators. Collective."""
+        self.watch.close()
         self.comm.Free()
         self.node.Free()
 
     def _start(self, values: NDArray[np.uint8], rank: int, tag: int) -> None:
         if len(self._sent) > 64:
             self._sent = [entry for entry in self._sent if not entry[0].Test()]
-        self._sent.append((self.comm.Isend([values, MPI.BYTE], rank, tag), values))
+        self._sent.append((self.comm.Isend([values, MPI.BYTE], rank, tag), values, rank))
 
     def _wait(self, rank: int, tag: int) -> MPI.Status:
-        """Wait for a message, giving the core away: a rank that waits must not slow those that work."""
-        status, looks = MPI.Status(), 0
-        while not self.comm.Iprobe(rank, tag, status):
-            looks += 1
-            if looks < YIELDS:
-                os.sched_yield()
-            else:
-                time.sleep(NAP_SECONDS)
+        """Wait for a message."""
+        status = MPI.Status()
+        self._until(lambda: self.comm.Iprobe(rank, tag, status), rank)
         return status
+
+    def _until(self, done: Callable[[], bool], rank: int) -> None:
+        """Wait, giving the core away: a rank that waits must not slow those that work."""
+        for _ in range(YIELDS):
+            if done():
+                return
+            os.sched_yield()
+        began = time.monotonic()
+        patience = watch.PATIENCE_SECONDS
+        while not done():
+            time.sleep(NAP_SECONDS)
+            waited = time.monotonic() - began
+            if waited > patience:
+                self.watch.missing(rank, waited)
+                patience *= 2
 
 
 def same(one: Layout | None, other: Layout) -> bool:

@@ -1,0 +1,113 @@
+"""What every rank of a pipeline is doing, told when a message is missing for long.
+
+A rank that has waited for PATIENCE asks the others; a thread of each of them, which looks for questions
+once a second, answers also while the rank itself computes or hangs. Who does not answer has stopped, is gone,
+or sits in code that holds Python's lock. The lowest rank that waits tells all of it, and goes on waiting: a
+filesystem may only be slow.
+"""
+
+import platform
+import threading
+import time
+
+from mpi4py import MPI
+
+from hpctrain.log import LOGGER
+from hpctrain.pipeline.schedule import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    Receive,
+    ReceiveGradient,
+    Send,
+    SendGradient,
+)
+from hpctrain.topology import named
+
+PATIENCE_SECONDS = 60.0
+"""Of waiting for one message before the others are asked; then twice as long each time."""
+LOOK_SECONDS = 1.0
+ANSWER_SECONDS = 5.0
+ASK, ANSWER = 0, 1
+WORDS: dict[type[Instruction], str] = {
+    Forward: "runs the forward pass",
+    Backward: "runs the backward pass",
+    BackwardInput: "runs the backward pass",
+    BackwardWeight: "computes the weight gradients",
+    Receive: "waits for the activations",
+    Send: "sends the activations",
+    ReceiveGradient: "waits for the gradients",
+    SendGradient: "sends the gradients",
+}
+
+
+class Watch:
+    """One rank's word on what it does, and its questions."""
+
+    def __init__(self, pipe: MPI.Intracomm) -> None:
+        """Take the ranks of the stages; start to answer where this MPI allows it. Collective."""
+        self.comm = named(pipe.Dup(), "questions of a pipeline")
+        self.names = pipe.allgather(f"rank {MPI.COMM_WORLD.rank} on {platform.node()}")
+        self._doing: tuple[Instruction, int] | None = None
+        self._since = time.monotonic()
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        if pipe.size > 1 and pipe.allreduce(MPI.Query_thread(), op=MPI.MIN) == MPI.THREAD_MULTIPLE:
+            self._thread = threading.Thread(target=self._answer, name="hpctrain answers", daemon=True)
+            self._thread.start()
+
+    def doing(self, instruction: Instruction | None = None, stage: int = 0) -> None:
+        """Note what this rank begins with; nothing: that it is between programs. Local."""
+        self._doing = (instruction, stage) if instruction else None
+        self._since = time.monotonic()
+
+    def missing(self, rank: int, seconds: float) -> None:
+        """Tell what all ranks do, if this one is the lowest that waits; nothing came from `rank`. Local."""
+        others = [other for other in range(self.comm.size) if other != self.comm.rank and self._thread]
+        while self.comm.Iprobe(MPI.ANY_SOURCE, ANSWER):
+            self.comm.recv(tag=ANSWER)  # to a question of before, too late
+        requests = [self.comm.isend(None, other, ASK) for other in others]
+        found = dict.fromkeys(others, "")
+        until = time.monotonic() + ANSWER_SECONDS
+        while not all(found.values()) and time.monotonic() < until:
+            for other in others:
+                if self.comm.Iprobe(other, ANSWER):
+                    found[other] = self.comm.recv(source=other, tag=ANSWER)
+            time.sleep(LOOK_SECONDS / 20)
+        MPI.Request.Testall(requests)
+        if any(found[other].startswith("waits") for other in others if other < self.comm.rank):
+            return
+        silent = "does not answer: it has stopped, is gone, or is in code that holds Python's lock"
+        found[self.comm.rank] = self.told()
+        each = "; ".join(f"{self.names[other]} {found[other] or silent}" for other in sorted(found))
+        LOGGER.warning("no message from %s for %.0f s: %s", self.names[rank], seconds, each)
+
+    def stop(self) -> None:
+        """Answer no more. Local."""
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Free the communicator. Collective."""
+        self.stop()
+        self.comm.Free()
+
+    def told(self) -> str:
+        """Say what this rank does, and for how long. Local."""
+        since = f"since {time.monotonic() - self._since:.0f} s"
+        if self._doing is None:
+            return f"is between the pipeline's passes {since}"
+        instruction, stage = self._doing
+        words = WORDS[type(instruction)]
+        return f"{words} of micro-batch {instruction.micro_batch} on stage {stage} {since}"
+
+    def _answer(self) -> None:
+        status = MPI.Status()
+        while not self._end.wait(LOOK_SECONDS):
+            while self.comm.Iprobe(MPI.ANY_SOURCE, ASK, status):
+                self.comm.recv(source=status.Get_source(), tag=ASK)
+                self.comm.send(self.told(), status.Get_source(), ANSWER)
