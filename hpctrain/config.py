@@ -196,6 +196,7 @@ FREE_ON_RESUME = (
     "optimizer.sharded",
     "parallel.stages",
     "parallel.schedule",
+    "parallel.virtual_stages",
     "parallel.recompute",
     "parallel.cuts",
 )

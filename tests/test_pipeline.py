@@ -620,6 +620,8 @@ def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplo
     )
     assert 0 < row["simulated_seconds"] < 2 * row["seconds"]
     assert 0 <= row["simulated_bubble"] < 1
+    assert set(row["other_seconds"]) == set(SCHEDULES) - {schedule}
+    assert all(0 < seconds < 3 * row["simulated_seconds"] for seconds in row["other_seconds"].values())
     table = [record.getMessage() for record in caplog.records]
     assert (
         sum(bool(re.match(r" +\d +\d+ +[\d,]+ +\d+\.\d\d +\d+\.\d\d +\d+%  \d", line)) for line in table)

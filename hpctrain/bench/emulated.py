@@ -105,12 +105,13 @@ def stretched(comm: MPI.Intracomm) -> float:
 
 def simulated(schedule: str, stages: int, micro_batches: int, stretch: float) -> Simulation:
     """Say what the simulator expects of a step with such sleeps; messages take no time there."""
-    one = LAYER * (LAYERS // stages) * stretch
+    virtual = 2 if schedule == "interleaved" else 1
+    one = LAYER * (LAYERS // (virtual * stages)) * stretch
 
     def cost(stage: int, instruction: Instruction) -> float:
         return 2 * one if isinstance(instruction, Backward) else one
 
-    return simulate(programs(schedule, stages, range(micro_batches)), cost)
+    return simulate(programs(schedule, stages, range(micro_batches), virtual), cost)
 
 
 def work(stages: int, micro_batches: int, stretch: float) -> float:

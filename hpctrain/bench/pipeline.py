@@ -1,16 +1,18 @@
 """`hpctrain bench pipeline`: forward and backward of a step in stages, against torch's own pipelining.
 
 ours          the default schedule; one stage a rank
-ours_…        1F1B, GPipe, ZB-H1, each strict; ours_fast ZB-H1 with weight gradients merged
+ours_…        GPipe, ZB-H1 and interleaved (two stages a rank), each strict; ours_fast ZB-H1 with weight
+              gradients merged
 torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo
-torch_gpipe   the same with ScheduleGPipe
+torch_…       the same with ScheduleGPipe, and with two stages a rank ScheduleInterleaved1F1B and
+              ScheduleInterleavedZeroBubble
 alone         one process, the whole model, the same micro-batches; the other ranks idle
 limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
 
-In the emulated cases layers sleep (`emulated.py`), GPipe and fast are left out, and instead of the last
-two stand
+In the emulated cases layers sleep (`emulated.py`), GPipe, fast and torch's zero bubble are left out, and
+instead of the last two stand
 
-simulated_…   what the simulator expects of 1F1B and ZB-H1, messages taking no time
+simulated_…   what the simulator expects of 1F1B, ZB-H1 and interleaved, messages taking no time
 work          what a stage has to do: work ÷ seconds is the utilisation
 
 No optimizer and no averaging: they are measured by `bench step`.
@@ -60,7 +62,7 @@ def transformer() -> nn.Sequential:
 
 
 def cnn() -> nn.Sequential:
-    """Eight convolutions of 32 channels: activations of 1 MiB for a micro-batch of 2."""
+    """Eight convolutions of 32 channels: activations of 2 MiB for a micro-batch of 4."""
     layers: list[nn.Module] = [nn.Conv2d(4, 32, 3, padding=1), nn.ReLU()]
     for _ in range(7):
         layers += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
@@ -112,14 +114,19 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         "ours_zb": our_step(topology, case, x, y, "zb-h1"),
         "ours_fast": our_step(topology, case, x, y, "zb-h1", merges=True),
     }
+    if halves(topology, case):
+        stages["ours_interleaved"] = our_step(topology, case, x, y, "interleaved")
     contenders = {
         **{name: step for name, (step, _) in stages.items()},
         "torch_1f1b": torch_step(topology, case, x, y, "Schedule1F1B"),
         "torch_gpipe": torch_step(topology, case, x, y, "ScheduleGPipe"),
     }
+    if halves(topology, case):
+        contenders["torch_interleaved"] = torch_step(topology, case, x, y, "ScheduleInterleaved1F1B", 2)
+        contenders["torch_zb"] = torch_step(topology, case, x, y, "ScheduleInterleavedZeroBubble", 2)
     if case.sleeps:
-        for name in ("ours_fast", "ours_gpipe", "torch_gpipe"):
-            del contenders[name]
+        for left_out in ("ours_fast", "ours_gpipe", "torch_gpipe", "torch_zb"):
+            contenders.pop(left_out, None)
     else:
         contenders["alone"] = alone_step(topology, case, x, y)
         contenders["limit"] = limit_step(topology, stages["ours"][1], case, x)
@@ -128,9 +135,10 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
     bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
     if case.sleeps:
         stretch = emulated.stretched(comm)
-        for ours, schedule in (("simulated_1f1b", "1f1b"), ("simulated_zb", "zb-h1")):
-            found = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
-            times[ours] = [found.seconds] * rounds
+        for ours, schedule in (("1f1b", "1f1b"), ("zb", "zb-h1"), ("interleaved", "interleaved")):
+            if schedule != "interleaved" or halves(topology, case):
+                found = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
+                times[f"simulated_{ours}"] = [found.seconds] * rounds
         times["work"] = [emulated.work(topology.stages, case.micro_batches, stretch)] * rounds
     else:
         times["limit"] = [seconds * bubble for seconds in times["limit"]]
@@ -139,6 +147,12 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         engine.averager.close()
     size = sum(p.numel() for p in case.make().parameters())
     return row(name, comm.size, 4 * size, times)
+
+
+def halves(topology: Topology, case: Case) -> bool:
+    """Whether the model has two stages for each rank. Pure."""
+    layers = sum(1 for layer in case.make() if next(layer.parameters(), None) is not None)
+    return layers >= 2 * topology.stages
 
 
 def our_step(
@@ -162,7 +176,7 @@ def our_step(
         pipeline=pipeline, schedule=schedule, merges=merges,
     )  # fmt: skip
     if case.sleeps:
-        engine.straight = emulated.Weights(topology.stages)  # type: ignore[assignment]
+        engine.straight = emulated.Weights(virtual * topology.stages)  # type: ignore[assignment]
     batches = {
         v: Batch(np.arange(a, b), {"x": x[a:b]}, {"y": y[a:b]}) for v, (a, b) in enumerate(pairwise(starts))
     }
@@ -179,23 +193,27 @@ def our_step(
 
 
 def torch_step(
-    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str
+    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str, virtual: int = 1
 ) -> Callable[[], None]:
-    """Take a step as users of torch's pipelining do, cut where ours is."""
+    """Take a step as users of torch's pipelining do, cut where ours is; `virtual` stages a rank."""
     from torch.distributed import pipelining
 
     torch.manual_seed(1)
     model = emulated.sleepers(whole=True) if case.sleeps else case.make()
-    cut = split.cut(model, {"x": x[:1]}, False, topology.stages, [])
+    total = virtual * topology.stages
+    cut = split.cut(model, {"x": x[:1]}, False, total, [])
     assert isinstance(cut, Layers)
-    first, last = cut.ranges[topology.stage]
-    part = nn.Sequential(*[layer for _, layer in cut.layers[first:last]])
-    stage = pipelining.PipelineStage(part, topology.stage, topology.stages, torch.device("cpu"))
-    run = getattr(pipelining, schedule)(stage, case.micro_batches, loss_fn=nn.functional.mse_loss)
+    parts, stages = [], []
+    for number in range(topology.stage, total, topology.stages):
+        first, last = cut.ranges[number]
+        parts.append(nn.Sequential(*[layer for _, layer in cut.layers[first:last]]))
+        stages.append(pipelining.PipelineStage(parts[-1], number, total, torch.device("cpu")))
+    given = stages if virtual > 1 else stages[0]
+    run = getattr(pipelining, schedule)(given, case.micro_batches, loss_fn=nn.functional.mse_loss)
     ends = topology.stage == topology.stages - 1
 
     def step() -> None:
-        for parameter in part.parameters():
+        for parameter in (p for part in parts for p in part.parameters()):
             parameter.grad = None
         if topology.stage == 0:
             run.step(x)

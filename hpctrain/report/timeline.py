@@ -9,6 +9,7 @@ So measured less simulated is what messages, uneven passes and crowded cores cos
 
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,7 +19,15 @@ from mpi4py import MPI
 
 from hpctrain.assemble import Job
 from hpctrain.log import LOGGER
-from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, programs
+from hpctrain.pipeline.schedule import (
+    SCHEDULES,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    programs,
+)
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
 from hpctrain.report import pictures
 from hpctrain.report.run_folder import RunFolder
@@ -177,6 +186,50 @@ def expectation(job: Job, measured: Simulation) -> Simulation | None:
     return dry(job, cost)
 
 
+def others(job: Job, measured: Simulation) -> dict[str, float]:
+    """Seconds of a step by the other schedules, simulated with the measured passes. Local.
+
+    A rank's passes take as long in all; interleaved is given halves, as even as they can be.
+    """
+    ranks = len(measured.busy)
+    assert job.pipeline is not None
+    lengths = [lengths_of(medians(measured), range(r, job.pipeline.cut.stages, ranks)) for r in range(ranks)]
+    mine = sorted({span.instruction.micro_batch for span in measured.spans})
+    found = {}
+    for name in SCHEDULES:
+        virtual = 2 if name == "interleaved" else 1
+        if name == job.config.parallel.schedule or len(mine) < virtual:
+            continue
+
+        def cost(stage: int, instruction: Instruction, virtual: int = virtual) -> float:
+            forward, input_gradient, weight_gradient = lengths[stage % ranks]
+            match instruction:
+                case Forward():
+                    return forward / virtual
+                case BackwardInput():
+                    return input_gradient / virtual
+                case BackwardWeight():
+                    return weight_gradient / virtual
+            return (input_gradient + weight_gradient) / virtual
+
+        found[name] = simulate(programs(name, ranks, mine, virtual), cost).seconds
+    return found
+
+
+def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int]) -> tuple[float, float, float]:
+    """Seconds of forward, input gradient and weight gradient of stages together. Pure.
+
+    Where a backward is not split, as that of stage 0 often is, its halves count.
+    """
+    forward = input_gradient = weight_gradient = 0.0
+    for stage in stages:
+        whole = usual.get((stage, Backward.__name__), 0.0) / 2
+        forward += usual.get((stage, Forward.__name__), 0.0)
+        input_gradient += usual.get((stage, BackwardInput.__name__), whole)
+        weight_gradient += usual.get((stage, BackwardWeight.__name__), whole)
+    return forward, input_gradient, weight_gradient
+
+
 def dry(job: Job, cost: Cost) -> Simulation:
     """Simulate a full step of the first replica. Local."""
     mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
@@ -197,6 +250,7 @@ def row(
         "seconds": round(measured.seconds, 6),
         "simulated_seconds": round(simulated.seconds, 6),
         "expected_seconds": round(expected.seconds, 6) if expected else None,
+        "other_seconds": {name: round(seconds, 6) for name, seconds in others(job, measured).items()},
         "bubble": round(measured.bubble, 4),
         "simulated_bubble": round(simulated.bubble, 4),
         "stages": [
@@ -246,6 +300,8 @@ def table(
         f"{job.config.parallel.schedule} simulated with these passes and free messages "
         f"{1e3 * simulated.seconds:.1f} ms, idle {simulated.bubble:.0%}"
     )
+    by = sorted(others(job, measured).items(), key=lambda pair: pair[1])
+    lines.append("other schedules, simulated so: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in by))
     if expected:
         alone = "; the ranks share cores, and take longer" if job.topology.crowded else ""
         lines.append(

@@ -43,13 +43,16 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8")
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
-    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast"}
-    assert set(row["seconds"]) == ours | {"torch_1f1b", "torch_gpipe", "alone", "limit"}
+    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved"}
+    torchs = {"torch_1f1b", "torch_gpipe", "torch_interleaved", "torch_zb"}
+    assert set(row["seconds"]) == ours | torchs | {"alone", "limit"}
     sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8")
     assert sleeping.status == 0, sleeping.text
     (row,) = json.loads(sleeping.out)["rows"]
     seconds = row["seconds"]
-    assert set(seconds) == {"ours", "ours_zb", "torch_1f1b", "simulated_1f1b", "simulated_zb", "work"}
+    simulated = {"simulated_1f1b", "simulated_zb", "simulated_interleaved"}
+    measured = {"ours", "ours_zb", "ours_interleaved", "torch_1f1b", "torch_interleaved", "work"}
+    assert set(seconds) == measured | simulated
     # ideal lengths, so not a timed test: 8 x 3 passes of 30 ms, 6 and 3 of them idle, sleeps of 15 ms at least
     assert seconds["work"] < seconds["simulated_zb"] < seconds["simulated_1f1b"]
     assert seconds["simulated_zb"] / seconds["work"] == pytest.approx(27 / 24)
