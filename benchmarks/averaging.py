@@ -20,11 +20,18 @@ ENVIRONMENT = {
 }
 
 
-def measured(what: str, ranks: int) -> list[dict]:
-    """Run one bench; give its rows."""
-    command = ["mpirun", "-n", str(ranks), sys.executable, "-m", "hpctrain", "bench", what, "--json"]
-    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)["rows"]
+def measured(what: str, start: list[str], cases: tuple[str, ...] = (), **more: str) -> list[dict]:
+    """Run one bench, started by some words and with more in the environment; give its rows."""
+    command = [*start, sys.executable, "-m", "hpctrain", "bench", what, "--json"]
+    for case in cases:
+        command += ["--case", case]
+    done = subprocess.run(command, env=ENVIRONMENT | more, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout[done.stdout.index("{") :])["rows"]
+
+
+def mpirun(ranks: int) -> list[str]:
+    """Give the words that start ranks here."""
+    return ["mpirun", "-n", str(ranks)]
 
 
 def table(rows: list[dict]) -> str:
@@ -69,10 +76,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--output", type=Path, default=Path("docs"))
     asked = parser.parse_args()
-    sums = [row for ranks in asked.ranks for row in measured("allreduce", ranks)]
+    sums = [row for ranks in asked.ranks for row in measured("allreduce", mpirun(ranks))]
     draw(sums, asked.output / "averaging.png")
     print(table(sums), end="\n\n")
-    print(table([row for ranks in asked.ranks for row in measured("step", ranks)]))
+    print(table([row for ranks in asked.ranks for row in measured("step", mpirun(ranks))]))
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ def test_a_folder_that_can_not_be_written_is_one_error_on_all_ranks(world, share
         simple(world, blocked, 1)
 
 
+@pytest.mark.mpi
 def test_no_pickle_in_what_is_written(tmp_path, world):
     from mpi4py import MPI
 

@@ -68,6 +68,7 @@ def test_table_has_a_row_a_method():
     assert table({}) == []
 
 
+@pytest.mark.mpi
 def test_batch_log_gets_plain_lines_of_the_first_and_last_step(capsys, topology, monkeypatch):
     monkeypatch.setattr(progress, "on_terminal", lambda: False)
     log.start(topology)

@@ -2,15 +2,15 @@
 
 ours          the default schedule; one stage a rank
 ours_…        GPipe, ZB-H1 and interleaved (two stages a rank), each strict; ours_fast ZB-H1 with weight
-              gradients merged
+              gradients merged; ours_plain 1F1B, each tensor one MPI message
 torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo
 torch_…       the same with ScheduleGPipe, and with two stages a rank ScheduleInterleaved1F1B and
               ScheduleInterleavedZeroBubble
 alone         one process, the whole model, the same micro-batches; the other ranks idle
 limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
 
-In the emulated cases layers sleep (`emulated.py`), GPipe, fast and torch's zero bubble are left out, and
-instead of the last two stand
+In the emulated cases layers sleep (`emulated.py`), GPipe, fast, plain and torch's zero bubble are left
+out, and instead of the last two stand
 
 simulated_…   what the simulator expects of 1F1B, ZB-H1 and interleaved, messages taking no time
 work          what a stage has to do: work ÷ seconds is the utilisation
@@ -113,6 +113,7 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
         "ours_zb": our_step(topology, case, x, y, "zb-h1"),
         "ours_fast": our_step(topology, case, x, y, "zb-h1", merges=True),
+        "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),
     }
     if halves(topology, case):
         stages["ours_interleaved"] = our_step(topology, case, x, y, "interleaved")
@@ -125,7 +126,7 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         contenders["torch_interleaved"] = torch_step(topology, case, x, y, "ScheduleInterleaved1F1B", 2)
         contenders["torch_zb"] = torch_step(topology, case, x, y, "ScheduleInterleavedZeroBubble", 2)
     if case.sleeps:
-        for left_out in ("ours_fast", "ours_gpipe", "torch_gpipe", "torch_zb"):
+        for left_out in ("ours_fast", "ours_plain", "ours_gpipe", "torch_gpipe", "torch_zb"):
             contenders.pop(left_out, None)
     else:
         contenders["alone"] = alone_step(topology, case, x, y)
@@ -156,7 +157,13 @@ def halves(topology: Topology, case: Case) -> bool:
 
 
 def our_step(
-    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str, merges: bool = False
+    topology: Topology,
+    case: Case,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    schedule: str,
+    merges: bool = False,
+    plain: bool = False,
 ) -> tuple[Callable[[], None], StagedEngine]:
     """Run the engine's own program for a stage; gives the engine too."""
     torch.manual_seed(1)
@@ -167,7 +174,7 @@ def our_step(
     pieces = split.cut(model, {"x": x[: sizes[0]]}, False, virtual * topology.stages, [])
     take_share(model, pieces, topology.stage, topology.stages)
     kept = max(simulate.check(schedule, topology.stages, range(case.micro_batches), virtual=virtual).kept)
-    pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu"), kept=kept)
+    pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu", plain), kept=kept)
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
     owners = [0] * case.micro_batches
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)

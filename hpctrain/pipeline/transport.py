@@ -40,6 +40,8 @@ FORWARD, BACKWARD, TIED, KINDS = 0, 2, 4, 6
 SAME, NEW, FAILED = 0, 1, 2
 """Status: the layout is that of the message before, or follows, or there is nothing."""
 NUMBERS = 5
+MOST = 1 << 30
+"""Bytes of one message: counts are 32-bit integers in most MPIs."""
 PIECE = 65536 - 512
 """Bytes: with its header below the 64 KiB up to which Open MPI sends over TCP without asking the receiver."""
 YIELDS = 300
@@ -101,14 +103,17 @@ def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Transport:
     """The stages of one replica, talking to one another."""
 
-    def __init__(self, pipe: MPI.Intracomm, device: str) -> None:
-        """Take the ranks of the stages. Collective."""
+    def __init__(self, pipe: MPI.Intracomm, device: str, plain: bool = False) -> None:
+        """Take the ranks of the stages. Collective.
+
+        `plain`: each tensor is one message, as MPI carries it by itself; to measure what the ways here gain.
+        """
         self.comm, self.device = named(pipe.Dup(), "pipeline"), device
         self.node = named(pipe.Split_type(MPI.COMM_TYPE_SHARED), "pipeline of a node")
         at = self.node.allgather(self.comm.rank)
         self._on_node = {rank: number for number, rank in enumerate(at) if rank != self.comm.rank}
         self._slots: Slots | None = None
-        self._refused = False
+        self._refused, self._piece = plain, MOST if plain else PIECE
         self._bytes: dict[int, int] = {}
         """For this node, by micro-batch of the step or evaluation that runs."""
         self._most = 0
@@ -186,8 +191,8 @@ class Transport:
         self._start(np.frombuffer(numbers.tobytes() + text, np.uint8), rank, tag)
         if slot is None:
             for flat in packed.flats:
-                for at in range(0, len(flat), PIECE):
-                    self._start(flat[at : at + PIECE].numpy(), rank, tag + 1)
+                for at in range(0, len(flat), self._piece):
+                    self._start(flat[at : at + self._piece].numpy(), rank, tag + 1)
 
     def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
         """Tell a rank that what it waits for will not come. Local."""
@@ -216,9 +221,9 @@ class Transport:
             self._slots.take(self._on_node[rank], offset, flag, flats)
         else:
             for flat in flats:
-                for at in range(0, len(flat), PIECE):
+                for at in range(0, len(flat), self._piece):
                     self._wait(rank, tag + 1)
-                    self.comm.Recv(flat[at : at + PIECE].numpy(), rank, tag + 1)
+                    self.comm.Recv(flat[at : at + self._piece].numpy(), rank, tag + 1)
         return self._tree(layout, memories), draws
 
     def _tree(self, layout: Layout, memories: list[torch.Tensor]) -> Any:

@@ -43,7 +43,7 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8")
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
-    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved"}
+    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved", "ours_plain"}
     torchs = {"torch_1f1b", "torch_gpipe", "torch_interleaved", "torch_zb"}
     assert set(row["seconds"]) == ours | torchs | {"alone", "limit"}
     sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8")

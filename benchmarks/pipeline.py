@@ -1,0 +1,81 @@
+"""Run `hpctrain bench pipeline` where links differ; write docs/pipeline-speed.png and tables.
+
+Usage: python benchmarks/pipeline.py [--ranks 2 4] [--hosts] [--output docs]
+One node with and without cross-memory attach (containers forbid it), and with --hosts (as root, on Linux) two
+virtual hosts joined by a link without and with a limit of 1 Gbit/s. Some ten minutes on 2 cores.
+"""
+
+import argparse
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from averaging import measured, mpirun, table
+
+HOSTS = Path(__file__).parent.parent / "tests" / "cluster" / "vhosts.sh"
+CASES = ("mlp m=8", "mlp m=16", "mlp m=32", "transformer m=8", "cnn m=8")
+SHORT = ("mlp m=8", "cnn m=8")
+PEERS = ("ours_zb", "ours_interleaved", "ours_plain", "torch_1f1b", "torch_gpipe", "torch_zb", "limit")
+
+
+def between_hosts(rates: list[str]) -> dict[str, list[dict]]:
+    """Measure two hosts of one rank each, a thread a rank, by the rate of their link."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["VHOSTS_DIR"] = folder  # for the script and what it starts
+        try:
+            subprocess.run([HOSTS, "up", "2"], check=True)
+            for rate in rates:
+                subprocess.run([HOSTS, "shape", rate], check=True)
+                start = [str(HOSTS), "run", "2", "h0:1,h1:1", "-x", "OMP_NUM_THREADS"]
+                rows = measured("pipeline", start, SHORT, OMP_NUM_THREADS="1")
+                found[f"two hosts, {'no limit' if rate == 'none' else rate}"] = rows
+        finally:
+            subprocess.run([HOSTS, "down"], check=True)
+    return found
+
+
+def draw(found: dict[str, list[dict]], path: Path) -> None:
+    """How many times as long as ours each takes, a panel a place."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(4 * len(found), 4), sharey=True, squeeze=False, constrained_layout=True
+    )
+    for axis, (place, rows) in zip(axes[0], found.items()):
+        for at, name in enumerate(PEERS):
+            mine = [(x, row["ratio"][name]) for x, row in enumerate(rows) if name in row["ratio"]]
+            axis.bar([x + 0.11 * (at - 3) for x, _ in mine], [y for _, y in mine], 0.11, label=name)
+        axis.axhline(1.0, color="black", lw=0.8)
+        axis.set(title=place, xticks=range(len(rows)), ylabel="time ÷ ours (1F1B)")
+        axis.set_xticklabels([row["case"] for row in rows], rotation=30, ha="right")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Measure, draw, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--hosts", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    asked = parser.parse_args()
+    found = {
+        f"{ranks} ranks": measured("pipeline", mpirun(ranks), CASES if ranks == 2 else SHORT)
+        for ranks in asked.ranks
+    }
+    found["2 ranks, no cross-memory attach"] = measured("pipeline", mpirun(2), SHORT, OMPI_MCA_smsc="^cma")
+    if asked.hosts:
+        found |= between_hosts(["none", "1gbit"])
+    draw(found, asked.output / "pipeline-speed.png")
+    for place, rows in found.items():
+        print(f"{place}\n\n{table(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()
