@@ -26,7 +26,7 @@ from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
 from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.part import Cut
-from hpctrain.pipeline.pipeline import Pipeline, every_tensor, take_share, users_of
+from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
 from hpctrain.pipeline.transport import Transport
 from hpctrain.pipeline.weigh import Scales
 from hpctrain.room import room
@@ -93,9 +93,13 @@ def build(
             virtual = config.parallel.virtual
             found = simulate.check(config.parallel.schedule, topology.stages, own, *pieces.links(), virtual)
             kept = max(found.kept)
-            pipeline, optimizer = pipeline_of(config, topology, module, deferred, pieces, synced, kept)
+            ties, optimizer = share_of(config, topology, module, deferred, pieces)
+            again = recomputes(config, pieces, synced)
         else:
             optimizer = groups.build(config.optimizer, module)
+    if pieces is not None:  # no rank has failed, so all of them are here
+        transport = Transport(topology.comms.pipe, topology.device)
+        pipeline = Pipeline(pieces, transport, ties, again, kept)
     same_start(module, topology.comms.data)
     if pipeline:
         pipeline.refresh()
@@ -140,16 +144,14 @@ def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: i
     return True
 
 
-def pipeline_of(
+def share_of(
     config: Config,
     topology: Topology,
     module: torch.nn.Module,
     deferred: Deferred | None,
     model: Cut,
-    synced: bool,
-    kept: int,
-) -> tuple[Pipeline, torch.optim.Optimizer]:
-    """Keep this rank's stages of a model in pieces; give what runs them and their optimizer. Collective.
+) -> tuple[list[Tie], torch.optim.Optimizer]:
+    """Keep this rank's stages of a model in pieces; give what several use, and the optimizer. Local.
 
     Only now their tensors are made, where the model was built without memory.
     """
@@ -177,9 +179,7 @@ def pipeline_of(
         group["params"] = [p for p in group["params"] if id(p) in own]
     for parameter in [p for p in optimizer.state if id(p) not in own]:
         del optimizer.state[parameter]
-    again = recomputes(config, model, synced)
-    transport = Transport(topology.comms.pipe, topology.device)
-    return Pipeline(model, transport, ties, again, kept), optimizer
+    return ties, optimizer
 
 
 def mine(stage: int, topology: Topology) -> bool:

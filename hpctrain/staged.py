@@ -89,8 +89,11 @@ class StagedEngine(Engine):
         working = [v for v in mine if sizes[v]]
         self._last_backward = working[-1] if working else -1
         self._joining.clear()
+        self._losses.clear()  # of a step that failed
+        for stage in pipeline.stages:
+            stage.kept.clear()
         self.straight.begin()
-        pipeline.transport.begin()
+        pipeline.transport.begin(pipeline.kept)
         own = {size for size in {sizes[v] for v in mine} if size}
         parts = {(stage, size): stage.part(size, True) for size in own for stage in pipeline.stages}
         for instruction in program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual):
@@ -100,11 +103,11 @@ class StagedEngine(Engine):
                     self.averager.joined(v, 0.0, 0.0)
                 continue
             part = parts[stage, sizes[v]]
+            pipeline.transport.watch.doing(instruction, stage.stage)
             if failure is not None:
                 stage.fail(instruction, part)
                 continue
             began = time.perf_counter()
-            pipeline.transport.watch.doing(instruction, stage.stage)
             try:
                 self._execute_staged(instruction, number, step, stage, part)
             except HpctrainError as error:
@@ -147,8 +150,7 @@ class StagedEngine(Engine):
                     stage.forget(v)
             case BackwardWeight():
                 if v in self._joining:
-                    last = v == self._last_backward and not instruction.virtual
-                    self.straight.weights_of(v, last)
+                    self.straight.weights_of(v, last=v == self._last_backward)
                     self._join(instruction)
             case SendGradient():
                 stage.send_gradient(v, part)
@@ -225,7 +227,7 @@ class StagedEngine(Engine):
         pipeline = self.pipeline
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)
-        pipeline.transport.begin()
+        pipeline.transport.begin(GROUP, looks=1)
         own = {len(batch) for batch in batches}
         parts = {(stage, size): stage.part(size, False) for size in own for stage in pipeline.stages}
         every = range(len(batches))
@@ -234,10 +236,10 @@ class StagedEngine(Engine):
         ):
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             batch, part = batches[v], parts[stage, len(batches[v])]
+            pipeline.transport.watch.doing(instruction, stage.stage)
             if failure is not None:
                 stage.fail(instruction, part)
                 continue
-            pipeline.transport.watch.doing(instruction, stage.stage)
             try:
                 match instruction:
                     case Receive():

@@ -38,6 +38,33 @@ def test_a_portion_that_comes_late_is_refused_by_name():
     assert told == [1, 2]
 
 
+def test_only_what_is_final_counts():
+    """Some parameters' last backward comes before others' (virtual stages of a rank)."""
+    (a, b, c), places = places_of(UNIT, UNIT, UNIT)  # buckets: c, b, a
+    told = []
+
+    def come(*parameters):
+        for parameter in parameters:
+            parameter.grad = torch.ones(UNIT)
+            places.ready(parameter)
+
+    for _ in range(2):  # and all is forgotten for the next step
+        told.clear()
+        places.begin()
+        places.last_backward(told.append, [c])
+        come(a, b)
+        assert told == []
+        come(c)
+        assert told == [1]
+        places.last_backward(told.append, [b])
+        come(a, b)
+        assert told == [1, 2]
+        places.last_backward(told.append)
+        come(a)
+        assert told == [1, 2, 3]
+    assert not places.repeats
+
+
 def test_an_undefined_gradient_is_zeros_before_its_bucket_leaves():
     (only,), places = places_of(UNIT)
     flat = torch.full((UNIT,), 9.0)

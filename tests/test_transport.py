@@ -1,12 +1,16 @@
 """Messages between stages: every kind of value arrives as it was, strides included; failures too."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 
 from hpctrain.errors import HpctrainError
+from hpctrain.node_memory import NodeMemory
 from hpctrain.pipeline.slots import FLAGS, Slots
-from hpctrain.pipeline.transport import FORWARD, PeerFailedError, Transport
+from hpctrain.pipeline.transport import FORWARD, TIED, PeerFailedError, Transport
 
+Point = namedtuple("Point", "x y")
 BASE = torch.arange(24.0).reshape(2, 3, 4)
 TENSORS = {
     "plain": BASE,
@@ -36,8 +40,9 @@ def transport(world):
 
 
 def grow(transport, size):
+    transport.begin(1, looks=1)
     transport._most = size
-    transport.grow(1)
+    transport.grow()
 
 
 @pytest.fixture
@@ -94,6 +99,8 @@ def test_what_cannot_travel_says_so_before_anything_is_sent(transport):
         HpctrainError, match=r"a object would cross to stage .*: tensors, numbers, strings and None can"
     ):
         transport.pack(0, 0, {"x": torch.ones(1), "y": object()}, 0)
+    with pytest.raises(HpctrainError, match=r"a Point would cross to stage 1 \(.*\): tensors, numbers"):
+        transport.pack(1, 0, Point(torch.ones(1), 1), 0)
 
 
 @pytest.mark.mpi
@@ -109,12 +116,56 @@ def test_word_of_a_failure_arrives_in_its_turn(world, transport):
 
 @pytest.mark.mpi
 def test_large_tensors_are_cut_into_messages(world, transport, monkeypatch):
-    monkeypatch.setattr("hpctrain.pipeline.transport.PIECE", 1000)
+    monkeypatch.setattr("hpctrain.pipeline.transport.MOST", 1000)
+    lengths, start = [], Transport._start
+
+    def noted(self, values, rank, tag):
+        lengths.append(len(values))
+        start(self, values, rank, tag)
+
+    monkeypatch.setattr(Transport, "_start", noted)
     sent = torch.arange(5000.0).reshape(50, 100).t()
     to = (world.rank + 1) % world.size
     transport.start(to, FORWARD, transport.pack(to, 0, sent, 0))
     assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], sent)
     transport.finish()
+    assert lengths[1:] == [1000] * 20
+    transport._on_node = {}  # as if they were on nodes of their own
+    lengths.clear()
+    for v, way in enumerate((transport.receive, transport.drop)):
+        sent = torch.arange(40000.0) + v
+        transport.start(to, FORWARD, transport.pack(to, v, sent, 0))
+        found = way((world.rank - 1) % world.size, FORWARD, v)
+        assert found is None or torch.equal(found[0], sent)
+    transport.finish()
+    assert sorted(lengths)[-5:] == ([29952, 65024, 65024, 65024, 65024] if world.size > 1 else [1000] * 5)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_message_is_taken_whatever_happens(world, transport, puts, monkeypatch, slots):
+    """No memory for one; another is dropped. The next one comes as it is, and slots are free again."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    if slots:
+        grow(transport, 3 * 4096)
+    for v in range(3):
+        transport.start(to, FORWARD, transport.pack(to, v, [torch.ones(1000) + v, None], 0))
+    with monkeypatch.context() as patched:
+        patched.setattr("hpctrain.pipeline.transport.room_for", no_memory)
+        with pytest.raises(MemoryError, match="none left"):
+            transport.receive(source, FORWARD, 0)
+    transport.drop(source, FORWARD, 1)
+    assert torch.equal(transport.receive(source, FORWARD, 2)[0][0], torch.ones(1000) + 2)
+    transport.finish()
+    world.Barrier()
+    transport.start(to, FORWARD, transport.pack(to, 3, [torch.ones(3000), None], 0))
+    assert torch.equal(transport.receive(source, FORWARD, 3)[0][0], torch.ones(3000))
+    transport.finish()
+    assert None not in puts
+
+
+def no_memory(layout):
+    raise MemoryError("none left")
 
 
 @pytest.mark.mpi
@@ -182,32 +233,53 @@ def test_no_more_slots_than_flags(world, transport, puts):
 
 @pytest.mark.mpi
 def test_room_on_the_node_follows_what_a_micro_batch_sends(world, transport, puts):
-    """The most of any rank, times the micro-batches on their way; several messages of one count together."""
+    """The most of any rank, times the micro-batches on their way; several messages of one count together.
+
+    Weights that several stages use do not count, and go without.
+    """
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     for step, rows in enumerate((3 + world.rank, 40)):
-        transport.begin()
+        transport.begin(3)
         for v in range(2):
             for _ in range(2):
                 transport.start(to, FORWARD, transport.pack(to, v, torch.ones(rows, 16), 0))
         for v in range(2):
             for _ in range(2):
                 transport.receive(source, FORWARD, v)
+        transport.start(to, TIED, transport.pack(to, 0, torch.ones(1000), 0))
+        transport.receive(source, TIED, 0)
         transport.finish()
-        transport.grow(3)
+        transport.grow()
         if world.size > 1:
             assert transport._slots.size == 3 * 2 * 64 * (world.size + 2 if not step else 40)
     if world.size > 1:
+        assert len(puts) == 4
         kept = transport._slots
-        transport.grow(3)
+        for _ in range(3):
+            grow(transport, 1)
+        transport.begin(9)
+        transport.start(to, FORWARD, transport.pack(to, 0, torch.ones(1000), 0))
+        transport.receive(source, FORWARD, 0)
+        transport.finish()
+        transport.grow()  # no look is left
         assert transport._slots is kept
 
 
 @pytest.mark.mpi
 def test_without_shared_memory_messages_carry_all(world, transport, monkeypatch, caplog):
     """Where it is refused it is said once, with the bytes."""
-    monkeypatch.setattr("hpctrain.node_memory.FOLDER", "/nowhere")
+    grow(transport, 1 << 12)
+    before = NodeMemory.__init__
+
+    def small(self, comm, common, each):
+        if each > 1 << 20:
+            raise OSError("no space")
+        before(self, comm, common, each)
+
+    monkeypatch.setattr(NodeMemory, "__init__", small)
     for _ in range(2):
         grow(transport, 3 << 20)
+    assert world.size == 1 or transport._slots.size == 1 << 12
     to = (world.rank + 1) % world.size
     transport.start(to, FORWARD, transport.pack(to, 0, torch.ones(5), 0))
     assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], torch.ones(5))

@@ -1,5 +1,6 @@
 """What a stage does in one forward, and what a model in stages offers, however it was cut."""
 
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def shapes_of(given: Any) -> str:
     tensors = (
         f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
         if isinstance(leaf, torch.Tensor)
-        else repr(leaf)
+        else reprlib.repr(leaf)
         for leaf in leaves
     )
     return ", ".join(tensors) or "nothing"

@@ -57,11 +57,6 @@ class Pipeline:
         """Whether a stage here may ask for the model's inputs."""
         return any(stage.reads_inputs for stage in self.stages)
 
-    @property
-    def ends(self) -> bool:
-        """Whether the loss is computed here."""
-        return self.stages[-1].last
-
     def names(self) -> list[list[str]]:
         """Names of the modules that each stage runs. Local."""
         return [self.cut.names(stage.stage) for stage in self.stages]
@@ -82,6 +77,8 @@ class Pipeline:
 
     def collect(self, add: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
         """Bring the gradients of copies to the owners, who `add` them. Collective over the stages."""
+        if self.ties:
+            self.transport.watch.doing("waits for the gradients of what several stages use")
         for number, tie in enumerate(self.ties):
             if not tie.tensor.requires_grad:
                 continue
@@ -100,7 +97,7 @@ class Pipeline:
     @torch.no_grad()
     def refresh(self) -> None:
         """Give the owners' numbers to the copies, behind a step or before the first. Collective (stages)."""
-        self.transport.grow(self.kept)
+        self.transport.grow()
         for number, tie in enumerate(self.ties):
             if self.rank == tie.owner:
                 for other in tie.others:

@@ -87,15 +87,14 @@ class Stage:
     def receive(self, v: int, part: Part) -> None:
         """Take the activations of a micro-batch. Raises PeerFailedError once all have come."""
         kept = self.kept[v] = Kept()
-        failed: PeerFailedError | None = None
+        failures: list[Exception] = []
         for producer in sorted(p for p in part.needs if p != INPUT):
             try:
                 kept.received[producer], draws = self.transport.receive(*self.of(producer, FORWARD), v)
                 kept.draws = max(kept.draws, draws)
-            except PeerFailedError as error:
-                failed = error
-        if failed:
-            raise failed
+            except Exception as error:
+                failures.append(error)
+        raise_first(failures)
         for leaf in _pytree.tree_leaves(kept.received):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(catcher(kept.returned, id(leaf)))  # type: ignore[no-untyped-call]
@@ -154,20 +153,19 @@ class Stage:
 
     def receive_gradient(self, v: int, part: Part) -> None:
         """Take the gradients of what was sent, and of what later stages use too."""
-        kept, failed = self.kept[v], None
+        kept, failures = self.kept[v], list[Exception]()
         values = {**kept.found}
         for given in kept.received.values():
             values.update(given)
         for source, names in sorted(part.awaits.items(), reverse=True):
             try:
                 found, _ = self.transport.receive(*self.of(source, BACKWARD), v)
-            except PeerFailedError as error:
-                failed = error
+            except Exception as error:
+                failures.append(error)
                 continue
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
             kept.gradients += [(leaf, g) for leaf, g in zip(leaves, found, strict=True) if g is not None]
-        if failed:
-            raise failed
+        raise_first(failures)
 
     def backward(self, v: int, loss: torch.Tensor | None) -> None:
         """Run backward from the loss, or from the gradients that came. Local."""
@@ -182,10 +180,13 @@ class Stage:
         """Start to send the gradients of what was received; the micro-batch is done. Local."""
         kept = self.kept[v]
         values = {name: value for given in kept.received.values() for name, value in given.items()}
+        packed = {}
         for target, names in part.returns.items():
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
             gradients = [kept.returned.get(id(leaf)) for leaf in leaves]
-            self.transport.start(*self.to(target, BACKWARD), self.transport.pack(target, v, gradients, 0))
+            packed[target] = self.transport.pack(target, v, gradients, 0)
+        for target, ready in packed.items():
+            self.transport.start(*self.to(target, BACKWARD), ready)
 
     def forget(self, v: int) -> None:
         """Let go of a micro-batch's activations. Local."""
@@ -211,10 +212,13 @@ class Stage:
 
     def _drop(self, stages: list[int], kind: int, v: int) -> None:
         for stage in stages:
-            try:
-                self.transport.receive(*self.of(stage, kind), v)
-            except PeerFailedError:
-                continue
+            self.transport.drop(*self.of(stage, kind), v)
+
+
+def raise_first(failures: list[Exception]) -> None:
+    """Raise the first failure of this rank's own, else one of another's, if there is any. Local."""
+    for failure in sorted(failures, key=lambda failure: isinstance(failure, PeerFailedError)):
+        raise failure
 
 
 def versions_of(given: Env) -> list[int]:

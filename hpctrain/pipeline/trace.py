@@ -102,7 +102,7 @@ class Writer:
     def _where(self, error: Exception) -> str:
         """Say at which layer and line of the user's code the writing down ended. Local."""
         names = {id(m): name for name, m in self.skeleton.named_modules()}
-        torchs = os.path.dirname(torch.__file__)
+        torchs = os.path.join(os.path.dirname(torch.__file__), "")
         found = ""
         for frame, number in traceback.walk_tb(error.__traceback__):
             owner = frame.f_locals.get("self")

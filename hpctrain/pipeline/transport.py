@@ -17,7 +17,9 @@ numbers that say so: whoever waits for it learns of it where it waits, and nobod
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,12 @@ FORWARD, BACKWARD, TIED, KINDS = 0, 2, 4, 6
 SAME, NEW, FAILED = 0, 1, 2
 """Status: the layout is that of the message before, or follows, or there is nothing."""
 NUMBERS = 5
+CROSSING = (
+    "tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut elsewhere "
+    "(parallel.cuts) or give out its tensors"
+)
+FIRST_STEPS = 4
+"""Steps after which there may be more to make room for: shapes show in the first ones."""
 MOST = 1 << 30
 """Bytes of one message: counts are 32-bit integers in most MPIs."""
 PIECE = 65536 - 512
@@ -113,44 +121,55 @@ class Transport:
         at = self.node.allgather(self.comm.rank)
         self._on_node = {rank: number for number, rank in enumerate(at) if rank != self.comm.rank}
         self._slots: Slots | None = None
-        self._refused, self._piece = plain, MOST if plain else PIECE
+        self._refused = 0 if plain else MOST << 10
+        """Bytes of a ring that are not asked for: so many could not be had."""
+        self._piece = MOST if plain else PIECE
         self._bytes: dict[int, int] = {}
         """For this node, by micro-batch of the step or evaluation that runs."""
-        self._most = 0
-        """For this node, of one micro-batch so far."""
+        self._depth, self._most, self._looks, self._ran = 0, 0, FIRST_STEPS, False
+        self._trees: list[_pytree.TreeSpec] = []
+        """Those that can be written."""
         self._told: dict[tuple[int, int], Layout] = {}
         self._known: dict[tuple[int, int], Layout] = {}
         """The last layout that left and came, by rank and tag."""
-        self._sent: list[tuple[MPI.Request, Any, int]] = []
+        self._sent = deque[tuple[MPI.Request, Any, int]]()
         """Requests, their memory, to whom."""
         self.watch = Watch(pipe)
 
-    def begin(self) -> None:
-        """Start with a step's or an evaluation's micro-batches. Local."""
-        self._most = max(self._most, *self._bytes.values(), 0)
-        self._bytes.clear()
+    def begin(self, depth: int, looks: int = 0) -> None:
+        """Start with a step's or an evaluation's micro-batches, `depth` of them on their way at once. Local.
 
-    def grow(self, micro_batches: int) -> None:
-        """Have room on the node for what so many micro-batches send, by those so far. Collective (the node).
+        `looks`: at how many of the coming calls of `grow` there may be more to make room for, on all ranks.
+        """
+        self._most = max(self._most, self._depth * max(self._bytes.values(), default=0))
+        self._bytes.clear()
+        self._depth, self._looks, self._ran = depth, max(looks, self._looks), True
+
+    def grow(self) -> None:
+        """Have room on the node for what was sent so far, if there are looks left. Collective (the node).
 
         Call it where no message is on its way.
         """
-        self.begin()
-        if self.node.size == 1 or self._refused:
+        if self.node.size == 1 or not self._looks or not self._ran:
             return
-        most = self.node.allreduce(micro_batches * self._most, op=MPI.MAX)
-        if most <= (self._slots.size if self._slots else 0):
+        self.begin(0)
+        self._looks, self._ran = self._looks - 1, False
+        most = self.node.allreduce(self._most, op=MPI.MAX)
+        old = self._slots.size if self._slots else 0
+        if most <= old or most >= self._refused:
             return
         self._slots = None  # the old memory goes first
         try:
             self._slots = Slots(self.node, most)
         except OSError as error:
-            self._refused = True
+            self._refused = most
             LOGGER.warning(
-                "no shared memory for what stages on this node send one another (%s): MPI carries it, which "
-                "is slower in containers; %d MiB for each rank were asked for",
+                "no shared memory for what stages on this node send one another (%s): MPI carries what does "
+                "not fit, which is slower in containers; %d MiB for each rank were asked for",
                 *(error, most >> 20),
             )
+            with suppress(OSError):
+                self._slots = Slots(self.node, old) if old else None
 
     def pack(self, stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
         """Make a tree of tensors and plain values ready for a stage. Local.
@@ -158,6 +177,14 @@ class Transport:
         Raises HpctrainError for what can't travel.
         """
         leaves, tree = _pytree.tree_flatten(value)
+        if tree not in self._trees:
+            try:
+                _pytree.treespec_dumps(tree)
+            except Exception as error:
+                raise HpctrainError(
+                    f"a {type(value).__name__} would cross to stage {stage} ({error}): {CROSSING}"
+                ) from None
+            self._trees.append(tree)
         listed: list[Any] = []
         flats: list[torch.Tensor] = []
         for leaf in leaves:
@@ -170,29 +197,25 @@ class Transport:
             elif leaf is None or isinstance(leaf, (bool, int, float, str)):
                 listed.append(("c", leaf))
             else:
-                raise HpctrainError(
-                    f"a {type(leaf).__name__} would cross to stage {stage}: "
-                    f"tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut "
-                    f"elsewhere (parallel.cuts) or give out its tensors"
-                )
+                raise HpctrainError(f"a {type(leaf).__name__} would cross to stage {stage}: {CROSSING}")
         return Packed(micro_batch, draws, Layout(tuple(listed), tree), flats)
 
     def start(self, rank: int, tag: int, packed: Packed) -> None:
         """Start to send. Local."""
+        status = SAME if same(self._told.get((rank, tag)), packed.layout) else NEW
+        text = packed.layout.written() if status == NEW else b""
         slot = None
-        if rank in self._on_node and packed.flats:
+        if rank in self._on_node and packed.flats and tag != TIED:
             v = packed.micro_batch
             self._bytes[v] = self._bytes.get(v, 0) + packed.nbytes
             slot = self._slots.put(packed.flats) if self._slots else None
-        status = SAME if same(self._told.get((rank, tag)), packed.layout) else NEW
         self._told[rank, tag] = packed.layout
         numbers = np.array([packed.micro_batch, status, packed.draws, *(slot or (-1, -1))], np.int64)
-        text = packed.layout.written() if status == NEW else b""
         self._start(np.frombuffer(numbers.tobytes() + text, np.uint8), rank, tag)
         if slot is None:
             for flat in packed.flats:
-                for at in range(0, len(flat), self._piece):
-                    self._start(flat[at : at + self._piece].numpy(), rank, tag + 1)
+                for piece in self._pieces(flat, rank):
+                    self._start(piece, rank, tag + 1)
 
     def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
         """Tell a rank that what it waits for will not come. Local."""
@@ -202,8 +225,32 @@ class Transport:
     def receive(self, rank: int, tag: int, micro_batch: int) -> tuple[Any, int]:
         """Take what a rank sends: the tree, and the count of draws. Waits for it.
 
-        Raises PeerFailedError where that rank has failed.
+        Raises PeerFailedError where that rank has failed. Whatever it raises, the message has been taken.
         """
+        layout, draws, offset, flag = self._numbers(rank, tag, micro_batch)
+        try:
+            memories, flats = room_for(layout)
+        except BaseException:
+            self._take_nothing(layout, rank, tag, offset, flag)
+            raise
+        if offset >= 0:
+            assert self._slots is not None
+            self._slots.take(self._on_node[rank], offset, flag, flats)
+        else:
+            for flat in flats:
+                for piece in self._pieces(flat, rank):
+                    self._wait(rank, tag + 1)
+                    self.comm.Recv(piece, rank, tag + 1)
+        return self._tree(layout, memories), draws
+
+    def drop(self, rank: int, tag: int, micro_batch: int) -> None:
+        """Take what a rank sends and keep nothing of it. Waits for it."""
+        with suppress(PeerFailedError):
+            layout, _, offset, flag = self._numbers(rank, tag, micro_batch)
+            self._take_nothing(layout, rank, tag, offset, flag)
+
+    def _numbers(self, rank: int, tag: int, micro_batch: int) -> tuple[Layout, int, int, int]:
+        """Take the first message; give layout, draws, offset and flag of the slot."""
         status = self._wait(rank, tag)
         raw = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         self.comm.Recv(raw, rank, tag)
@@ -214,17 +261,26 @@ class Transport:
         if kind == NEW:
             leaves, tree = json.loads(raw[8 * NUMBERS :].tobytes())
             self._known[rank, tag] = Layout(tuple(map(tuple, leaves)), _pytree.treespec_loads(tree))
-        layout = self._known[rank, tag]
-        memories, flats = room_for(layout)
+        return self._known[rank, tag], draws, offset, flag
+
+    def _take_nothing(self, layout: Layout, rank: int, tag: int, offset: int, flag: int) -> None:
+        """Take a message's tensors into memory that holds one piece at most."""
         if offset >= 0:
             assert self._slots is not None
-            self._slots.take(self._on_node[rank], offset, flag, flats)
-        else:
-            for flat in flats:
-                for at in range(0, len(flat), self._piece):
-                    self._wait(rank, tag + 1)
-                    self.comm.Recv(flat[at : at + self._piece].numpy(), rank, tag + 1)
-        return self._tree(layout, memories), draws
+            self._slots.free(self._on_node[rank], flag)
+            return
+        for leaf in layout.leaves:
+            left = 0 if leaf[0] == "c" else span(leaf[2], leaf[3]) * getattr(torch, leaf[1]).itemsize
+            while left > 0:
+                status = self._wait(rank, tag + 1)
+                piece = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+                self.comm.Recv(piece, rank, tag + 1)
+                left -= len(piece)
+
+    def _pieces(self, flat: torch.Tensor, rank: int) -> list[NDArray[np.uint8]]:
+        """Cut bytes into messages; on a node MPI has no use for small ones."""
+        size = MOST if rank in self._on_node or rank == self.comm.rank else self._piece
+        return [flat[at : at + size].numpy() for at in range(0, len(flat), size)]
 
     def _tree(self, layout: Layout, memories: list[torch.Tensor]) -> Any:
         leaves, left = [], iter(memories)
@@ -238,9 +294,12 @@ class Transport:
 
     def finish(self) -> None:
         """Wait until all that was sent has been taken. Local."""
+        if self._sent:
+            self.watch.doing("waits until others have taken what it sent")
         while self._sent:
-            request, _, rank = self._sent.pop()
+            request, _, rank = self._sent[0]
             self._until(request.Test, rank)
+            self._sent.popleft()
 
     def close(self) -> None:
         """Free the communicators. Collective."""
@@ -249,8 +308,8 @@ class Transport:
         self.node.Free()
 
     def _start(self, values: NDArray[np.uint8], rank: int, tag: int) -> None:
-        if len(self._sent) > 64:
-            self._sent = [entry for entry in self._sent if not entry[0].Test()]
+        while len(self._sent) > 64 and self._sent[0][0].Test():
+            self._sent.popleft()
         self._sent.append((self.comm.Isend([values, MPI.BYTE], rank, tag), values, rank))
 
     def _wait(self, rank: int, tag: int) -> MPI.Status:

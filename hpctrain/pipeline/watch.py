@@ -31,6 +31,7 @@ PATIENCE_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
 ASK, ANSWER = 0, 1
+BETWEEN = "is between the pipeline's passes"
 WORDS: dict[type[Instruction], str] = {
     Forward: "runs the forward pass",
     Backward: "runs the backward pass",
@@ -50,7 +51,8 @@ class Watch:
         """Take the ranks of the stages; start to answer where this MPI allows it. Collective."""
         self.comm = named(pipe.Dup(), "questions of a pipeline")
         self.names = pipe.allgather(f"rank {MPI.COMM_WORLD.rank} on {platform.node()}")
-        self._doing: tuple[Instruction, int] | None = None
+        self._doing: Instruction | str = BETWEEN
+        self._stage = 0
         self._since = time.monotonic()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -58,13 +60,12 @@ class Watch:
             self._thread = threading.Thread(target=self._answer, name="hpctrain answers", daemon=True)
             self._thread.start()
 
-    def doing(self, instruction: Instruction | None = None, stage: int = 0) -> None:
-        """Note what this rank begins with; nothing: that it is between programs. Local."""
-        self._doing = (instruction, stage) if instruction else None
-        self._since = time.monotonic()
+    def doing(self, what: Instruction | str = BETWEEN, stage: int = 0) -> None:
+        """Note what this rank begins with. Local."""
+        self._doing, self._stage, self._since = what, stage, time.monotonic()
 
     def missing(self, rank: int, seconds: float) -> None:
-        """Tell what all ranks do, if this one is the lowest that waits; nothing came from `rank`. Local."""
+        """Tell what all ranks do, if this one is the lowest that waits, for `rank`. Local."""
         others = [other for other in range(self.comm.size) if other != self.comm.rank and self._thread]
         while self.comm.Iprobe(MPI.ANY_SOURCE, ANSWER):
             self.comm.recv(tag=ANSWER)  # to a question of before, too late
@@ -82,7 +83,7 @@ class Watch:
         silent = "does not answer: it has stopped, is gone, or is in code that holds Python's lock"
         found[self.comm.rank] = self.told()
         each = "; ".join(f"{self.names[other]} {found[other] or silent}" for other in sorted(found))
-        LOGGER.warning("no message from %s for %.0f s: %s", self.names[rank], seconds, each)
+        LOGGER.warning("waiting for %s for %.0f s: %s", self.names[rank], seconds, each)
 
     def stop(self) -> None:
         """Answer no more. Local."""
@@ -99,11 +100,10 @@ class Watch:
     def told(self) -> str:
         """Say what this rank does, and for how long. Local."""
         since = f"since {time.monotonic() - self._since:.0f} s"
-        if self._doing is None:
-            return f"is between the pipeline's passes {since}"
-        instruction, stage = self._doing
-        words = WORDS[type(instruction)]
-        return f"{words} of micro-batch {instruction.micro_batch} on stage {stage} {since}"
+        if isinstance(self._doing, str):
+            return f"{self._doing} {since}"
+        words = WORDS[type(self._doing)]
+        return f"{words} of micro-batch {self._doing.micro_batch} on stage {self._stage} {since}"
 
     def _answer(self) -> None:
         status = MPI.Status()

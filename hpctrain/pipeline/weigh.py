@@ -49,6 +49,8 @@ class Choice:
     """By stage: the first piece, and the one behind the last."""
     passes: list[Work] = field(default_factory=list)
     """By stage: what its pieces cost together; empty where not measured."""
+    pieces: int = 0
+    """That can be cut apart; 0 where the user names the cuts."""
     recompute: bool = False
     """Whether memory asks for it."""
     said: list[str] = field(default_factory=list)
@@ -69,10 +71,14 @@ def choose(
     """
     guess = partition(estimates, stages)
     if scales is None:
-        return Choice(guess)
+        return Choice(guess, pieces=len(pieces))
     profile = measure(scales.comm, pieces, scales.around, scales.turn)
     if isinstance(profile, str):
-        return Choice(guess, said=[f"the cut is by estimate, as pieces can't be measured alone ({profile})"])
+        return Choice(
+            guess,
+            pieces=len(pieces),
+            said=[f"the cut is by estimate, as pieces can't be measured alone ({profile})"],
+        )
     speeds = [min(profile.speeds[rank] for rank in ranks) for ranks in scales.ranks]
     costs = [work.seconds for work in profile.works]
     memory = [scales.copies * size for size in weights]
@@ -113,7 +119,7 @@ def choose(
     found = passes(profile, best, speeds)
     if recompute:
         found = [*map(again, found[:-1]), found[-1]]
-    return Choice(best, found, recompute, said, warned)
+    return Choice(best, found, len(pieces), recompute, said, warned)
 
 
 def again(work: Work) -> Work:

@@ -198,7 +198,10 @@ def others(job: Job, measured: Simulation) -> dict[str, float]:
     found = {}
     for name in SCHEDULES:
         virtual = 2 if name == "interleaved" else 1
-        if name == job.config.parallel.schedule or len(mine) < virtual:
+        fits = virtual == 1 or (
+            job.pipeline.cut.choice.pieces >= virtual * ranks and not job.config.averaging.invariant
+        )
+        if name == job.config.parallel.schedule or not fits:
             continue
 
         def cost(stage: int, instruction: Instruction, virtual: int = virtual) -> float:

@@ -108,10 +108,13 @@ def test_a_run_says_of_every_bucket_when_it_was_full(vhosts, tmp_path):
     assert moments == sorted(moments), "buckets leave in the order in which they are full"
 
 
-@pytest.mark.parametrize(("hosts", "stages"), [("h0:2,h1:2", 2), ("h0:2,h1:1,h2:1", 4)])
-def test_stages_lie_across_hosts_and_equal_one_process(vhosts, hosts, stages):
-    """The default recipe's U-Net, whose skips cross the link, and averaging within the stages' replicas."""
+@pytest.mark.parametrize(
+    ("hosts", "stages", "schedule"), [("h0:2,h1:1,h2:1", 4, "1f1b"), ("h0:2,h1:1,h2:1", 2, "interleaved")]
+)
+def test_stages_lie_across_hosts_and_equal_one_process(vhosts, hosts, stages, schedule):
+    """The default recipe's U-Net, whose skips cross the link; replicas of the last stages too, two a rank."""
     ranks = sum(int(host.split(":")[1]) for host in hosts.split(","))
     command = [sys.executable, "-m", "hpctrain", "verify", "--parallel.stages", str(stages)]
+    command += ["--parallel.schedule", schedule]
     text = vhosts.script("run", str(ranks), hosts, "-x", "PYTHONPATH", *command)
     assert f"equal: 3 steps of {ranks // stages} replicas x {stages} stages against 1 x 1" in text
