@@ -23,17 +23,23 @@ def between_hosts(rates: list[str]) -> dict[str, list[dict]]:
     """Measure two hosts of one rank each, a thread a rank, by the rate of their link."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["VHOSTS_DIR"] = folder  # for the script and what it starts
+        environment = os.environ | {"VHOSTS_DIR": folder}
         try:
-            subprocess.run([HOSTS, "up", "2"], check=True)
+            subprocess.run([HOSTS, "up", "2"], check=True, env=environment)
             for rate in rates:
-                subprocess.run([HOSTS, "shape", rate], check=True)
+                subprocess.run([HOSTS, "shape", rate], check=True, env=environment)
                 start = [str(HOSTS), "run", "2", "h0:1,h1:1", "-x", "OMP_NUM_THREADS"]
-                rows = measured("pipeline", start, SHORT, OMP_NUM_THREADS="1")
-                found[f"two hosts, {'no limit' if rate == 'none' else rate}"] = rows
+                rows = measured("pipeline", start, SHORT, OMP_NUM_THREADS="1", VHOSTS_DIR=folder)
+                found |= told(f"two hosts, {'no limit' if rate == 'none' else rate}", rows)
         finally:
-            subprocess.run([HOSTS, "down"], check=True)
+            subprocess.run([HOSTS, "down"], check=True, env=environment)
     return found
+
+
+def told(place: str, rows: list[dict]) -> dict[str, list[dict]]:
+    """Print a place's table, and give it by name."""
+    print(f"{place}\n\n{table(rows)}\n", flush=True)
+    return {place: rows}
 
 
 def draw(found: dict[str, list[dict]], path: Path) -> None:
@@ -65,16 +71,15 @@ def main() -> None:
     parser.add_argument("--hosts", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     asked = parser.parse_args()
-    found = {
-        f"{ranks} ranks": measured("pipeline", mpirun(ranks), CASES if ranks == 2 else SHORT)
-        for ranks in asked.ranks
-    }
-    found["2 ranks, no cross-memory attach"] = measured("pipeline", mpirun(2), SHORT, OMPI_MCA_smsc="^cma")
+    found = {}
+    for ranks in asked.ranks:
+        rows = measured("pipeline", mpirun(ranks), CASES if ranks == 2 else SHORT)
+        found |= told(f"{ranks} ranks", rows)
+    rows = measured("pipeline", mpirun(2), SHORT, OMPI_MCA_smsc="^cma")
+    found |= told("2 ranks, no cross-memory attach", rows)
     if asked.hosts:
         found |= between_hosts(["none", "1gbit"])
     draw(found, asked.output / "pipeline-speed.png")
-    for place, rows in found.items():
-        print(f"{place}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":
