@@ -59,7 +59,8 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
         axis.axhline(1.0, color="black", lw=0.8)
         axis.set(title=place, xticks=range(len(rows)), ylabel="time ÷ ours (1F1B)")
         axis.set_xticklabels([row["case"] for row in rows], rotation=30, ha="right")
-    axes[0][0].legend(fontsize=7)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 

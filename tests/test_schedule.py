@@ -22,7 +22,7 @@ from hpctrain.pipeline.simulate import chain, check, simulate
 SIZES = [(1, 3), (2, 1), (2, 2), (2, 5), (3, 2), (4, 4), (4, 9), (8, 3)]
 
 
-VIRTUAL = {"interleaved": 2}
+VIRTUAL = dict.fromkeys(schedule.SEVERAL, 2)
 
 
 def programs(name, ranks, count, virtual=None):

@@ -15,7 +15,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpctrain.pipeline.schedule import Backward, Instruction, programs
+from hpctrain.pipeline.schedule import SEVERAL, Backward, Instruction, programs
 from hpctrain.pipeline.simulate import Simulation, simulate
 
 LAYER = 15e-3
@@ -105,7 +105,7 @@ def stretched(comm: MPI.Intracomm) -> float:
 
 def simulated(schedule: str, stages: int, micro_batches: int, stretch: float) -> Simulation:
     """Say what the simulator expects of a step with such sleeps; messages take no time there."""
-    virtual = 2 if schedule == "interleaved" else 1
+    virtual = 2 if schedule in SEVERAL else 1
     one = LAYER * (LAYERS // (virtual * stages)) * stretch
 
     def cost(stage: int, instruction: Instruction) -> float:

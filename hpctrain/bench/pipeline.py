@@ -39,6 +39,7 @@ from hpctrain.loss import SummedLoss
 from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.pipeline import Pipeline, take_share
+from hpctrain.pipeline.schedule import SEVERAL
 from hpctrain.pipeline.transport import Transport
 from hpctrain.staged import StagedEngine
 from hpctrain.topology import Topology
@@ -137,7 +138,7 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
     if case.sleeps:
         stretch = emulated.stretched(comm)
         for ours, schedule in (("1f1b", "1f1b"), ("zb", "zb-h1"), ("interleaved", "interleaved")):
-            if schedule != "interleaved" or halves(topology, case):
+            if schedule not in SEVERAL or halves(topology, case):
                 found = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
                 times[f"simulated_{ours}"] = [found.seconds] * rounds
         times["work"] = [emulated.work(topology.stages, case.micro_batches, stretch)] * rounds
@@ -170,7 +171,7 @@ def our_step(
     model = case.make()
     sizes = order.sizes(len(x), case.micro_batches)
     starts = np.cumsum([0, *sizes])
-    virtual = 2 if schedule == "interleaved" else 1
+    virtual = 2 if schedule in SEVERAL else 1
     pieces = split.cut(model, {"x": x[: sizes[0]]}, False, virtual * topology.stages, [])
     take_share(model, pieces, topology.stage, topology.stages)
     kept = max(simulate.check(schedule, topology.stages, range(case.micro_batches), virtual=virtual).kept)

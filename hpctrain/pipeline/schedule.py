@@ -202,6 +202,8 @@ SCHEDULES: dict[str, Schedule] = {
     "interleaved": interleaved,
 }
 """By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
+SEVERAL = ("interleaved",)
+"""Those that run several stages on each rank."""
 
 
 def forward_only(
@@ -239,6 +241,7 @@ def program(
     if ranks == 1:
         yield from one_stage(micro_batches)
         return
+    assert virtual == 1 or name in SEVERAL, f"{name} runs one stage a rank"
     for instruction in SCHEDULES[name](rank, ranks, micro_batches, virtual):
         yield from with_messages(instruction, rank, ranks, virtual)
 

@@ -21,6 +21,7 @@ from hpctrain.assemble import Job
 from hpctrain.log import LOGGER
 from hpctrain.pipeline.schedule import (
     SCHEDULES,
+    SEVERAL,
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -197,7 +198,7 @@ def others(job: Job, measured: Simulation) -> dict[str, float]:
     mine = sorted({span.instruction.micro_batch for span in measured.spans})
     found = {}
     for name in SCHEDULES:
-        virtual = 2 if name == "interleaved" else 1
+        virtual = 2 if name in SEVERAL else 1
         fits = virtual == 1 or (
             job.pipeline.cut.choice.pieces >= virtual * ranks and not job.config.averaging.invariant
         )
