@@ -20,8 +20,9 @@ from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.watch import ASK, Watch
 from hpctrain.report import summary
+from hpctrain.report.passes import as_simulation
 from hpctrain.report.run_folder import RunFolder, rows
-from hpctrain.report.timeline import WATCHED, Timeline, as_simulation, seconds_ahead
+from hpctrain.report.timeline import WATCHED, Timeline, seconds_ahead
 from hpctrain.staged import GROUP, PASSES
 from hpctrain.topology import Topology
 from hpctrain.verify import compare

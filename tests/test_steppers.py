@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpctrain.averaging import build, memory
+from hpctrain import node_memory as memory
+from hpctrain.averaging import build
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.staged import Staged

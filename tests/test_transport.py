@@ -7,6 +7,7 @@ import torch
 
 from hpctrain.errors import HpctrainError
 from hpctrain.node_memory import NodeMemory
+from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.slots import FLAGS, Slots
 from hpctrain.pipeline.transport import FORWARD, TIED, PeerFailedError, Transport
 
@@ -67,7 +68,7 @@ def test_a_tensor_arrives_as_it_was(world, transport, puts, name, slots):
     if slots:
         grow(transport, 1 << 16)
     above, below = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    transport.start(above, FORWARD, transport.pack(above, 3, {"x": sent}, 5))
+    transport.start(above, FORWARD, pack(above, 3, {"x": sent}, 5))
     found, draws = transport.receive(below, FORWARD, 3)
     transport.finish()
     x = found["x"]
@@ -84,7 +85,7 @@ def test_a_tensor_arrives_as_it_was(world, transport, puts, name, slots):
 def test_trees_of_all_kinds_arrive(world, transport):
     value = {"a": (1, 2.5, None, True, "text"), "b": [torch.ones(2), {"c": torch.zeros(1, dtype=torch.int8)}]}
     to = (world.rank + 1) % world.size
-    transport.start(to, FORWARD, transport.pack(to, 0, value, 0))
+    transport.start(to, FORWARD, pack(to, 0, value, 0))
     found, _ = transport.receive((world.rank - 1) % world.size, FORWARD, 0)
     transport.finish()
     assert found["a"] == value["a"]
@@ -98,15 +99,15 @@ def test_what_cannot_travel_says_so_before_anything_is_sent(transport):
     with pytest.raises(
         HpctrainError, match=r"a object would cross to stage .*: tensors, numbers, strings and None can"
     ):
-        transport.pack(0, 0, {"x": torch.ones(1), "y": object()}, 0)
+        pack(0, 0, {"x": torch.ones(1), "y": object()}, 0)
     with pytest.raises(HpctrainError, match=r"a Point would cross to stage 1 \(.*\): tensors, numbers"):
-        transport.pack(1, 0, Point(torch.ones(1), 1), 0)
+        pack(1, 0, Point(torch.ones(1), 1), 0)
 
 
 @pytest.mark.mpi
 def test_word_of_a_failure_arrives_in_its_turn(world, transport):
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    transport.start(to, FORWARD, transport.pack(to, 0, torch.ones(3), 0))
+    transport.start(to, FORWARD, pack(to, 0, torch.ones(3), 0))
     transport.send_failure(to, FORWARD, 1)
     assert torch.equal(transport.receive(source, FORWARD, 0)[0], torch.ones(3))
     with pytest.raises(PeerFailedError, match=f"rank {source} failed"):
@@ -126,7 +127,7 @@ def test_large_tensors_are_cut_into_messages(world, transport, monkeypatch):
     monkeypatch.setattr(Transport, "_start", noted)
     sent = torch.arange(5000.0).reshape(50, 100).t()
     to = (world.rank + 1) % world.size
-    transport.start(to, FORWARD, transport.pack(to, 0, sent, 0))
+    transport.start(to, FORWARD, pack(to, 0, sent, 0))
     assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], sent)
     transport.finish()
     assert lengths[1:] == [1000] * 20
@@ -134,7 +135,7 @@ def test_large_tensors_are_cut_into_messages(world, transport, monkeypatch):
     lengths.clear()
     for v, way in enumerate((transport.receive, transport.drop)):
         sent = torch.arange(40000.0) + v
-        transport.start(to, FORWARD, transport.pack(to, v, sent, 0))
+        transport.start(to, FORWARD, pack(to, v, sent, 0))
         found = way((world.rank - 1) % world.size, FORWARD, v)
         assert found is None or torch.equal(found[0], sent)
     transport.finish()
@@ -149,7 +150,7 @@ def test_a_message_is_taken_whatever_happens(world, transport, puts, monkeypatch
     if slots:
         grow(transport, 3 * 4096)
     for v in range(3):
-        transport.start(to, FORWARD, transport.pack(to, v, [torch.ones(1000) + v, None], 0))
+        transport.start(to, FORWARD, pack(to, v, [torch.ones(1000) + v, None], 0))
     with monkeypatch.context() as patched:
         patched.setattr("hpctrain.pipeline.transport.room_for", no_memory)
         with pytest.raises(MemoryError, match="none left"):
@@ -158,7 +159,7 @@ def test_a_message_is_taken_whatever_happens(world, transport, puts, monkeypatch
     assert torch.equal(transport.receive(source, FORWARD, 2)[0][0], torch.ones(1000) + 2)
     transport.finish()
     world.Barrier()
-    transport.start(to, FORWARD, transport.pack(to, 3, [torch.ones(3000), None], 0))
+    transport.start(to, FORWARD, pack(to, 3, [torch.ones(3000), None], 0))
     assert torch.equal(transport.receive(source, FORWARD, 3)[0][0], torch.ones(3000))
     transport.finish()
     assert None not in puts
@@ -182,7 +183,7 @@ def test_a_layout_travels_when_it_changes(world, transport, monkeypatch):
     values = [[torch.ones(2), 1], [torch.zeros(2), 1], [torch.ones(3), 1], [torch.ones(3), True]]
     values += [[torch.ones(3), True], (torch.ones(3), True), (torch.ones(3), float("nan"))]
     for v, value in enumerate([*values, values[-1]]):
-        transport.start(to, FORWARD, transport.pack(to, v, value, v))
+        transport.start(to, FORWARD, pack(to, v, value, v))
     told = [length > 40 for length in lengths[::2]]
     assert told == [True, False, True, True, False, True, True, False]
     for v, value in enumerate(values):
@@ -203,7 +204,7 @@ def test_slots_are_filled_again_and_again(world, transport, puts):
     for turn in range(60):
         sizes = [(7 * turn + 311 * at) % 700 for at in range(4)]
         for at, size in enumerate(sizes):
-            transport.start(to, FORWARD, transport.pack(to, at, (numbers[:size] + turn, numbers[at]), 0))
+            transport.start(to, FORWARD, pack(to, at, (numbers[:size] + turn, numbers[at]), 0))
         world.Barrier()
         for at, size in enumerate(sizes):
             (found, single), _ = transport.receive(source, FORWARD, at)
@@ -222,7 +223,7 @@ def test_no_more_slots_than_flags(world, transport, puts):
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     grow(transport, 1 << 20)
     for v in range(FLAGS + 3):
-        transport.start(to, FORWARD, transport.pack(to, v, torch.tensor(v), 0))
+        transport.start(to, FORWARD, pack(to, v, torch.tensor(v), 0))
     world.Barrier()
     assert all(int(transport.receive(source, FORWARD, v)[0]) == v for v in range(FLAGS + 3))
     transport.finish()
@@ -242,11 +243,11 @@ def test_room_on_the_node_follows_what_a_micro_batch_sends(world, transport, put
         transport.begin(3)
         for v in range(2):
             for _ in range(2):
-                transport.start(to, FORWARD, transport.pack(to, v, torch.ones(rows, 16), 0))
+                transport.start(to, FORWARD, pack(to, v, torch.ones(rows, 16), 0))
         for v in range(2):
             for _ in range(2):
                 transport.receive(source, FORWARD, v)
-        transport.start(to, TIED, transport.pack(to, 0, torch.ones(1000), 0))
+        transport.start(to, TIED, pack(to, 0, torch.ones(1000), 0))
         transport.receive(source, TIED, 0)
         transport.finish()
         transport.grow()
@@ -258,7 +259,7 @@ def test_room_on_the_node_follows_what_a_micro_batch_sends(world, transport, put
         for _ in range(3):
             grow(transport, 1)
         transport.begin(9)
-        transport.start(to, FORWARD, transport.pack(to, 0, torch.ones(1000), 0))
+        transport.start(to, FORWARD, pack(to, 0, torch.ones(1000), 0))
         transport.receive(source, FORWARD, 0)
         transport.finish()
         transport.grow()  # no look is left
@@ -281,7 +282,7 @@ def test_without_shared_memory_messages_carry_all(world, transport, monkeypatch,
         grow(transport, 3 << 20)
     assert world.size == 1 or transport._slots.size == 1 << 12
     to = (world.rank + 1) % world.size
-    transport.start(to, FORWARD, transport.pack(to, 0, torch.ones(5), 0))
+    transport.start(to, FORWARD, pack(to, 0, torch.ones(5), 0))
     assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], torch.ones(5))
     transport.finish()
     told = [record.getMessage() for record in caplog.records]

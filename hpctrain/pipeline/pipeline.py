@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hpctrain.errors import ConfigError
+from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.transport import TIED, Transport
@@ -88,9 +89,7 @@ class Pipeline:
                     if gradient is not None:
                         add(tie.tensor, gradient)  # type: ignore[arg-type]
             elif self.rank in tie.others:
-                self.transport.start(
-                    tie.owner, TIED, self.transport.pack(tie.owner, number, tie.tensor.grad, 0)
-                )
+                self.transport.start(tie.owner, TIED, pack(tie.owner, number, tie.tensor.grad, 0))
                 self.transport.finish()
                 tie.tensor.grad = None
 
@@ -101,9 +100,7 @@ class Pipeline:
         for number, tie in enumerate(self.ties):
             if self.rank == tie.owner:
                 for other in tie.others:
-                    self.transport.start(
-                        other, TIED, self.transport.pack(other, number, tie.tensor.detach(), 0)
-                    )
+                    self.transport.start(other, TIED, pack(other, number, tie.tensor.detach(), 0))
             elif self.rank in tie.others:
                 tie.tensor.copy_(self.transport.receive(tie.owner, TIED, number)[0])
         self.transport.finish()

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
+from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import INPUT, Cut, Env, Part
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
 from hpctrain.pipeline.transport import BACKWARD, FORWARD, KINDS, PeerFailedError, Transport
@@ -143,7 +144,7 @@ class Stage:
         """Start to send what later stages want. Local."""
         kept = self.kept[v]
         packed = {
-            target: self.transport.pack(target, v, {name: kept.found[name] for name in names}, kept.draws)
+            target: pack(target, v, {name: kept.found[name] for name in names}, kept.draws)
             for target, names in part.gives.items()
         }
         for target, ready in packed.items():
@@ -184,7 +185,7 @@ class Stage:
         for target, names in part.returns.items():
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
             gradients = [kept.returned.get(id(leaf)) for leaf in leaves]
-            packed[target] = self.transport.pack(target, v, gradients, 0)
+            packed[target] = pack(target, v, gradients, 0)
         for target, ready in packed.items():
             self.transport.start(*self.to(target, BACKWARD), ready)
 

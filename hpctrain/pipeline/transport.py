@@ -1,39 +1,32 @@
 """Messages between stages: numbers that say what comes, its layout where that is new, then the tensors.
 
       numbers  micro-batch, status, draws, offset and flag of the slot where the tensors lie (-1: none)
-      layout   [["t", "float32", [8, 16], [16, 1], true, 0], …] and the tree, as JSON behind the numbers,
-               where it is not that of the message before
+      layout   as JSON behind the numbers, where it is not that of the message before (`message.py`)
       tensors  on one node in a slot of its memory (`slots.py`), else one message each, in pieces that MPI
                sends at once: larger ones would wait until both ends call MPI, and both compute
-
-A tensor keeps its strides on the way, gaps and repetitions included, and how far behind a 64-byte line
-it begins: kernels add in the order in which memory lies, so another layout would give other bits.
 
 Nothing is pickled. Sends are started and not waited for; between two ranks messages keep their
 order, and both sides run the micro-batches in the same one. A stage that has failed goes on to send
 numbers that say so: whoever waits for it learns of it where it waits, and nobody hangs.
 """
 
-import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
-from torch.utils import _pytree
 
 from hpctrain.errors import HpctrainError
 from hpctrain.log import LOGGER
-from hpctrain.node_memory import LINE
 from hpctrain.pipeline import watch
-from hpctrain.pipeline.slots import Slots, lines
+from hpctrain.pipeline.message import Layout, Packed, room_for, same, span
+from hpctrain.pipeline.slots import Slots
 from hpctrain.pipeline.watch import Watch
 from hpctrain.topology import named
 
@@ -42,10 +35,6 @@ FORWARD, BACKWARD, TIED, KINDS = 0, 2, 4, 6
 SAME, NEW, FAILED = 0, 1, 2
 """Status: the layout is that of the message before, or follows, or there is nothing."""
 NUMBERS = 5
-CROSSING = (
-    "tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut elsewhere "
-    "(parallel.cuts) or give out its tensors"
-)
 FIRST_STEPS = 4
 """Steps after which there may be more to make room for: shapes show in the first ones."""
 MOST = 1 << 30
@@ -58,54 +47,6 @@ NAP_SECONDS = 50e-6
 
 class PeerFailedError(HpctrainError):
     """Another stage failed; its own error is the one to show."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a message holds besides the bytes of its tensors."""
-
-    leaves: tuple[Any, ...]
-    """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line) or ("c", value)."""
-    tree: _pytree.TreeSpec
-
-    def written(self) -> bytes:
-        """Write it as JSON."""
-        return json.dumps([self.leaves, _pytree.treespec_dumps(self.tree)]).encode()
-
-
-@dataclass
-class Packed:
-    """A tree of values, ready to leave."""
-
-    micro_batch: int
-    draws: int
-    layout: Layout
-    flats: list[torch.Tensor]
-    """The bytes of its tensors."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in a slot."""
-        return sum(lines(len(flat)) for flat in self.flats)
-
-
-def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Count the elements of memory from a tensor's first to its last. Pure.
-
-    >>> span((2, 3), (3, 1)), span((2, 3), (0, 1)), span((2, 0), (1, 1)), span((), ())
-    (6, 3, 0, 1)
-    """
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
-
-
-def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the tensor and all memory between its first and last element, flat; without large gaps. Local."""
-    tensor = tensor.resolve_conj().resolve_neg()
-    if span(tensor.shape, tensor.stride()) > 2 * tensor.numel():
-        tensor = tensor.contiguous()
-    return tensor, tensor.as_strided((span(tensor.shape, tensor.stride()),), (1,))
 
 
 class Transport:
@@ -127,8 +68,6 @@ class Transport:
         self._bytes: dict[int, int] = {}
         """For this node, by micro-batch of the step or evaluation that runs."""
         self._depth, self._most, self._looks, self._ran = 0, 0, FIRST_STEPS, False
-        self._trees: list[_pytree.TreeSpec] = []
-        """Those that can be written."""
         self._told: dict[tuple[int, int], Layout] = {}
         self._known: dict[tuple[int, int], Layout] = {}
         """The last layout that left and came, by rank and tag."""
@@ -171,39 +110,10 @@ class Transport:
             with suppress(OSError):
                 self._slots = Slots(self.node, old) if old else None
 
-    def pack(self, stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
-        """Make a tree of tensors and plain values ready for a stage. Local.
-
-        Raises HpctrainError for what can't travel.
-        """
-        leaves, tree = _pytree.tree_flatten(value)
-        if tree not in self._trees:
-            try:
-                _pytree.treespec_dumps(tree)
-            except Exception as error:
-                raise HpctrainError(
-                    f"a {type(value).__name__} would cross to stage {stage} ({error}): {CROSSING}"
-                ) from None
-            self._trees.append(tree)
-        listed: list[Any] = []
-        flats: list[torch.Tensor] = []
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                laid, flat = memory_of(leaf.detach().to("cpu"))
-                kind = str(leaf.dtype).removeprefix("torch.")
-                behind = laid.data_ptr() % LINE
-                listed.append(("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind))
-                flats.append(flat.view(torch.uint8))
-            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-                listed.append(("c", leaf))
-            else:
-                raise HpctrainError(f"a {type(leaf).__name__} would cross to stage {stage}: {CROSSING}")
-        return Packed(micro_batch, draws, Layout(tuple(listed), tree), flats)
-
     def start(self, rank: int, tag: int, packed: Packed) -> None:
         """Start to send. Local."""
         status = SAME if same(self._told.get((rank, tag)), packed.layout) else NEW
-        text = packed.layout.written() if status == NEW else b""
+        text = packed.layout.encode() if status == NEW else b""
         slot = None
         if rank in self._on_node and packed.flats and tag != TIED:
             v = packed.micro_batch
@@ -241,7 +151,7 @@ class Transport:
                 for piece in self._pieces(flat, rank):
                     self._wait(rank, tag + 1)
                     self.comm.Recv(piece, rank, tag + 1)
-        return self._tree(layout, memories), draws
+        return layout.tree_of(memories, self.device), draws
 
     def drop(self, rank: int, tag: int, micro_batch: int) -> None:
         """Take what a rank sends and keep nothing of it. Waits for it."""
@@ -259,8 +169,7 @@ class Transport:
         if kind == FAILED:
             raise PeerFailedError(f"pipeline rank {rank} failed")
         if kind == NEW:
-            leaves, tree = json.loads(raw[8 * NUMBERS :].tobytes())
-            self._known[rank, tag] = Layout(tuple(map(tuple, leaves)), _pytree.treespec_loads(tree))
+            self._known[rank, tag] = Layout.decode(raw[8 * NUMBERS :].tobytes())
         return self._known[rank, tag], draws, offset, flag
 
     def _take_nothing(self, layout: Layout, rank: int, tag: int, offset: int, flag: int) -> None:
@@ -281,16 +190,6 @@ class Transport:
         """Cut bytes into messages; on a node MPI has no use for small ones."""
         size = MOST if rank in self._on_node or rank == self.comm.rank else self._piece
         return [flat[at : at + size].numpy() for at in range(0, len(flat), size)]
-
-    def _tree(self, layout: Layout, memories: list[torch.Tensor]) -> Any:
-        leaves, left = [], iter(memories)
-        for leaf in layout.leaves:
-            if leaf[0] == "c":
-                leaves.append(leaf[1])
-            else:
-                tensor = next(left).as_strided(leaf[2], leaf[3]).to(self.device)
-                leaves.append(tensor.requires_grad_(leaf[4]))
-        return _pytree.tree_unflatten(leaves, layout.tree)
 
     def finish(self) -> None:
         """Wait until all that was sent has been taken. Local."""
@@ -332,22 +231,3 @@ class Transport:
             if waited > patience:
                 self.watch.missing(rank, waited)
                 patience *= 2
-
-
-def same(one: Layout | None, other: Layout) -> bool:
-    """Tell whether a layout need not be sent again; True and 1 are not the same. Pure."""
-    return one is not None and repr(one.leaves) == repr(other.leaves) and one.tree == other.tree
-
-
-def room_for(layout: Layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Make memory for each of a layout's tensors, as far behind a line; give it, and its bytes. Local."""
-    memories, flats = [], []
-    for leaf in layout.leaves:
-        if leaf[0] == "t":
-            _, kind, shape, strides, _, behind = leaf
-            dtype = getattr(torch, kind)
-            first = behind // dtype.itemsize
-            memory = torch.empty(first + span(shape, strides), dtype=dtype)[first:]
-            memories.append(memory)
-            flats.append(memory.view(torch.uint8))
-    return memories, flats

@@ -1,0 +1,144 @@
+"""What a message between stages holds: a tree of tensors and plain values as a layout and bytes, and back.
+
+      layout   [["t", "float32", [8, 16], [16, 1], true, 0], …] and the tree
+      bytes    of each tensor, from its first element's to its last one's
+
+A tensor keeps its strides on the way, gaps and repetitions included, and how far behind a 64-byte line
+it begins: kernels add in the order in which memory lies, so another layout would give other bits.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from hpctrain.errors import HpctrainError
+from hpctrain.node_memory import LINE
+from hpctrain.pipeline.slots import lines
+
+CROSSING = (
+    "tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut elsewhere "
+    "(parallel.cuts) or give out its tensors"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a message holds besides the bytes of its tensors."""
+
+    leaves: tuple[Any, ...]
+    """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line) or ("c", value)."""
+    tree: _pytree.TreeSpec
+
+    def encode(self) -> bytes:
+        """Write it as JSON."""
+        return json.dumps([self.leaves, written(self.tree)]).encode()
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Layout":
+        """Read it."""
+        leaves, tree = json.loads(text)
+        return cls(tuple(map(tuple, leaves)), _pytree.treespec_loads(tree))
+
+    def tree_of(self, memories: list[torch.Tensor], device: str) -> Any:
+        """Make the tree of values, from the memory of its tensors. Local."""
+        leaves, left = [], iter(memories)
+        for leaf in self.leaves:
+            if leaf[0] == "c":
+                leaves.append(leaf[1])
+            else:
+                tensor = next(left).as_strided(leaf[2], leaf[3]).to(device)
+                leaves.append(tensor.requires_grad_(leaf[4]))
+        return _pytree.tree_unflatten(leaves, self.tree)
+
+
+@dataclass
+class Packed:
+    """A tree of values, ready to leave."""
+
+    micro_batch: int
+    draws: int
+    layout: Layout
+    flats: list[torch.Tensor]
+    """The bytes of its tensors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in a slot."""
+        return sum(lines(len(flat)) for flat in self.flats)
+
+
+@lru_cache(maxsize=256)
+def written(tree: _pytree.TreeSpec) -> str:
+    """Write a tree's structure. Raises NotImplementedError for classes that torch can't write."""
+    return _pytree.treespec_dumps(tree)
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Count the elements of memory from a tensor's first to its last. Pure.
+
+    >>> span((2, 3), (3, 1)), span((2, 3), (0, 1)), span((2, 0), (1, 1)), span((), ())
+    (6, 3, 0, 1)
+    """
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the tensor and all memory between its first and last element, flat; without large gaps. Local."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    if span(tensor.shape, tensor.stride()) > 2 * tensor.numel():
+        tensor = tensor.contiguous()
+    return tensor, tensor.as_strided((span(tensor.shape, tensor.stride()),), (1,))
+
+
+def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
+    """Make a tree of tensors and plain values ready for a stage. Local.
+
+    Raises HpctrainError for what can't travel.
+    """
+    leaves, tree = _pytree.tree_flatten(value)
+    try:
+        written(tree)
+    except Exception as error:
+        raise HpctrainError(
+            f"a {type(value).__name__} would cross to stage {stage} ({error}): {CROSSING}"
+        ) from None
+    listed: list[Any] = []
+    flats: list[torch.Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            laid, flat = memory_of(leaf.detach().to("cpu"))
+            kind = str(leaf.dtype).removeprefix("torch.")
+            behind = laid.data_ptr() % LINE
+            listed.append(("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind))
+            flats.append(flat.view(torch.uint8))
+        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            listed.append(("c", leaf))
+        else:
+            raise HpctrainError(f"a {type(leaf).__name__} would cross to stage {stage}: {CROSSING}")
+    return Packed(micro_batch, draws, Layout(tuple(listed), tree), flats)
+
+
+def same(one: Layout | None, other: Layout) -> bool:
+    """Tell whether a layout need not be sent again; True and 1 are not the same. Pure."""
+    return one is not None and repr(one.leaves) == repr(other.leaves) and one.tree == other.tree
+
+
+def room_for(layout: Layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Make memory for each of a layout's tensors, as far behind a line; give it, and its bytes. Local."""
+    memories, flats = [], []
+    for leaf in layout.leaves:
+        if leaf[0] == "t":
+            _, kind, shape, strides, _, behind = leaf
+            dtype = getattr(torch, kind)
+            first = behind // dtype.itemsize
+            memory = torch.empty(first + span(shape, strides), dtype=dtype)[first:]
+            memories.append(memory)
+            flats.append(memory.view(torch.uint8))
+    return memories, flats

@@ -1,0 +1,212 @@
+"""What the passes of one step say: medians, the step simulated with them, other schedules, table and row.
+
+simulated   every pass takes the median of its kind on its stage, messages take no time
+expected    the same with the pieces' times that the cut was chosen by
+others      the other schedules, simulated so
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from hpctrain.assemble import Job
+from hpctrain.pipeline.schedule import (
+    SCHEDULES,
+    SEVERAL,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    programs,
+)
+from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
+
+
+@dataclass
+class Told:
+    """What one rank says of its stages."""
+
+    rank: int
+    host: str
+    modules: list[list[str]]
+    """By stage: the first and the last, if it has any."""
+    parameters: list[int]
+    """By stage."""
+    spans: list[Span]
+
+
+def as_simulation(ranks: list[list[Span]]) -> Simulation:
+    """Take measured passes as a simulation's; the step begins with its first pass. Pure."""
+    every = [span for spans in ranks for span in spans]
+    first = min((span.start for span in every), default=0.0)
+    moved = [Span(s.stage, s.instruction, s.start - first, s.end - first) for s in every]
+    busy = [sum(span.end - span.start for span in spans) for spans in ranks]
+    return Simulation(moved, [], busy)
+
+
+def medians(found: Simulation) -> dict[tuple[int, str], float]:
+    """Seconds of a pass by stage and kind. Pure."""
+    grouped: dict[tuple[int, str], list[float]] = {}
+    for span in found.spans:
+        grouped.setdefault((span.stage, type(span.instruction).__name__), []).append(span.end - span.start)
+    return {key: median(values) for key, values in grouped.items()}
+
+
+def again(job: Job, measured: Simulation) -> Simulation:
+    """Simulate the step with the measured passes; micro-batches without samples take no time. Local."""
+    usual = medians(measured)
+    ran = {(span.stage, span.instruction) for span in measured.spans}
+    return dry(job, lambda stage, i: usual[stage, type(i).__name__] if (stage, i) in ran else 0.0)
+
+
+def expectation(job: Job, measured: Simulation) -> Simulation | None:
+    """Simulate the step with the pieces' times that the cut was chosen by, if it was by times. Local."""
+    passes = job.pipeline.cut.choice.passes if job.pipeline else []
+    if not passes:
+        return None
+    ran = {(span.stage, span.instruction) for span in measured.spans}
+
+    def cost(stage: int, instruction: Instruction) -> float:
+        if (stage, instruction) not in ran:
+            return 0.0
+        work = passes[stage]
+        match instruction:
+            case Forward():
+                return work.forward
+            case BackwardInput():
+                return work.input_gradient
+            case BackwardWeight():
+                return work.weight_gradient
+        return work.input_gradient + work.weight_gradient
+
+    return dry(job, cost)
+
+
+def others(job: Job, measured: Simulation) -> dict[str, float]:
+    """Seconds of a step by the other schedules, simulated with the measured passes. Local.
+
+    A rank's passes take as long in all; interleaved is given halves, as even as they can be.
+    """
+    ranks = len(measured.busy)
+    assert job.pipeline is not None
+    lengths = [lengths_of(medians(measured), range(r, job.pipeline.cut.stages, ranks)) for r in range(ranks)]
+    mine = sorted({span.instruction.micro_batch for span in measured.spans})
+    found = {}
+    for name in SCHEDULES:
+        virtual = 2 if name in SEVERAL else 1
+        fits = virtual == 1 or (
+            job.pipeline.cut.choice.pieces >= virtual * ranks and not job.config.averaging.invariant
+        )
+        if name == job.config.parallel.schedule or not fits:
+            continue
+
+        def cost(stage: int, instruction: Instruction, virtual: int = virtual) -> float:
+            forward, input_gradient, weight_gradient = lengths[stage % ranks]
+            match instruction:
+                case Forward():
+                    return forward / virtual
+                case BackwardInput():
+                    return input_gradient / virtual
+                case BackwardWeight():
+                    return weight_gradient / virtual
+            return (input_gradient + weight_gradient) / virtual
+
+        found[name] = simulate(programs(name, ranks, mine, virtual), cost).seconds
+    return found
+
+
+def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int]) -> tuple[float, float, float]:
+    """Seconds of forward, input gradient and weight gradient of stages together. Pure.
+
+    Where a backward is not split, as that of stage 0 often is, its halves count.
+    """
+    forward = input_gradient = weight_gradient = 0.0
+    for stage in stages:
+        whole = usual.get((stage, Backward.__name__), 0.0) / 2
+        forward += usual.get((stage, Forward.__name__), 0.0)
+        input_gradient += usual.get((stage, BackwardInput.__name__), whole)
+        weight_gradient += usual.get((stage, BackwardWeight.__name__), whole)
+    return forward, input_gradient, weight_gradient
+
+
+def dry(job: Job, cost: Cost) -> Simulation:
+    """Simulate a full step of the first replica. Local."""
+    mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
+    stages = job.topology.stages
+    assert job.pipeline is not None
+    links, back = job.pipeline.cut.links()
+    every = programs(job.config.parallel.schedule, stages, mine, job.pipeline.virtual)
+    return simulate(every, cost, links, back=back)
+
+
+def row(
+    job: Job, ranks: list[Told], measured: Simulation, simulated: Simulation, expected: Simulation | None
+) -> dict[str, Any]:
+    """Give what the log's table says, as numbers. Pure."""
+    usual = medians(measured)
+    return {
+        "schedule": job.config.parallel.schedule,
+        "seconds": round(measured.seconds, 6),
+        "simulated_seconds": round(simulated.seconds, 6),
+        "expected_seconds": round(expected.seconds, 6) if expected else None,
+        "other_seconds": {name: round(seconds, 6) for name, seconds in others(job, measured).items()},
+        "bubble": round(measured.bubble, 4),
+        "simulated_bubble": round(simulated.bubble, 4),
+        "stages": [
+            {
+                "rank": told.rank,
+                "host": told.host,
+                "modules": told.modules[virtual],
+                "parameters": told.parameters[virtual],
+                "pass_seconds": {
+                    kind: round(value, 6) for (stage, kind), value in usual.items() if stage == at
+                },
+                "idle": round(1.0 - measured.busy[at % len(ranks)] / measured.seconds, 4),
+            }
+            for at, virtual, told in in_order(ranks)
+        ],
+    }
+
+
+def in_order(ranks: list[Told]) -> list[tuple[int, int, Told]]:
+    """List the stages: number, which of its rank's, and what its rank says. Pure."""
+    virtual = len(ranks[0].parameters)
+    return [(v * len(ranks) + r, v, told) for v in range(virtual) for r, told in enumerate(ranks)]
+
+
+def table(
+    job: Job,
+    step: int,
+    ranks: list[Told],
+    measured: Simulation,
+    simulated: Simulation,
+    expected: Simulation | None,
+) -> list[str]:
+    """Lines for the log: a row a stage, then the whole step. Pure."""
+    usual, forward = medians(measured), Forward.__name__
+    lines = ["stage  rank  parameters  forward ms  backward ms  idle  modules"]
+    for at, virtual, told in in_order(ranks):
+        back = sum(value for (stage, kind), value in usual.items() if stage == at and kind != forward)
+        idle = 1.0 - measured.busy[at % len(ranks)] / measured.seconds
+        there = usual.get((at, forward), 0.0)
+        where = f"{' … '.join(told.modules[virtual])} on {told.host}"
+        lines.append(
+            f"{at:5}  {told.rank:4}  {told.parameters[virtual]:10,}  {1e3 * there:10.2f}  "
+            f"{1e3 * back:11.2f}  {idle:4.0%}  {where}"
+        )
+    lines.append(
+        f"the passes of step {step} took {1e3 * measured.seconds:.1f} ms, idle {measured.bubble:.0%}; "
+        f"{job.config.parallel.schedule} simulated with these passes and free messages "
+        f"{1e3 * simulated.seconds:.1f} ms, idle {simulated.bubble:.0%}"
+    )
+    by = sorted(others(job, measured).items(), key=lambda pair: pair[1])
+    lines.append("other schedules, simulated so: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in by))
+    if expected:
+        alone = "; the ranks share cores, and take longer" if job.topology.crowded else ""
+        lines.append(
+            f"expected before the cut, from pieces measured alone: {1e3 * expected.seconds:.1f} ms, "
+            f"idle {expected.bubble:.0%}{alone}"
+        )
+    return lines
