@@ -83,7 +83,7 @@ class StagedEngine(Engine):
     def run_passes(
         self, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None
     ) -> Exception | None:
-        """Run this stage's program to its end; in name only once it has failed. Collective (stages)."""
+        """Run this rank's program to its end; in name only once it has failed. Collective (stages)."""
         pipeline = self.pipeline
         mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
         working = [v for v in mine if sizes[v]]
@@ -266,3 +266,4 @@ class StagedEngine(Engine):
         for stage, v in product(pipeline.stages, every):
             stage.forget(v)
         raise_together(self.topology.comms.pipe, None if isinstance(failure, PeerFailedError) else failure)
+        pipeline.transport.grow()  # all stages are behind their programs

@@ -405,6 +405,7 @@ def test_evaluation_before_and_after_training(world, build, model):
         for _ in range(2):
             batch = job.task.batch(job.index.splits["train"].samples(torch.arange(7).numpy()))
             found = job.engine.outputs(batch, everywhere=True)
+            assert job.pipeline.transport._slots is not None  # evaluation has shown what it sends
             expected = alone.engine.outputs(batch)
             assert found.shape == expected.shape
             # in eval mode torch's attention has a kernel of its own for whole models, which adds in another order

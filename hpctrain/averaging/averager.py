@@ -346,7 +346,7 @@ class Averager:
         own = self.flags
         seconds[:, self.comm.rank] = own.reading, own.other, own.computing, self._transfer
         flags = np.array([float(getattr(self.flags, name)) for name in FLAGS])
-        parts = [flags, self._losses, self.places.used.numpy(), seconds]
+        parts = [flags, self._losses, self.places.used, seconds]
         totals = self.medium.exchange(np.concatenate([part.ravel() for part in parts]))
         cuts = np.cumsum([part.size for part in parts])[:-1]
         flags, losses, used, seconds = np.split(totals, cuts)

@@ -11,6 +11,7 @@ buckets are told in their order, so that all ranks mean the same ones.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,7 +26,7 @@ class Places:
     def __init__(self, named: Mapping[str, nn.Parameter], spaces: list[Space]) -> None:
         """Take the trained parameters and their spaces; hooks on them bring gradients here."""
         self.named, self.spaces = dict(named), spaces
-        self.used = torch.zeros(len(named), dtype=torch.float64)
+        self.used = np.zeros(len(named))
         """How many gradients have joined, by parameter."""
         self._index = {id(p): at for at, p in enumerate(self.named.values())}
         self._views = [torch.empty(0)] * len(self.named)
@@ -70,7 +71,7 @@ class Places:
 
     def begin(self) -> None:
         """Start a step: no gradient has joined. Local."""
-        self.used.zero_()
+        self.used[:] = 0.0
         self._telling, self._missing, self._final = None, [], set()
         self._waiting.clear()
         self._steps += 1

@@ -183,6 +183,7 @@ def our_step(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
         pipeline=pipeline, schedule=schedule, merges=merges,
     )  # fmt: skip
+    engine._stepped = True  # else each forward looks how much memory it adds, as in a run's first step
     if case.sleeps:
         engine.straight = emulated.Weights(virtual * topology.stages)  # type: ignore[assignment]
     batches = {
