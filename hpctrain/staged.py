@@ -94,15 +94,15 @@ class StagedEngine(Engine):
             stage.kept.clear()
         self.straight.begin()
         pipeline.transport.begin(pipeline.kept)
-        own = {size for size in {sizes[v] for v in mine} if size}
-        parts = {(stage, size): stage.part(size, True) for size in own for stage in pipeline.stages}
+        given = {v: step.micro_batches[v].inputs if v in step.micro_batches else {} for v in working}
+        parts = pipeline.parts({v: (sizes[v], inputs) for v, inputs in given.items()}, True)
         for instruction in program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual):
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             if not sizes[v]:
                 if isinstance(instruction, (Backward, BackwardInput)) and not instruction.virtual:
                     self.averager.joined(v, 0.0, 0.0)
                 continue
-            part = parts[stage, sizes[v]]
+            part = parts[stage, v]
             pipeline.transport.watch.doing(instruction, stage.stage)
             if failure is not None:
                 stage.fail(instruction, part)
@@ -228,14 +228,13 @@ class StagedEngine(Engine):
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)
         pipeline.transport.begin(GROUP, looks=1)
-        own = {len(batch) for batch in batches}
-        parts = {(stage, size): stage.part(size, False) for size in own for stage in pipeline.stages}
+        parts = pipeline.parts({v: (len(b), b.inputs) for v, b in enumerate(batches)}, False)
         every = range(len(batches))
         for instruction in forward_only(
             self.schedule, pipeline.rank, pipeline.ranks, every, pipeline.virtual
         ):
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
-            batch, part = batches[v], parts[stage, len(batches[v])]
+            batch, part = batches[v], parts[stage, v]
             pipeline.transport.watch.doing(instruction, stage.stage)
             if failure is not None:
                 stage.fail(instruction, part)

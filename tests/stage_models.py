@@ -189,6 +189,70 @@ class Misfit(Net):
         self.second = nn.Linear(9, out_features)
 
 
+class Handing(nn.Module):
+    """Hands a buffer on that it changes in place in every forward."""
+
+    def __init__(self, in_features: int):
+        super().__init__()
+        self.line = nn.Linear(in_features, 8)
+        self.register_buffer("count", torch.zeros(4000))
+
+    def forward(self, x):
+        self.count.add_(1.0)
+        return torch.tanh(self.line(x)), self.count
+
+
+class Handed(nn.Module):
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.line = nn.Linear(8, out_features)
+
+    def forward(self, given):
+        x, count = given
+        return self.line(x) * count[-1]
+
+
+def counted_row(in_features: int, out_features: int) -> nn.Sequential:
+    """What a stage has sent is changed before it has been taken."""
+    return nn.Sequential(Handing(in_features), Handed(out_features))
+
+
+class Clashing(nn.Module):
+    """Its operators have names that a dataset may have."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 5), nn.Linear(5, 5), nn.Linear(5, out_features)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.c(torch.sin(self.b(h)) + h + x)
+
+
+class Averaging(nn.Module):
+    """Takes the mean over as many inputs as there are."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(1, 8), nn.Linear(8, 8), nn.Linear(8, out_features)
+
+    def forward(self, x):
+        h = torch.tanh(self.b(torch.tanh(self.a(x.unsqueeze(-1)))))
+        return self.c(h.sum(1) / x.shape[1])
+
+
+class Choosing(nn.Module):
+    """How many rows go on depends on the numbers."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h[h[:, 0] > -99.0])
+
+
 class Deeper(nn.Module):
     """Has a layer that can't be written down."""
 

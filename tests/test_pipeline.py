@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +20,7 @@ from hpctrain.piece import tensors_of
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.watch import ASK, Watch
+from hpctrain.recipes.samples import Samples
 from hpctrain.report import summary
 from hpctrain.report.passes import as_simulation
 from hpctrain.report.run_folder import RunFolder, rows
@@ -73,6 +75,7 @@ def build(world, files):
         if model in TIED:  # Adam would follow the noise of gradients that are truly zero
             config.optimizer = Optimizer("torch.optim.SGD", {"lr": 0.05})
         config.averaging.invariant = settings.pop("invariant", False)
+        config.data.inputs = settings.pop("inputs", config.data.inputs)
         config.train.autocast = settings.pop("autocast", "none")
         config.parallel.stages = stages
         for name, value in settings.items():
@@ -107,7 +110,6 @@ def waits(monkeypatch):
 
 def alone_like(job, steps, clip=0.0):
     """Losses and weights of one process with the same micro-batches; every rank does it by itself."""
-    from dataclasses import replace
 
     from mpi4py import MPI
 
@@ -186,6 +188,37 @@ def test_several_stages_a_rank_have_the_bits_of_one_process(world, build, waits,
             alone.topology.close()
         else:
             assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+def test_what_is_sent_may_be_changed_at_once(world, build):
+    """A buffer that the next micro-batch's forward changes, in the first step, where messages carry it."""
+    for stages in layouts(world.size):
+        if stages == 2:
+            has_bits_of_one_process(world, build("counted_row", 2, micro_batches=8), "")
+
+
+@pytest.mark.mpi
+def test_an_input_may_be_called_as_an_operator_is(world, build):
+    for stages in layouts(world.size):
+        job = build("Clashing", stages, inputs={"tanh": "x"})
+        assert list(job.task.input_shapes) == ["tanh"]
+        assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+def test_samples_may_have_another_shape_in_another_batch(world, build, monkeypatch):
+    """The forward is written down anew for each: its constants differ."""
+    batch = Samples.batch
+
+    def crop(self, samples):
+        whole = batch(self, samples)
+        count = 5 - int(samples[0]) % 3 if len(samples) else 5
+        return replace(whole, inputs={name: x[:, :count].contiguous() for name, x in whole.inputs.items()})
+
+    monkeypatch.setattr(Samples, "batch", crop)
+    for stages in layouts(world.size, "Named"):
+        assert compare(build("Averaging", stages, micro_batches=4 * world.size // stages), 2) is None
 
 
 @pytest.mark.mpi
@@ -424,7 +457,6 @@ def test_evaluation_before_and_after_training(world, build, model):
 
 
 def build_alone(job):
-    from dataclasses import replace
 
     from mpi4py import MPI
 
@@ -565,7 +597,6 @@ def test_a_rank_that_does_not_answer_is_named(world, monkeypatch, caplog):
 
 @pytest.mark.mpi
 def test_reading_that_fails_on_one_stage_ends_on_all(world, build):
-    from dataclasses import replace
 
     if world.size == 1:
         pytest.skip("needs two ranks")
@@ -737,6 +768,10 @@ def test_what_cannot_be_cut_says_why(world, build):
         ConfigError, match=r"Deeper .* cut: layer inner\.1 \(Deciding\), stage_models.py:\d+: `"
     ):
         build("Deeper", world.size)
+    with pytest.raises(
+        ConfigError, match=r"the shape of what operator \w+ gives depends on a tensor's numbers"
+    ):
+        build("Choosing", world.size)
     job = build("Shy", world.size)
     with pytest.raises(ConfigError, match=r"runs lines\.\d\.\w+ in another order in eval mode"):
         job.engine.evaluate(job.split_batches("train"), job.task.measure)

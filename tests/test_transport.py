@@ -100,8 +100,14 @@ def test_what_cannot_travel_says_so_before_anything_is_sent(transport):
         HpctrainError, match=r"a object would cross to stage .*: tensors, numbers, strings and None can"
     ):
         pack(0, 0, {"x": torch.ones(1), "y": object()}, 0)
-    with pytest.raises(HpctrainError, match=r"a Point would cross to stage 1 \(.*\): tensors, numbers"):
+    with pytest.raises(
+        HpctrainError, match=r"a value of another kind would cross to stage 1 \(.*\): tensors, numbers"
+    ):
         pack(1, 0, Point(torch.ones(1), 1), 0)
+    with pytest.raises(
+        HpctrainError, match=r"keys of dictionaries must be strings, numbers or None.*: tensors, num"
+    ):
+        pack(1, 0, {(1, 2): torch.ones(1)}, 0)
 
 
 @pytest.mark.mpi

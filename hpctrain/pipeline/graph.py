@@ -19,7 +19,7 @@ from hpctrain.pipeline.operators import changes, cost, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
 from hpctrain.pipeline.profile import of_operators
 from hpctrain.pipeline.runner import Runner
-from hpctrain.pipeline.trace import Traced, Writer
+from hpctrain.pipeline.trace import Like, Traced, Writer
 from hpctrain.pipeline.weigh import Choice, Scales, choose
 
 
@@ -43,13 +43,14 @@ class Graph:
         ]
         self.real = dict(everything)
         self.first = {name: first.setdefault(id(t), name) for name, t in everything}
-        self._traced: dict[tuple[int, bool], Traced] = {}
+        self._traced: dict[tuple[int, bool, str], Traced] = {}
         samples = self.samples = len(next(iter(inputs.values())))
-        self._traced[samples, True] = self.writer.write(samples, training=True)
+        self._first = self.writer.write(samples, True, self.writer.like)
+        self._traced[samples, True, repr(self.writer.like)] = self._first
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Cut it where `cuts` says, or by measured or estimated work. Collective, if there are scales."""
-        traced = self._traced[self.samples, True]
+        traced = self._first
         self._place(traced, cuts, scales)
         self.used: dict[int, set[str]] = {stage: set() for stage in range(self.stages)}
         for node in traced.nodes:
@@ -67,7 +68,7 @@ class Graph:
 
     def names(self, stage: int) -> list[str]:
         """Modules that its operators stand in, in order."""
-        traced = self._traced[self.samples, True]
+        traced = self._first
         paths = (path_of(node) for node in traced.nodes if traced.stage[node.name] == stage)
         return list(dict.fromkeys(path for path in paths if path))
 
@@ -157,7 +158,7 @@ class Graph:
         Where the first forward's are if they are the same ones: gradients add up in the same order then. Else
         where their parameters are.
         """
-        first = self._traced[self.samples, True]
+        first = self._first
         if operators(traced) == operators(first):
             traced.stage = dict(first.stage)
             return
@@ -190,13 +191,15 @@ class Graph:
 
     # -- running -----------------------------------------------------------------------------
 
-    def part(self, stage: int, samples: int, training: bool) -> Part:
-        """Run the stage's operators."""
-        if (samples, training) not in self._traced:
-            traced = self.writer.write(samples, training)
+    def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
+        """Run the stage's operators, written down for these shapes."""
+        like = like or self.writer.like
+        key = samples, training, repr(like)
+        if key not in self._traced:
+            traced = self.writer.write(samples, training, like)
             self._follow(traced)
-            self._traced[samples, training] = traced
-        traced = self._traced[samples, training]
+            self._traced[key] = traced
+        traced = self._traced[key]
         last = self.stages - 1
         home = {**traced.stage, **dict.fromkeys(traced.inputs, INPUT)}
         wanted: dict[str, set[int]] = {}

@@ -11,6 +11,7 @@ from hpctrain.draws import Draws
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.part import Env, Part, begins, naming
 from hpctrain.pipeline.profile import of_layers
+from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import Choice, Scales, choose
 
 
@@ -88,7 +89,7 @@ class Layers:
         links = {s: [s + 1] if s + 1 < self.stages else [] for s in range(self.stages)}
         return links, links
 
-    def part(self, stage: int, samples: int, training: bool) -> Part:
+    def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
         """Run the stage's layers one behind the other."""
         start, stop = self.ranges[stage]
         layers = self.layers[start:stop]

@@ -74,8 +74,11 @@ class Packed:
 
 @lru_cache(maxsize=256)
 def written(tree: _pytree.TreeSpec) -> str:
-    """Write a tree's structure. Raises NotImplementedError for classes that torch can't write."""
-    return _pytree.treespec_dumps(tree)
+    """Write a tree's structure. Raises NotImplementedError for what can't be written and read."""
+    text = _pytree.treespec_dumps(tree)
+    if _pytree.treespec_loads(text) != tree:  # JSON has lists for tuples
+        raise NotImplementedError("keys of dictionaries must be strings, numbers or None")
+    return text
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -107,7 +110,7 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
         written(tree)
     except Exception as error:
         raise HpctrainError(
-            f"a {type(value).__name__} would cross to stage {stage} ({error}): {CROSSING}"
+            f"a value of another kind would cross to stage {stage} ({error}): {CROSSING}"
         ) from None
     listed: list[Any] = []
     flats: list[torch.Tensor] = []

@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
+from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import Choice, Scales
 
 INPUT = -1
@@ -52,11 +53,20 @@ class Cut(Protocol):
     def names(self, stage: int) -> list[str]:
         """Names of the modules that a stage runs, in order."""
 
-    def part(self, stage: int, samples: int, training: bool) -> Part:
-        """What a stage does with a micro-batch of so many samples."""
+    def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
+        """What a stage does with so many samples, like those; None: like those that it was cut by."""
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """By stage: the later stages that it gives values to in training, and that gradients come from."""
+
+
+def input_of(name: str) -> str:
+    """Name an input among the values: it may be called as one of them is.
+
+    >>> input_of("x")
+    'input x'
+    """
+    return f"input {name}"
 
 
 @contextmanager

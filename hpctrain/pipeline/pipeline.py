@@ -5,7 +5,7 @@ belongs to the rank of the first of them; the others' ranks hold copies, whose g
 and which get its new numbers after each step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from torch import nn
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.message import pack
-from hpctrain.pipeline.part import Cut
+from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import TIED, Transport
 
 
@@ -61,6 +62,19 @@ class Pipeline:
     def names(self) -> list[list[str]]:
         """Names of the modules that each stage runs. Local."""
         return [self.cut.names(stage.stage) for stage in self.stages]
+
+    def parts(self, batches: Mapping[int, tuple[int, Env]], training: bool) -> dict[tuple[Stage, int], Part]:
+        """Say what each stage does with each micro-batch, given its samples and inputs. Local."""
+        made: dict[tuple[Stage, int, str], Part] = {}
+        found = {}
+        for v, (samples, inputs) in batches.items():
+            like: Like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
+            for stage in self.stages:
+                key = stage, samples, repr(like)
+                if key not in made:
+                    made[key] = stage.part(samples, training, like)
+                found[stage, v] = made[key]
+        return found
 
     def parameters(self, module: nn.Module) -> list[list[nn.Parameter]]:
         """Give the parameters that each stage owns; one that several use here is the first one's. Local."""

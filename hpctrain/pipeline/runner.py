@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from hpctrain.draws import seed
 from hpctrain.pipeline.operators import kind_of, path_of
-from hpctrain.pipeline.part import Env, shapes_of
+from hpctrain.pipeline.part import Env, input_of, shapes_of
 from hpctrain.pipeline.trace import Constant, Traced
 
 
@@ -37,7 +37,9 @@ class Runner:
     def __call__(self, given: Env, stream: int, start: int) -> tuple[Env, int]:
         """Run from what was given; draws are numbered over the whole forward."""
         traced, env = self.traced, dict(given)
-        env.update({node: given[name] for node, name in traced.inputs.items() if name in given})
+        for placeholder, name in traced.inputs.items():
+            if input_of(name) in given:
+                env[placeholder] = given[input_of(name)]
 
         def value(node: fx.Node) -> Any:
             if node.name in traced.held:

@@ -51,4 +51,7 @@ def cut(
 def need(cuts: list[str], stages: int) -> None:
     """Refuse cuts that do not make so many stages. Pure."""
     if cuts and len(cuts) != stages - 1:
-        raise ConfigError(f"parallel.cuts names {len(cuts)} cuts, {stages} stages need {stages - 1}")
+        raise ConfigError(
+            f"parallel.cuts names {len(cuts)} cuts, {stages} stages need {stages - 1} (interleaved ones are "
+            f"parallel.stages times parallel.virtual_stages)"
+        )

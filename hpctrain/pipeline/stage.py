@@ -17,8 +17,9 @@ from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.message import pack
-from hpctrain.pipeline.part import INPUT, Cut, Env, Part
+from hpctrain.pipeline.part import INPUT, Cut, Env, Part, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
+from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import BACKWARD, FORWARD, KINDS, PeerFailedError, Transport
 
 
@@ -61,9 +62,9 @@ class Stage:
         """Whether the loss is computed here."""
         return self.stage == self.cut.stages - 1
 
-    def part(self, samples: int, training: bool) -> Part:
+    def part(self, samples: int, training: bool, like: Like | None = None) -> Part:
         """What this stage does with so many samples."""
-        return self.cut.part(self.stage, samples, training)
+        return self.cut.part(self.stage, samples, training, like)
 
     @property
     def reads_inputs(self) -> bool:
@@ -104,7 +105,8 @@ class Stage:
         """Run the part; gives the model's output on the last stage. Local."""
         kept = self.kept.setdefault(v, Kept())
         env = {name: value for values in kept.received.values() for name, value in values.items()}
-        given, kept.stream, kept.start = {**inputs, **env}, stream, kept.draws
+        given = {**{input_of(name): value for name, value in inputs.items()}, **env}
+        kept.stream, kept.start = stream, kept.draws
         versions = versions_of(given)
         found, kept.draws = part.run(given, stream, kept.start)
         names = {name for given in part.gives.values() for name in given}

@@ -2,17 +2,25 @@
 
 import copy
 import linecache
+import logging
 import os
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
+from hpctrain.pipeline.operators import path_of
+
+Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""By name of the model's input: shape of a sample, dtype."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +56,18 @@ class Writer:
         self.fake = FakeTensorMode()
         self.skeleton = skeleton(module, self.fake)
 
-    def write(self, samples: int, training: bool) -> Traced:
+    def write(self, samples: int, training: bool, like: Like) -> Traced:
         """Write the forward down with torch.export, on tensors without memory."""
         self.module.train(training)  # a user's train() may keep parts in eval mode
         for name, m in self.module.named_modules():
             self.skeleton.get_submodule(name).training = m.training
         with self.fake:
             fakes = {
-                name: torch.zeros((samples, *shape), dtype=dtype)
-                for name, (shape, dtype) in self.like.items()
+                name: torch.zeros((samples, *shape), dtype=dtype) for name, (shape, dtype) in like.items()
             }
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), quiet():
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
                 program = torch.export.export(self.skeleton, *arguments, strict=False)
         except Exception as error:
@@ -85,6 +92,7 @@ class Writer:
                 if counters & {a.name for a in node.all_input_nodes}:
                     counters.add(node.name)  # BatchNorm's own counting, which its module does
                 else:
+                    self._known_shape(node)
                     nodes.append(node)
             elif node.op == "get_attr":
                 constants[node.name] = getattr(program.graph_module, str(node.target))
@@ -99,6 +107,19 @@ class Writer:
             program.call_spec.out_spec,
         )
 
+    def _known_shape(self, node: fx.Node) -> None:
+        """Refuse an operator that gives as many numbers as other numbers say. Local."""
+        leaves = _pytree.tree_leaves(node.meta.get("val"))
+        sizes = [size for leaf in leaves if isinstance(leaf, torch.Tensor) for size in leaf.shape]
+        if not all(isinstance(size, int) for size in sizes):
+            layer = f" of layer {path_of(node)}" if path_of(node) else ""
+            raise ConfigError(
+                f"parallel.stages = {self.stages}: the shape of what operator {node.name}{layer} gives "
+                f"depends on a tensor's numbers, so the model can't be cut: mask instead (torch.where), "
+                f"or make it an nn.Sequential, or give it a method layers() that lists submodules which "
+                f"follow one another"
+            )
+
     def _where(self, error: Exception) -> str:
         """Say at which layer and line of the user's code the writing down ended. Local."""
         names = {id(m): name for name, m in self.skeleton.named_modules()}
@@ -112,6 +133,17 @@ class Writer:
                 text = linecache.getline(path, number).strip()
                 found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
         return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let torch not log all that it tried: the error says why. Local."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:

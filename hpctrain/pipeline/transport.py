@@ -43,6 +43,8 @@ PIECE = 65536 - 512
 """Bytes: with its header below the 64 KiB up to which Open MPI sends over TCP without asking the receiver."""
 YIELDS = 300
 NAP_SECONDS = 50e-6
+STOPPED_SECONDS = 5.0
+"""A nap that lasts longer was no nap."""
 
 
 class PeerFailedError(HpctrainError):
@@ -124,7 +126,9 @@ class Transport:
         self._start(np.frombuffer(numbers.tobytes() + text, np.uint8), rank, tag)
         if slot is None:
             for flat in packed.flats:
-                for piece in self._pieces(flat, rank):
+                # the model may change it in place while it is on its way; shared weights change later
+                own = flat if tag == TIED else flat.clone()
+                for piece in self._pieces(own, rank):
                     self._start(piece, rank, tag + 1)
 
     def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
@@ -223,11 +227,14 @@ class Transport:
             if done():
                 return
             os.sched_yield()
-        began = time.monotonic()
+        began = last = time.monotonic()
         patience = watch.PATIENCE_SECONDS
         while not done():
             time.sleep(NAP_SECONDS)
-            waited = time.monotonic() - began
+            now = time.monotonic()
+            if now - last > STOPPED_SECONDS:
+                began += now - last  # this rank was stopped itself
+            last, waited = now, now - began
             if waited > patience:
                 self.watch.missing(rank, waited)
-                patience *= 2
+                patience, last = 2 * patience, time.monotonic()
