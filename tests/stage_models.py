@@ -217,6 +217,23 @@ def counted_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(Handing(in_features), Handed(out_features))
 
 
+class Adding(nn.Module):
+    """Changes what it gets in place, without saying so by an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.bias = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        x += self.bias
+        return self.line(x)
+
+
+def adding_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Every cut is before a layer that works in place."""
+    return nn.Sequential(nn.Linear(in_features, 8), *[Adding() for _ in range(7)], nn.Linear(8, out_features))
+
+
 class Clashing(nn.Module):
     """Its operators have names that a dataset may have."""
 

@@ -38,6 +38,25 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
+class _Through(torch.autograd.Function):
+    """The same memory, as a value that may be changed in place: what came from a stage before is a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def changeable(value: torch.Tensor) -> torch.Tensor:
+    """Give a tensor that the first layer of a stage may change in place, without a copy. Local."""
+    if not (value.requires_grad and torch.is_grad_enabled()):
+        return value
+    return _Through.apply(value)  # type: ignore[no-untyped-call, no-any-return]
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -100,6 +119,8 @@ class Layers:
             value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]
             if changes and stage:
                 value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
+            elif stage:
+                value = _pytree.tree_map_only(torch.Tensor, changeable, value)
             with Draws(stream, begin) as counting:
                 for name, layer in layers:
                     with naming(f"layer {name} ({type(layer).__name__})", value):
