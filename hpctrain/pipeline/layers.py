@@ -43,7 +43,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.data
+        return x.detach()  # counts its changes with x, by which a forward that can't run again is known
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
