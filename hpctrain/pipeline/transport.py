@@ -70,7 +70,7 @@ class Transport:
         self._bytes: dict[int, int] = {}
         """For this node, by micro-batch of the step or evaluation that runs."""
         self._depth, self._most, self._looks, self._ran = 0, 0, FIRST_STEPS, False
-        """Micro-batches on their way now; the most bytes so far; calls of `grow` that look; if anything ran."""
+        """Micro-batches on their way; the most bytes so far; calls of `grow` that look; if anything ran."""
         self._told: dict[tuple[int, int], Layout] = {}
         self._known: dict[tuple[int, int], Layout] = {}
         """The last layout that left and came, by rank and tag."""
