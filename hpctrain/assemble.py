@@ -275,8 +275,8 @@ def engine_of(
     common = topology, portion.module, loss, averager, names, train.seed, train.autocast
     if portion.pipeline is None:
         return Engine(*common)
-    merges = parallel.gradients == "fast"
-    return StagedEngine(*common, pipeline=portion.pipeline, schedule=parallel.schedule, merges=merges)
+    fast = parallel.gradients == "fast"
+    return StagedEngine(*common, pipeline=portion.pipeline, schedule=parallel.schedule, fast=fast)
 
 
 def wanted(topology: Topology, batch: int) -> int:

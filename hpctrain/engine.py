@@ -35,11 +35,15 @@ from hpctrain.keys import key
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
 from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
+from hpctrain.room import room
 from hpctrain.topology import Topology
 from hpctrain.wire import raise_together
 
 # The random stream of evaluation, for models that draw in eval mode too.
 EVALUATION = -1
+
+LAID = 0.25
+"""Share of the memory left after the first step that weights laid in blocks may take."""
 
 
 @dataclass
@@ -92,6 +96,10 @@ class Engine:
         self.activation_bytes = 0
         """Pages that the forward of a micro-batch of the first step has added."""
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's memory by use, where the averaging does not count them. Local."""
+        return {"activations": self.activation_bytes, "laid weights": self.straight.packs.bytes}
+
     def step(
         self,
         number: int,
@@ -125,7 +133,9 @@ class Engine:
         if self._stepped:
             flags.other = max(0.0, began - self._ended - flags.reading)
         result = self.averager.step(clip, lr)
-        self._read, self._stepped, self._ended = self.clock.reading, True, time.perf_counter()
+        self._read, self._ended = self.clock.reading, time.perf_counter()
+        if not self._stepped:
+            self.settle()
         averaging = self._ended - computed
         waiting = min(averaging, float(result.times.waiting[self.topology.replica]))
         self.clock.computing += computed - began
@@ -140,6 +150,11 @@ class Engine:
         self.refresh()
         return result
 
+    def settle(self) -> None:
+        """Note that a step has been taken: all that it needs is there, memory too. Local."""
+        self._stepped = True
+        self.straight.packs.allow(room(self.topology.comms.node.size) * LAID)
+
     def refresh(self) -> None:
         """Bring new weights to where copies are kept. Collective."""
 
@@ -152,6 +167,7 @@ class Engine:
         """
         if failure is not None:
             return failure
+        self.straight.begin(len(step.micro_batches))
         instruction: Instruction | None = None
         try:
             for instruction in one_stage(step.micro_batches):

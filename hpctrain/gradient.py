@@ -12,8 +12,9 @@ autograd makes a whole table of mostly zeros. Convolutions and norms have no ker
 where it is told: theirs are copied, which is little beside their own work.
 
 In a pipeline the products of linear layers may wait, so that the gradient that another stage waits for
-leaves first; there products of several micro-batches may also become one (`merges`): the weight's
-memory is passed over once for all of them, but the sum has another order.
+leaves first; there products of several micro-batches may also become one (`fast`): the weight's
+memory is passed over once for all of them, but the sum has another order. The products that make new
+tensors are `products.py`'s.
 
 The user's module is not touched: while the forward runs, a torch-function mode sees each
 `F.linear` and `F.embedding` whose weight has a place. Everything that could tell the difference
@@ -24,6 +25,7 @@ the user's code, autocast, functorch, small weights.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -31,11 +33,21 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from hpctrain import products
+from hpctrain.products import Packs
+
 SMALLEST = 16384
 """Elements: below it the product is too short for its passes over memory to matter."""
 
 MERGED_ROWS = 512
 """Rows of a product that is long enough: merging more gains nothing."""
+
+WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    nn.Embedding: ("weight",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+"""Names of the weights that are seen."""
 
 
 class Places(Protocol):
@@ -63,7 +75,7 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
-        return functional.linear(x, weight, bias)
+        return products.linear(x, weight, bias, owner.packs.get(weight))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -72,7 +84,10 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.matmul(gradient, weight)
+            if torch.is_grad_enabled():  # create_graph: it is to be differentiated
+                to_x = torch.matmul(gradient, weight)
+            else:
+                to_x = products.to_input(gradient, weight, ctx.owner.packs.get(ctx.parameter))
         if ctx.needs_input_grad[1]:
             to_weight = ctx.owner.join(ctx.parameter, flat, rows)
         if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -116,10 +131,11 @@ class Product:
 class StraightIntoPlace(TorchFunctionMode):
     """Entered for the forward; `accumulating` is entered for the backward that fills the places."""
 
-    def __init__(self, module: nn.Module, places: Places, merges: bool = False) -> None:
-        """Take what gives places; `merges`: products that wait may become one, in another order of sums."""
+    def __init__(self, module: nn.Module, places: Places, fast: bool = False) -> None:
+        """Take what gives places; `fast`: products that wait may become one, in another order of sums."""
         super().__init__()
-        self._places, self.merges = places, merges
+        self._places, self.fast = places, fast
+        self.packs = Packs()
         self._active, self._micro_batch = False, -1
         self._waiting: dict[nn.Parameter, list[Product]] = {}
         """In the order of the backward passes."""
@@ -128,7 +144,11 @@ class StraightIntoPlace(TorchFunctionMode):
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
         """Whether part of the module is compiled: no mode can look inside."""
         weights = (  # a parametrised layer computes its weight when asked for it
-            m._parameters.get("weight") for m in module.modules() if isinstance(m, (nn.Linear, nn.Embedding))
+            m._parameters.get(name)
+            for m in module.modules()
+            for kind, names in WEIGHTS.items()
+            if isinstance(m, kind)
+            for name in names
         )
         self.weights = {id(w) for w in weights if w is not None and w.numel() >= SMALLEST}
 
@@ -153,26 +173,30 @@ class StraightIntoPlace(TorchFunctionMode):
         finally:
             self._active, self._micro_batch = False, -1
 
-    def begin(self) -> None:
-        """Start a step: nothing waits. Local."""
+    def begin(self, micro_batches: int, waits: bool = False) -> None:
+        """Start a step of so many micro-batches: no product waits, and weights are new. Local.
+
+        `waits`: this rank waits for another's activations first.
+        """
         self._waiting.clear()
+        self.packs.begin(micro_batches, waits)
 
     @torch.no_grad()
     def weights_of(self, micro_batch: int, last: bool) -> None:
         """Compute the products that wait for a micro-batch or one before it; with `last` all. Local.
 
-        Merging, those of a weight wait until they are long enough together.
+        With `fast` those of a weight wait until they are long enough together.
         """
-        for parameter, products in list(self._waiting.items()):
-            due = [p for p in products if p.micro_batch <= micro_batch or last]
-            if self.merges and due and not last and sum(len(p.g) for p in due) < MERGED_ROWS:
+        for parameter, waiting in list(self._waiting.items()):
+            due = [p for p in waiting if p.micro_batch <= micro_batch or last]
+            if self.fast and due and not last and sum(len(p.g) for p in due) < MERGED_ROWS:
                 continue
-            if self.merges and len(due) > 1:
+            if self.fast and len(due) > 1:
                 self._join(parameter, torch.cat([p.g for p in due]), torch.cat([p.x for p in due]))
             else:
                 for product in due:
                     self._join(parameter, product.g, product.x)
-            rest = products[len(due) :]
+            rest = waiting[len(due) :]
             if rest:
                 self._waiting[parameter] = rest
             else:
@@ -192,6 +216,9 @@ class StraightIntoPlace(TorchFunctionMode):
             managed = id(weight) in self.weights and weight.requires_grad
             if managed and not special and _plain(weight, weight):
                 return _Embedding.apply(weight, indices, padding, self)  # type: ignore[no-untyped-call]
+        if function is functional.multi_head_attention_forward:
+            with self:  # its linear layers are to be seen, too
+                return _attention(*arguments, **(named or {}))
         return function(*arguments, **(named or {}))
 
     def fills(self, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
@@ -242,6 +269,15 @@ class StraightIntoPlace(TorchFunctionMode):
         else:
             place.addmm_(g.t(), x)
         self._places.filled(parameter)
+
+
+def _unlooking(function: Any) -> Any:
+    """Give a Python function of torch that does not ask for a mode itself; what it calls does."""
+    own = {**function.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(function.__code__, own, function.__name__, function.__defaults__)
+
+
+_attention = _unlooking(functional.multi_head_attention_forward)
 
 
 def _linear_arguments(

@@ -13,7 +13,7 @@ def room(processes: int) -> float:
     """Give the bytes left for each of so many processes of this machine; infinite where nobody says. Local.
 
     The least of: what the machine has available, what control groups leave (Slurm sets them), and this
-    process' own limit of addresses (ulimit -v).
+    process' own limits of addresses and of data (ulimit -v, ulimit -d).
     """
     shared = min([*of_machine(), *of_groups()], default=float("inf")) / processes
     return min([shared, *of_process()])
@@ -43,11 +43,13 @@ def of_groups() -> Iterator[float]:
 
 
 def of_process() -> Iterator[float]:
-    """Give what this process' own limit leaves."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        used = [int(line.split()[0]) for line in lines(STATUS)]
-        yield max(0.0, soft - os.sysconf("SC_PAGE_SIZE") * used[0]) if used else float(soft)
+    """Give what this process' own limits leave: of addresses, and of private memory that can be written."""
+    used = [int(field) for line in lines(STATUS) for field in line.split()]
+    for limit, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            taken = os.sysconf("SC_PAGE_SIZE") * used[field] if used else 0
+            yield max(0.0, float(soft - taken))
 
 
 def lines(path: Path) -> list[str]:

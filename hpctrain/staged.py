@@ -51,7 +51,7 @@ class StagedEngine(Engine):
     pipeline: Pipeline
     """This rank's stages."""
     schedule: str = "1f1b"
-    merges: bool = False
+    fast: bool = False
     """Whether weight gradients of several micro-batches may be computed at once (`parallel.gradients`)."""
 
     echoes: ClassVar[tuple[type[Exception], ...]] = (PeerEndedError, PeerFailedError)
@@ -59,13 +59,17 @@ class StagedEngine(Engine):
     def __post_init__(self) -> None:
         """Start with nothing that waits."""
         super().__post_init__()
-        self.straight.merges = self.merges
+        self.straight.fast = self.fast
         self._last_backward = -1
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's memory by use, its ring for messages too. Local."""
+        return {**super().memory(), "between stages": self.pipeline.transport.ring_bytes}
 
     def refresh(self) -> None:
         """Give the owners' new weights to the copies of other stages. Collective (stages)."""
@@ -92,7 +96,7 @@ class StagedEngine(Engine):
         self._losses.clear()  # of a step that failed
         for stage in pipeline.stages:
             stage.kept.clear()
-        self.straight.begin()
+        self.straight.begin(len(working), waits=pipeline.rank > 0)
         pipeline.transport.begin(pipeline.kept)
         given = {v: step.micro_batches[v].inputs if v in step.micro_batches else {} for v in working}
         parts = pipeline.parts({v: (sizes[v], inputs) for v, inputs in given.items()}, True)

@@ -137,7 +137,7 @@ class Loop:
         shares, waited = self.job.engine.clock.shares(), self.waiting.row(result.times)
         summary.step(self.run_folder, self.at.step, self.epoch(), result, rate, lr, shares, waited)
         view.step(self.at.step, result.loss, rate, shares)
-        if self.at.step == self.resumed_step + 1:
+        if self.at.step == min(self.resumed_step + 2, self.job.total_steps):
             memory.say(self.job)
         self.timeline.after(self.at.step - self.resumed_step, self.at.step)
         if self.at.step % EVERY_STEPS == 0:

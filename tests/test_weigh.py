@@ -199,13 +199,14 @@ def test_room_is_what_the_system_leaves(tmp_path, monkeypatch):
     machine = room.room(1)
     assert 0 < machine < 1e15
     assert room.room(4) < 0.5 * machine
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, before[1]))
-        assert 0 <= room.room(1) <= 2**28
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    for limit, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+        before = resource.getrlimit(limit)
+        pages = int(Path("/proc/self/statm").read_text().split()[field])
+        try:
+            resource.setrlimit(limit, (pages * resource.getpagesize() + 2**28, before[1]))
+            assert 0 <= room.room(1) <= 2**28
+        finally:
+            resource.setrlimit(limit, before)
     for folder, most, used in ((".", "max", 9), ("slurm", 10_000, 7_000), ("slurm/job", 6_000, 5_500)):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "memory.max").write_text(f"{most}\n")

@@ -68,7 +68,7 @@ def sleepers(whole: bool = False) -> nn.Sequential:
 class Weights:
     """Stands for what computes weight gradients: it sleeps as long as the layers of a stage would."""
 
-    merges = False
+    fast = False
 
     def __init__(self, stages: int) -> None:
         """Take the number of stages."""
@@ -90,7 +90,7 @@ class Weights:
         if micro_batch < 0:
             self._sleep()
 
-    def begin(self) -> None:
+    def begin(self, micro_batches: int, waits: bool = False) -> None:
         """Nothing waits."""
 
     def weights_of(self, micro_batch: int, last: bool) -> None:

@@ -113,7 +113,7 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         "ours": our_step(topology, case, x, y, "1f1b"),
         "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
         "ours_zb": our_step(topology, case, x, y, "zb-h1"),
-        "ours_fast": our_step(topology, case, x, y, "zb-h1", merges=True),
+        "ours_fast": our_step(topology, case, x, y, "zb-h1", fast=True),
         "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),
     }
     if halves(topology, case):
@@ -163,7 +163,7 @@ def our_step(
     x: torch.Tensor,
     y: torch.Tensor,
     schedule: str,
-    merges: bool = False,
+    fast: bool = False,
     plain: bool = False,
 ) -> tuple[Callable[[], None], StagedEngine]:
     """Run the engine's own program for a stage; gives the engine too."""
@@ -181,9 +181,9 @@ def our_step(
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
     engine = StagedEngine(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
-        pipeline=pipeline, schedule=schedule, merges=merges,
+        pipeline=pipeline, schedule=schedule, fast=fast,
     )  # fmt: skip
-    engine._stepped = True  # else each forward looks how much memory it adds, as in a run's first step
+    engine.settle()  # else each forward looks how much memory it adds, as in a run's first step
     if case.sleeps:
         engine.straight = emulated.Weights(virtual * topology.stages)  # type: ignore[assignment]
     batches = {
@@ -265,6 +265,7 @@ def limit_step(topology: Topology, engine: StagedEngine, case: Case, x: torch.Te
 
     def step() -> None:
         engine.averager.begin(range(case.micro_batches))
+        engine.straight.begin(case.micro_batches)
         for leaf in leaves:
             value = leaf
             with engine.straight.forward():

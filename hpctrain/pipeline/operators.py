@@ -10,12 +10,6 @@ def path_of(node: fx.Node) -> str:
     return str(stack[-1][0]).split("@")[0] if stack else ""
 
 
-def kind_of(node: fx.Node) -> str:
-    """Give the class of the innermost module that an operator stands in."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][1]) if stack else ""
-
-
 def changes(node: fx.Node) -> fx.Node | None:
     """Give the value that an operator changes in place, if any."""
     schema = getattr(node.target, "_schema", None)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from hpctrain.draws import seed
-from hpctrain.pipeline.operators import kind_of, path_of
+from hpctrain.pipeline.operators import path_of
 from hpctrain.pipeline.part import Env, input_of, shapes_of
 from hpctrain.pipeline.trace import Constant, Traced
 
@@ -71,11 +71,9 @@ class Runner:
             owner = self.module.get_submodule(path_of(node))
             if isinstance(owner, _BatchNorm):
                 return normalise(owner, arguments[0])
-        # what attention calls inside is hidden from modes in eager mode too
-        hidden = "MultiheadAttention" in kind_of(node)
-        if target is torch.ops.aten.linear.default and not hidden:
+        if target is torch.ops.aten.linear.default:
             return functional.linear(*arguments, **named)
-        if target is torch.ops.aten.embedding.default and not hidden:
+        if target is torch.ops.aten.embedding.default:
             weight, indices, *rest = arguments
             padding = rest[0] if rest and rest[0] >= 0 else None
             if not any(rest[1:]):

@@ -78,6 +78,11 @@ class Transport:
         """Requests, their memory, to whom."""
         self.watch = Watch(pipe)
 
+    @property
+    def ring_bytes(self) -> int:
+        """Memory of the node that holds what this rank sends on it."""
+        return self._slots.size if self._slots else 0
+
     def begin(self, depth: int, looks: int = 0) -> None:
         """Start with a step's or an evaluation's micro-batches, `depth` of them on their way at once. Local.
 

@@ -1,4 +1,4 @@
-"""What a node's memory holds, after the first step: then all of it is there."""
+"""What a node's memory holds, after the second step: then all of it is there."""
 
 from mpi4py import MPI
 
@@ -9,7 +9,7 @@ from hpctrain.log import LOGGER
 def say(job: Job) -> None:
     """Log weights, gradients, optimizer and activations of the node with the most. Collective."""
     node, world = job.topology.comms.node, job.topology.comms.world
-    mine = {**job.averager.memory(), "activations": job.engine.activation_bytes}
+    mine = {**job.averager.memory(), **job.engine.memory()}
     names = list(mine)
     sums = [node.allreduce(mine[name]) for name in names]
     _, most = world.allreduce((sum(sums), sums), op=MPI.MAX)

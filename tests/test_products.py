@@ -1,0 +1,189 @@
+"""The products of linear layers: the same bits from a weight as it stands and laid in blocks."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpctrain import products
+from hpctrain.products import Packed, Packs, linear, to_input
+
+needs = pytest.mark.skipif(not products.AVAILABLE, reason="no AVX-512: torch's own products are taken")
+
+
+def tensors(rows, out, into, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, into, generator=generator),
+        torch.randn(rows, out, generator=generator),
+        torch.randn(out, into, generator=generator),
+        torch.randn(out, generator=generator),
+    )
+
+
+@needs
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 64, 200])
+@pytest.mark.parametrize(("out", "into"), [(64, 64), (128, 640), (640, 128), (1024, 512)])
+def test_laid_weights_give_the_same_bits(rows, out, into):
+    x, g, weight, bias = tensors(rows, out, into)
+    packed = Packed.of(weight)
+    assert packed is not None, "oneDNN lays weights in blocks of 64 on AVX-512"
+    for b in (bias, None, bias):  # the first of each number of rows is compared
+        assert torch.equal(linear(x, weight, b, packed), linear(x, weight, b))
+    for _ in range(2):
+        assert torch.equal(to_input(g, weight, packed), to_input(g, weight))
+    assert packed.x.agrees == {rows: True}
+    assert rows == 1 or packed.y.agrees == {rows: True}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,), (4, 0)])
+@pytest.mark.parametrize(("out", "into"), [(7, 5), (64, 128), (300, 130)])
+def test_they_are_the_products(threads, shape, out, into):
+    """Against float64, within the rounding of sums of `into` or `out` terms of about 1."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(*shape, into, generator=generator)
+        g = torch.randn(*shape, out, generator=generator)
+        _, _, weight, bias = tensors(1, out, into)
+        found = linear(x, weight, bias), to_input(g, weight)
+    finally:
+        torch.set_num_threads(before)
+    wanted = x.double() @ weight.double().t() + bias.double(), g.double() @ weight.double()
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert one.is_contiguous()
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@needs
+def test_where_memory_lies_does_not_matter():
+    """Strided, expanded, and beside a line's beginning: the same bits."""
+    x, g, weight, bias = tensors(6, 192, 128)
+    wanted = linear(x, weight, bias), to_input(g, weight)
+    wide = torch.empty(6, 2 * 128).copy_(x.repeat(1, 2))
+    shifted = torch.empty(6 * 128 + 3)[3:].view(6, 128).copy_(x)
+    for other in (wide[:, :128], shifted, x.t().contiguous().t()):
+        assert torch.equal(linear(other, weight, bias), wanted[0])
+    assert torch.equal(to_input(g.t().contiguous().t(), weight), wanted[1])
+    one = g[:1].expand(6, -1)
+    assert torch.equal(to_input(one, weight), to_input(one.clone(), weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_numbers_are_torchs(dtype):
+    x, g, weight, bias = (t.to(dtype) for t in tensors(6, 192, 128))
+    assert torch.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+    assert torch.equal(to_input(g, weight), g @ weight)
+
+
+def test_a_user_who_asks_for_lower_precision_gets_torchs():
+    x, _, weight, bias = tensors(6, 192, 128)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not products.ours(x, weight)
+        assert torch.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def change_counted(weight):
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def change_uncounted(weight):
+    weight.data.mul_(2)
+
+
+def change_memory(weight):
+    weight.data = 2 * weight.data
+
+
+def change_by_another(weight):
+    """As MPI and NumPy write, a single number: torch counts nothing, and no sample need show it."""
+    weight.detach().numpy()[3, 5] += 1
+
+
+def change_new_step(packs, weight):
+    change_by_another(weight)
+    packs.begin(products.REPAID)
+
+
+@needs
+@pytest.mark.parametrize("change", [change_counted, change_uncounted, change_memory, change_new_step])
+def test_a_changed_weight_is_laid_anew(change):
+    x, g, weight, _ = tensors(9, 512, 512)
+    weight = nn.Parameter(weight)
+    packs = Packs()
+    packs.allow(1e9)
+    packs.begin(products.REPAID)
+    packed = packs.get(weight)
+    for _ in range(2):
+        old = linear(x, weight, None, packed), to_input(g, weight, packed)
+    if change is change_new_step:
+        change(packs, weight)
+    else:
+        change(weight)
+    assert packs.get(weight) is packed
+    found = linear(x, weight, None, packed), to_input(g, weight, packed)
+    for one, other, before in zip(found, (linear(x, weight, None), to_input(g, weight)), old, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, before)
+
+
+@needs
+def test_weights_are_laid_where_it_pays_and_memory_allows():
+    big, small, odd = (nn.Parameter(torch.randn(*s)) for s in ((512, 512), (64, 64), (1000, 1000)))
+    more = nn.Parameter(torch.randn(512, 512))
+    packs = Packs()
+    packs.begin(products.REPAID)
+    assert packs.get(big) is None, "nothing is allowed before the first step"
+    packs = Packs()
+    packs.allow(3 * 4 * big.numel())
+    packs.begin(products.REPAID - 1)
+    assert packs.get(big) is None, "too few uses"
+    packs.begin(products.REPAID)
+    assert packs.get(small) is None
+    assert packs.get(odd) is None
+    assert packs.get(big) is not None and packs.get(more) is None, "room for one"
+    assert packs.bytes == 2 * 4 * big.numel()
+
+
+@needs
+def test_memory_that_the_system_refuses_ends_it(monkeypatch):
+    def refuse(weight):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(products.Packed, "of", refuse)
+    big = nn.Parameter(torch.randn(512, 512))
+    packs = Packs()
+    packs.allow(1e9)
+    packs.begin(products.REPAID)
+    assert packs.get(big) is None
+    assert packs.bytes == 0
+
+
+@needs
+def test_another_layout_of_oneDNN_is_not_guessed_at(monkeypatch):
+    weight = torch.randn(128, 128)
+    real = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_linear_weight", lambda w, n: real(w.flip(0).contiguous(), n)
+    )
+    assert Packed.of(weight) is None
+
+
+@needs
+def test_where_the_bits_differ_the_weight_as_it_stands_is_taken(monkeypatch):
+    x, g, weight, bias = tensors(6, 128, 128)
+    packed, real = Packed.of(weight), torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *rest: real(x, w, *rest) + 1e-6 * w.is_mkldnn
+    )
+    for _ in range(3):
+        assert torch.equal(linear(x, weight, bias, packed), linear(x, weight, bias))
+        assert torch.equal(to_input(g, weight, packed), to_input(g, weight))
+    assert packed.y.agrees == packed.x.agrees == {6: False}
