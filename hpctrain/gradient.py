@@ -9,15 +9,14 @@ can be written where it belongs:
 
 and for an embedding only the rows that were looked up are added, place[i] ← place[i] + g, where
 autograd makes a whole table of mostly zeros. Convolutions and norms have no kernel that writes
-where it is told: theirs are copied, which is little beside their own work.
+where it is told: theirs are added, which is little beside their own work.
 
-In a pipeline the products of linear layers may wait, so that the gradient that another stage waits for
-leaves first; there products of several micro-batches may also become one (`fast`): the weight's
-memory is passed over once for all of them, but the sum has another order. The products that make new
-tensors are `products.py`'s.
+In a pipeline what linear layers and convolutions compute for their weights may wait (`splits`), so that the
+gradient that another stage waits for leaves first; there products of several micro-batches may also become
+one (`fast`): the weight's memory is passed over once for all of them, but the sum has another order.
 
-The user's module is not touched: while the forward runs, a torch-function mode sees each
-`F.linear` and `F.embedding` whose weight has a place. Everything that could tell the difference
+The user's module is not touched: while the forward runs, a torch-function mode sees each call of
+`functions.py`'s layers whose weight has a place. Everything that could tell the difference
 takes autograd's own way: hooks on the weight, gradients of gradients, `torch.autograd.grad` in
 the user's code, autocast, functorch, small weights.
 """
@@ -34,10 +33,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from hpctrain import products
+from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
 from hpctrain.products import Packs
 
-SMALLEST = 16384
-"""Elements: below it the product is too short for its passes over memory to matter."""
+SMALLEST = 2**17
+"""Elements: below it a call of ours costs more than the passes over memory that it saves (measured)."""
+
+SMALLEST_FILTER = 1024
+"""The same for convolutions, whose work is many times that of a product with their weight."""
 
 MERGED_ROWS = 512
 """Rows of a product that is long enough: merging more gains nothing."""
@@ -45,9 +48,12 @@ MERGED_ROWS = 512
 WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
     nn.Embedding: ("weight",),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("weight",)),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
 """Names of the weights that are seen."""
+
+CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 
 class Places(Protocol):
@@ -59,73 +65,20 @@ class Places(Protocol):
     def filled(self, parameter: torch.Tensor) -> None:
         """Note that a gradient has been added in its place."""
 
-    def later(self, parameter: torch.Tensor) -> bool:
-        """Tell whether a gradient may be computed after its backward; if so it is waited for."""
+    def later(self, *parameters: torch.Tensor) -> bool:
+        """Tell whether gradients may be computed after their backward; if so they are waited for."""
 
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Note that no gradient of the parameter waits any more."""
 
 
-class _Linear(torch.autograd.Function):
-    """F.linear whose weight gradient may be written into its place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, owner: "StraightIntoPlace"
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
-        return products.linear(x, weight, bias, owner.packs.get(weight))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
-        to_x = to_weight = to_bias = None
-        if ctx.needs_input_grad[0]:
-            if torch.is_grad_enabled():  # create_graph: it is to be differentiated
-                to_x = torch.matmul(gradient, weight)
-            else:
-                to_x = products.to_input(gradient, weight, ctx.owner.packs.get(ctx.parameter))
-        if ctx.needs_input_grad[1]:
-            to_weight = ctx.owner.join(ctx.parameter, flat, rows)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            to_bias = flat.sum(dim=0)
-        return to_x, to_weight, to_bias, None
-
-
-class _Embedding(torch.autograd.Function):
-    """F.embedding whose gradient may be added to the rows in its place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: nn.Parameter, indices: torch.Tensor, padding: int, owner: "StraightIntoPlace"
-    ) -> torch.Tensor:
-        ctx.save_for_backward(indices)
-        ctx.owner, ctx.parameter, ctx.padding = owner, weight, padding
-        return torch.embedding(weight, indices, padding)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
-        weight = ctx.parameter
-        if torch.is_grad_enabled() or not ctx.owner.fills(weight, gradient.dtype):
-            table = torch.ops.aten.embedding_dense_backward(
-                gradient, indices, len(weight), ctx.padding, False
-            )
-            return table, None, None, None
-        ctx.owner.add_rows(weight, indices.reshape(-1), gradient.reshape(-1, weight.shape[1]), ctx.padding)
-        return None, None, None, None
-
-
 @dataclass(frozen=True)
-class Product:
-    """A weight gradient gᵀ·x that waits to be computed."""
+class Waiting:
+    """Weight gradients of a micro-batch that wait to be computed."""
 
     micro_batch: int
-    g: torch.Tensor
-    x: torch.Tensor
+    parameters: list[nn.Parameter]
+    work: Work
 
 
 class StraightIntoPlace(TorchFunctionMode):
@@ -135,9 +88,10 @@ class StraightIntoPlace(TorchFunctionMode):
         """Take what gives places; `fast`: products that wait may become one, in another order of sums."""
         super().__init__()
         self._places, self.fast = places, fast
-        self.packs = Packs()
+        self.packs, self.ours, self.splits = Packs(), False, False
+        """`splits`: convolutions are seen, too, for gradients that may wait: else nothing is gained."""
         self._active, self._micro_batch = False, -1
-        self._waiting: dict[nn.Parameter, list[Product]] = {}
+        self._waiting: dict[nn.Parameter, list[Waiting]] = {}
         """In the order of the backward passes."""
         self._never_later: set[int] = set()
         """Weights that embeddings add to: the order of the sum would be another."""
@@ -150,7 +104,8 @@ class StraightIntoPlace(TorchFunctionMode):
             if isinstance(m, kind)
             for name in names
         )
-        self.weights = {id(w) for w in weights if w is not None and w.numel() >= SMALLEST}
+        smallest = {True: SMALLEST_FILTER, False: SMALLEST}
+        self.weights = {id(w) for w in weights if w is not None and w.numel() >= smallest[w.ndim > 2]}
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -158,6 +113,7 @@ class StraightIntoPlace(TorchFunctionMode):
         if not self.weights or self.compiled:
             yield
             return
+        self.ours = products.allowed()
         with self:
             yield
 
@@ -165,7 +121,7 @@ class StraightIntoPlace(TorchFunctionMode):
     def accumulating(self, micro_batch: int = -1) -> Iterator[None]:
         """Let weight gradients go into their places: this backward is the one that is averaged.
 
-        With the number of a micro-batch, those of linear layers may wait for `weights_of` it.
+        With the number of a micro-batch, some may wait for `weights_of` it.
         """
         self._active, self._micro_batch = True, micro_batch
         try:
@@ -188,38 +144,61 @@ class StraightIntoPlace(TorchFunctionMode):
         With `fast` those of a weight wait until they are long enough together.
         """
         for parameter, waiting in list(self._waiting.items()):
-            due = [p for p in waiting if p.micro_batch <= micro_batch or last]
-            if self.fast and due and not last and sum(len(p.g) for p in due) < MERGED_ROWS:
+            due = [entry for entry in waiting if entry.micro_batch <= micro_batch or last]
+            products = [entry.work for entry in due if isinstance(entry.work, Product)]
+            if self.fast and products and not last and sum(len(p.g) for p in products) < MERGED_ROWS:
                 continue
-            if self.fast and len(due) > 1:
-                self._join(parameter, torch.cat([p.g for p in due]), torch.cat([p.x for p in due]))
+            if self.fast and len(products) > 1:
+                merged = Product(torch.cat([p.g for p in products]), torch.cat([p.x for p in products]))
+                self._compute([parameter], merged)
             else:
-                for product in due:
-                    self._join(parameter, product.g, product.x)
+                for entry in due:
+                    self._compute(entry.parameters, entry.work)
             rest = waiting[len(due) :]
             if rest:
                 self._waiting[parameter] = rest
-            else:
-                del self._waiting[parameter]
-                self._places.caught_up(parameter)
+                continue
+            del self._waiting[parameter]
+            for one in waiting[0].parameters:
+                self._places.caught_up(one)
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
-        """Take F.linear and F.embedding of a managed weight; let everything else pass."""
+        """Take the layers of a managed weight; let everything else pass."""
         if function is functional.linear and torch.is_grad_enabled():
             x, weight, bias = _linear_arguments(*arguments, **(named or {}))
             if id(weight) in self.weights and weight.requires_grad and _plain(x, weight):
-                return _Linear.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+                return Linear.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
         if function is functional.embedding and torch.is_grad_enabled():
             indices, weight, padding, special = _embedding_arguments(*arguments, **(named or {}))
             managed = id(weight) in self.weights and weight.requires_grad
             if managed and not special and _plain(weight, weight):
-                return _Embedding.apply(weight, indices, padding, self)  # type: ignore[no-untyped-call]
+                return Embedding.apply(weight, indices, padding, self)  # type: ignore[no-untyped-call]
+        if self.splits and function in CONVOLUTIONS and torch.is_grad_enabled():
+            taken = self._convolution(function, *arguments, **(named or {}))
+            if taken is not None:
+                return taken
         if function is functional.multi_head_attention_forward:
             with self:  # its linear layers are to be seen, too
                 return _attention(*arguments, **(named or {}))
         return function(*arguments, **(named or {}))
+
+    def _convolution(
+        self, function: Any, input: torch.Tensor, weight: Any, bias: Any = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> torch.Tensor | None:  # fmt: skip
+        managed = id(weight) in self.weights and weight.requires_grad and weight.is_floating_point()
+        plain = managed and not isinstance(padding, str) and input.ndim == weight.ndim
+        trained = bias is None or (isinstance(bias, nn.Parameter) and bias.requires_grad)
+        if not (plain and trained and _plain(input, weight)):
+            return None
+        sizes = [
+            [size] * (weight.ndim - 2) if isinstance(size, int) else list(size)
+            for size in (stride, padding, dilation)
+        ]
+        geometry = sizes[0], sizes[1], sizes[2], groups
+        return Convolution.apply(function, input, weight, bias, geometry, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def fills(self, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
         """Whether a gradient of this backward goes straight into its place. Local."""
@@ -245,30 +224,42 @@ class StraightIntoPlace(TorchFunctionMode):
         place.index_add_(0, indices, g)
         self._places.filled(parameter)
 
-    def join(self, parameter: nn.Parameter, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """Add gᵀ·x to the parameter's place, now or later, and give None, or give it to autograd.
+    def take(self, parameters: list[nn.Parameter], work: Work) -> bool:
+        """Take what is to be computed for the places of parameters, now or later. Local.
 
-        g: (rows, out), x: (rows, in). Local.
+        False: autograd is to have it.
         """
-        if not self.fills(parameter, g.dtype):
-            return g.t() @ x
-        waits = self._micro_batch >= 0 and id(parameter) not in self._never_later
-        if waits and self._places.later(parameter):
-            product = Product(self._micro_batch, g.detach(), x.detach())
-            self._waiting.setdefault(parameter, []).append(product)
+        if not all(self.fills(parameter, work.g.dtype) for parameter in parameters):
+            return False
+        waits = self._micro_batch >= 0 and self._never_later.isdisjoint(map(id, parameters))
+        if waits and self._places.later(*parameters):
+            entry = Waiting(self._micro_batch, parameters, work)
+            self._waiting.setdefault(parameters[0], []).append(entry)
         else:
-            self._join(parameter, g, x)
-        return None
+            self._compute(parameters, work)
+        return True
 
-    def _join(self, parameter: nn.Parameter, g: torch.Tensor, x: torch.Tensor) -> None:
+    def _compute(self, parameters: list[nn.Parameter], work: Work) -> None:
+        if isinstance(work, Product):
+            place, first = self._place(parameters[0])
+            if first:
+                torch.mm(work.g.t(), work.x, out=place)
+            else:
+                place.addmm_(work.g.t(), work.x)
+            self._places.filled(parameters[0])
+            return
+        for parameter, gradient in zip(parameters, work.gradients(False, True)[1:]):
+            place, first = self._place(parameter)
+            if first:
+                place.copy_(gradient)
+            else:
+                place.add_(gradient)
+            self._places.filled(parameter)
+
+    def _place(self, parameter: nn.Parameter) -> tuple[torch.Tensor, bool]:
         found = self._places.place(parameter)
         assert found is not None
-        place, first = found
-        if first:
-            torch.mm(g.t(), x, out=place)
-        else:
-            place.addmm_(g.t(), x)
-        self._places.filled(parameter)
+        return found
 
 
 def _unlooking(function: Any) -> Any:

@@ -44,64 +44,73 @@ def available() -> bool:
 
 
 AVAILABLE = available()
+CPU = torch.device("cpu")
 
 
-def ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN computes a product of such tensors: x (..., in or out), weight (out, in). Pure."""
+def allowed() -> bool:
+    """Whether the user lets oneDNN compute, in full precision. Local."""
     return (
         AVAILABLE
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
         and torch.get_float32_matmul_precision() == "highest"
     )
 
 
-@torch.no_grad()
+def ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN computes a product of such tensors, if it is allowed to. Pure.
+
+    x: (rows…, in or out), weight: (out, in).
+    """
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device == weight.device == CPU
+        and weight.is_contiguous()
+        and x.ndim > 1
+        and x.numel() > 0
+    )
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: "Packed | None" = None
 ) -> torch.Tensor:
-    """Give x·Wᵀ + b: x (..., in), weight (out, in), bias (out) to (..., out), without a graph. Local."""
+    """Give x·Wᵀ + b: x (..., in), weight (out, in), bias (out) to (..., out). Local.
+
+    Like `to_input` it makes no graph: call it where gradients are off.
+    """
     if not ours(x, weight) or (bias is not None and bias.dtype != x.dtype):
         return functional.linear(x, weight, bias)
-    found = _multiply(_rows(x), weight, bias, packed.y if packed else None, weight)
-    return found.view(*x.shape[:-1], len(weight))
+    return _multiply(x, weight, bias, packed.y if packed else None, weight)
 
 
-@torch.no_grad()
 def to_input(g: torch.Tensor, weight: torch.Tensor, packed: "Packed | None" = None) -> torch.Tensor:
-    """Give the gradient of x, g·W: g (..., out), weight (out, in) to (..., in), without a graph. Local."""
+    """Give the gradient of x, g·W: g (..., out), weight (out, in) to (..., in). Local."""
     if not ours(g, weight):
         return torch.matmul(g, weight)
-    found = _multiply(_rows(g), weight.t(), None, packed.x if packed else None, weight)
-    return found.view(*g.shape[:-1], weight.shape[1])
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().reshape(-1, x.shape[-1]).contiguous()
+    return _multiply(g, weight.t(), None, packed.x if packed else None, weight)
 
 
 def _multiply(
-    rows: torch.Tensor,
+    x: torch.Tensor,
     standing: torch.Tensor,
     bias: torch.Tensor | None,
     laid: "Laid | None",
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    if laid is None or not laid.use(len(rows)):
-        return _kernel(rows, standing, bias)
-    found = _kernel(rows, laid.of(weight), bias)
-    if len(rows) not in laid.agrees:
-        wanted = _kernel(rows, standing, bias)
-        laid.agrees[len(rows)] = torch.equal(found, wanted)
-        return wanted
-    return found
+    x = x.contiguous()
+    rows = x.numel() // x.shape[-1]
+    if laid is None or not laid.use(rows):
+        found = _kernel(x, standing, bias)
+    else:
+        found = _kernel(x, laid.of(weight), bias)
+        if rows not in laid.agrees:
+            wanted = _kernel(x, standing, bias)
+            laid.agrees[rows], found = torch.equal(found, wanted), wanted
+    # of more than two dimensions it is a view, which a layer behind could not change in place
+    return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
 
 
-def _kernel(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+def _kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 class Laid:
@@ -119,7 +128,8 @@ class Laid:
         self.agrees: dict[int, bool] = {}
         """Whether it gives the bits of the weight as it stands, by number of rows."""
         self._state: tuple[int, ...] = ()
-        self._sample: torch.Tensor | None = None
+        self._looked = self._sample = torch.empty(0)
+        """The sample as it is and as it was."""
         self._used = False
         whole = weight.detach() if for_y else weight.detach().t().contiguous()
         self._laid = torch.ops.mkldnn._reorder_linear_weight(whole, None)
@@ -148,10 +158,10 @@ class Laid:
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Give the weight as it is now, laid. Local."""
         state = weight._version, weight.data_ptr()
-        sample = weight.detach().view(-1)[:: weight.numel() // SAMPLED | 1]
-        if state != self._state or self._sample is None or not torch.equal(sample, self._sample):
+        if state != self._state or not torch.equal(self._looked, self._sample):
+            self._looked = weight.detach().view(-1)[:: weight.numel() // SAMPLED | 1]
             self._lay(weight.detach())
-            self._state, self._sample = state, sample.clone()
+            self._state, self._sample = state, self._looked.clone()
         return self._laid  # type: ignore[no-any-return]
 
     def _lay(self, weight: torch.Tensor) -> None:

@@ -59,7 +59,7 @@ class StagedEngine(Engine):
     def __post_init__(self) -> None:
         """Start with nothing that waits."""
         super().__post_init__()
-        self.straight.fast = self.fast
+        self.straight.fast, self.straight.splits = self.fast, True
         self._last_backward = -1
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}

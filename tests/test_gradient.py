@@ -29,7 +29,7 @@ class Owner:
                 place.copy_(dense)
             self.filled(parameter)
 
-    def later(self, parameter):
+    def later(self, *parameters):
         return self.waits
 
     def caught_up(self, parameter):

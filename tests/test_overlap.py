@@ -421,7 +421,7 @@ def two_micro_batches(world, way, work):
     for step in range(8):
         own = [v for v, owner in enumerate(owners) if owner == world.rank]
         averager.begin(own)
-        straight.begin()
+        straight.begin(0)
         for v in own:
             x = torch.randn(3 + v, 40, generator=torch.Generator().manual_seed(100 * step + v))
             with straight.forward():

@@ -93,15 +93,16 @@ def build(world, files):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Lets every linear layer's weight gradient wait; counts those that do."""
+    """Lets every linear layer's and convolution's weight gradient wait; counts those that do."""
     from hpctrain import gradient
     from hpctrain.averaging.places import Places
 
     monkeypatch.setattr(gradient, "SMALLEST", 1)
+    monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
     asked, later = [], Places.later
 
-    def counting(self, parameter):
-        asked.append(later(self, parameter))
+    def counting(self, *parameters):
+        asked.append(later(self, *parameters))
         return asked[-1]
 
     monkeypatch.setattr(Places, "later", counting)
@@ -299,13 +300,13 @@ def test_fast_gradients_are_close(world, build, waits, model, schedule, monkeypa
     """Products of several micro-batches become one, within the bound by which `verify` compares layouts."""
     from hpctrain.gradient import StraightIntoPlace
 
-    rows, join = [], StraightIntoPlace._join
+    rows, compute = [], StraightIntoPlace._compute
 
-    def watched(self, parameter, g, x):
-        rows.append(len(g))
-        join(self, parameter, g, x)
+    def watched(self, parameters, work):
+        rows.append(len(work.g))
+        compute(self, parameters, work)
 
-    monkeypatch.setattr(StraightIntoPlace, "_join", watched)
+    monkeypatch.setattr(StraightIntoPlace, "_compute", watched)
     if not layouts(world.size, model):
         pytest.skip("one rank has no stages")
     for stages in layouts(world.size, model):

@@ -1,7 +1,7 @@
 """Where each gradient of this rank goes, and which have come.
 
       place(p)    where the gradient of p is to be computed, and filled(p) that it was; or
-      later(p)    it will be, after the backward, and caught_up(p) that none of p's waits any more; or
+      later(p…)   it will be, after the backward, and caught_up(p) that none of p's waits any more; or
       ready(p)    autograd's hook: p has all its gradient of this backward, in `.grad` or in place
       complete()  what nothing has joined is zero
 
@@ -126,16 +126,16 @@ class Places:
         self._fresh[index] = False
         self.used[index] += 1
 
-    def later(self, parameter: torch.Tensor) -> bool:
-        """Tell whether a gradient may be computed after its backward; if so it is waited for. Local.
+    def later(self, *parameters: torch.Tensor) -> bool:
+        """Tell whether gradients may be computed after their backward; if so they are waited for. Local.
 
         Not in the first step, which shows what autograd brings, nor for what autograd adds to: the
         sum would have another order.
         """
-        index = self._index[id(parameter)]
-        if self._steps < 2 or index in self._mixed:
+        indices = [self._index[id(parameter)] for parameter in parameters]
+        if self._steps < 2 or not self._mixed.isdisjoint(indices):
             return False
-        self._waiting.add(index)
+        self._waiting.update(indices)
         return True
 
     def caught_up(self, parameter: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """Runs the operators of a stage, called as the module would call them.
 
-Linear layers and embeddings go through the functions that `gradient` watches, BatchNorm through its
-module (whose calls `averaging` watches), everything else straight to torch: so stages have the bits
-of the whole model.
+Linear layers, convolutions and embeddings go through the functions that `gradient` watches, BatchNorm
+through its module (whose calls `averaging` watches), everything else straight to torch: so stages have
+the bits of the whole model.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,14 @@ from hpctrain.draws import seed
 from hpctrain.pipeline.operators import path_of
 from hpctrain.pipeline.part import Env, input_of, shapes_of
 from hpctrain.pipeline.trace import Constant, Traced
+
+SEEN: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.ops.aten.linear.default: functional.linear,
+    torch.ops.aten.conv1d.default: functional.conv1d,
+    torch.ops.aten.conv2d.default: functional.conv2d,
+    torch.ops.aten.conv3d.default: functional.conv3d,
+}
+"""What the gradient's mode watches, with the arguments of the operator."""
 
 
 @dataclass
@@ -71,8 +79,8 @@ class Runner:
             owner = self.module.get_submodule(path_of(node))
             if isinstance(owner, _BatchNorm):
                 return normalise(owner, arguments[0])
-        if target is torch.ops.aten.linear.default:
-            return functional.linear(*arguments, **named)
+        if target in SEEN:
+            return SEEN[target](*arguments, **named)
         if target is torch.ops.aten.embedding.default:
             weight, indices, *rest = arguments
             padding = rest[0] if rest and rest[0] >= 0 else None

@@ -1,0 +1,155 @@
+"""Autograd's functions of the layers whose weight gradients may be computed elsewhere, or later.
+
+Forward and input gradient are computed here; the gradient of the weight is handed to an owner, which
+computes it where and when it wants, or says that autograd is to have it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hpctrain import products
+from hpctrain.products import Packs
+
+
+@dataclass(frozen=True)
+class Product:
+    """The gradient gᵀ·x of a linear layer's weight: g (rows, out), x (rows, in)."""
+
+    g: torch.Tensor
+    x: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """The gradients of a convolution's weight and bias, from its input x and the gradient g of its output."""
+
+    g: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor
+    geometry: tuple[list[int], list[int], list[int], int]
+    """Stride, padding, dilation, groups."""
+    has_bias: bool
+
+    def gradients(self, of_x: bool, of_weight: bool) -> tuple[Any, ...]:
+        """Compute those of x, and of weight and bias; None for what is not asked for. Local."""
+        stride, padding, dilation, groups = self.geometry
+        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+            self.g, self.x, self.weight, [len(self.weight)] if self.has_bias else None,
+            stride, padding, dilation, False, [0] * len(stride), groups,
+            [of_x, of_weight, of_weight and self.has_bias],
+        )  # fmt: skip
+
+
+Work = Product | Correlation
+
+
+class Owner(Protocol):
+    """Takes weight gradients."""
+
+    packs: Packs
+    ours: bool
+    """Whether products are computed by `products`."""
+
+    def fills(self, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+        """Whether a gradient of this backward goes straight into its place."""
+
+    def add_rows(self, parameter: nn.Parameter, indices: torch.Tensor, g: torch.Tensor, padding: int) -> None:
+        """Add rows to some rows of a place."""
+
+    def take(self, parameters: list[nn.Parameter], work: Work) -> bool:
+        """Take what is to be computed for the places of parameters; False: autograd is to have it."""
+
+
+class Linear(torch.autograd.Function):
+    """F.linear."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, owner: Owner
+    ) -> torch.Tensor:
+        """Compute the layer."""
+        ctx.save_for_backward(x, weight)
+        ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
+        ctx.ours = owner.ours
+        if not ctx.ours:
+            return functional.linear(x, weight, bias)
+        return products.linear(x, weight, bias, owner.packs.get(weight))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradients that autograd is to have."""
+        x, weight = ctx.saved_tensors
+        g, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            if not ctx.ours or torch.is_grad_enabled():  # create_graph: it is to be differentiated
+                to_x = torch.matmul(gradient, weight)
+            else:
+                to_x = products.to_input(gradient, weight, ctx.owner.packs.get(ctx.parameter))
+        if ctx.needs_input_grad[1] and not ctx.owner.take(
+            [ctx.parameter], Product(g.detach(), rows.detach())
+        ):
+            to_weight = g.t() @ rows
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            to_bias = g.sum(dim=0)
+        return to_x, to_weight, to_bias, None
+
+
+class Convolution(torch.autograd.Function):
+    """F.conv1d, 2d or 3d of a batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Any, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None,
+        geometry: tuple[list[int], list[int], list[int], int], owner: Owner,
+    ) -> torch.Tensor:  # fmt: skip
+        """Compute the layer."""
+        ctx.save_for_backward(x, weight)
+        ctx.owner, ctx.geometry = owner, geometry
+        ctx.parameters = [weight] if bias is None else [weight, bias]
+        return function(x, weight, bias, *geometry)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradients that autograd is to have."""
+        x, weight = ctx.saved_tensors
+        has_bias = len(ctx.parameters) > 1
+        work = Correlation(gradient, x, weight, ctx.geometry, has_bias)
+        later = Correlation(gradient.detach(), x.detach(), weight.detach(), ctx.geometry, has_bias)
+        to_x = None
+        if ctx.owner.take(ctx.parameters, later):
+            if ctx.needs_input_grad[1]:
+                to_x = work.gradients(True, False)[0]
+            return None, to_x, None, None, None, None
+        to_x, to_weight, to_bias = work.gradients(ctx.needs_input_grad[1], True)
+        return None, to_x, to_weight, to_bias, None, None
+
+
+class Embedding(torch.autograd.Function):
+    """F.embedding: only the rows that were looked up are added to the place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: nn.Parameter, indices: torch.Tensor, padding: int, owner: Owner
+    ) -> torch.Tensor:
+        """Compute the layer."""
+        ctx.save_for_backward(indices)
+        ctx.owner, ctx.parameter, ctx.padding = owner, weight, padding
+        return torch.embedding(weight, indices, padding)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradients that autograd is to have."""
+        (indices,) = ctx.saved_tensors
+        weight = ctx.parameter
+        if torch.is_grad_enabled() or not ctx.owner.fills(weight, gradient.dtype):
+            table = torch.ops.aten.embedding_dense_backward(
+                gradient, indices, len(weight), ctx.padding, False
+            )
+            return table, None, None, None
+        ctx.owner.add_rows(weight, indices.reshape(-1), gradient.reshape(-1, weight.shape[1]), ctx.padding)
+        return None, None, None, None
