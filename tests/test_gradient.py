@@ -1,11 +1,15 @@
 """Straight into place gives autograd's gradients, and steps aside for whoever could tell."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain import gradient, products
+from hpctrain.averaging.places import Places
+from hpctrain.averaging.space import deal
 from hpctrain.gradient import StraightIntoPlace
 
 
@@ -339,3 +343,139 @@ def test_a_weight_that_an_embedding_adds_to_does_not_wait():
         straight.weights_of(v, last=v == 2)
     assert not owner.caught
     assert torch.equal(owner.places[id(module.head.weight)], expected_places["table.weight"])
+
+
+def convolutions(kind):
+    """By name, with the shape of an input."""
+    made = {
+        "plain": (nn.Conv2d(3, 8, 3, padding=1), (2, 3, 9, 7)),
+        "no bias": (nn.Conv2d(4, 6, 2, bias=False), (2, 4, 5, 5)),
+        "geometry": (nn.Conv2d(4, 8, 3, stride=(2, 1), padding=(1, 2), dilation=2, groups=2), (3, 4, 9, 9)),
+        "one dimension": (nn.Conv1d(3, 5, 3, stride=2), (2, 3, 11)),
+        "three dimensions": (nn.Conv3d(2, 4, 3, padding=1), (2, 2, 4, 5, 6)),
+        "same": (nn.Conv2d(3, 4, 3, padding="same"), (2, 3, 6, 6)),
+        "circular": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (2, 3, 6, 6)),
+        "transposed": (nn.ConvTranspose2d(3, 4, 2, stride=2), (2, 3, 4, 4)),
+    }
+    return made[kind]
+
+
+UNSEEN = ["same", "transposed"]
+KINDS = ["plain", "no bias", "geometry", "one dimension", "three dimensions", "circular", *UNSEEN]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Lets small filters be seen; lists what waits."""
+    monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
+    found, later = [], Places.later
+
+    def listing(self, *parameters):
+        found.append((len(parameters), later(self, *parameters)))
+        return found[-1][1]
+
+    monkeypatch.setattr(Places, "later", listing)
+    return found
+
+
+def real_places(module):
+    """The averaging's own, where gradients of two steps can go."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    spaces = deal(named, {id(p): 0 for p in named.values()}, 1)
+    return Places(named, spaces), [torch.zeros(space.size) for space in spaces]
+
+
+def steps(module, batches, waits, count=2):
+    """Take steps; give the inputs' gradients of the last, and the places."""
+    places, flats = real_places(module)
+    straight = StraightIntoPlace(module, places)
+    straight.splits = True
+    for _ in range(count):
+        places.begin()
+        places.point(0, flats)
+        straight.begin(len(batches))
+        own = [x.detach().clone().requires_grad_() for x in batches]
+        for v, x in enumerate(own):
+            with straight.forward():
+                loss = module(x).square().sum()
+            with straight.accumulating(v if waits else -1):
+                loss.backward()
+            if v:
+                straight.weights_of(v - 1, last=False)
+        straight.weights_of(len(own) - 1, last=True)
+    return [x.grad for x in own], {n: places.place(p)[0] for n, p in places.named.items()}
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolutions_have_autograds_bits(kind, waits, watched):
+    """Computed in their backward or after it, in order; nothing waits in the first step."""
+    layer, shape = convolutions(kind)
+    batches = [torch.randn(shape, generator=torch.Generator().manual_seed(v)) for v in range(3)]
+    plain = nn.Sequential(layer, nn.Tanh())
+    inputs, found = steps(copy.deepcopy(plain), batches, waits)
+    for x, gradient_of_x in zip(batches, inputs, strict=True):
+        own = x.clone().requires_grad_()
+        plain(own).square().sum().backward()
+        assert torch.equal(gradient_of_x, own.grad)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name
+    together = len(list(plain.parameters()))
+    expected_waits = [] if kind in UNSEEN or not waits else 3 * [(together, False)] + 3 * [(together, True)]
+    assert watched == expected_waits
+
+
+class Special(nn.Module):
+    """Convolutions that take autograd's own way, each for a reason of its own, and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.hooked, self.frozen, self.table = nn.Conv1d(2, 4, 3), nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3)
+        self.seen = nn.Conv1d(4, 2, 3)
+        self.hooked.bias.register_hook(lambda g: 2 * g)
+        self.frozen.bias.requires_grad_(False)
+        self.table.weight.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.hooked(x[0])  # without a batch: one sample
+        (penalty,) = torch.autograd.grad(x.square().sum(), self.hooked.weight, create_graph=True)
+        x = self.table(self.frozen(torch.tanh(x)[None]))
+        return self.seen(x) * penalty.square().sum()
+
+
+def test_convolutions_that_take_autograds_way(watched):
+    module = make(Special)
+    batches = [torch.randn(1, 2, 20, generator=torch.Generator().manual_seed(v)) for v in range(2)]
+    inputs, found = steps(make(Special), batches, True)
+    for x, gradient_of_x in zip(batches, inputs, strict=True):
+        own = x.clone().requires_grad_()
+        module(own).square().sum().backward()
+        torch.testing.assert_close(gradient_of_x, own.grad, rtol=1e-4, atol=1e-4)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
+    assert watched == 2 * [(2, False)] + 2 * [(2, True)], "the last one is seen"
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_attentions_linear_layers_are_seen(mkl, watched):
+    """Both of them, with autograd's gradients, and attention's own results."""
+    module = make(Attention)
+    batches = [torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(v)) for v in range(2)]
+    inputs, found = steps(copy.deepcopy(module), batches, True)
+    for x, gradient_of_x in zip(batches, inputs, strict=True):
+        own = x.clone().requires_grad_()
+        module(own).square().sum().backward()
+        torch.testing.assert_close(gradient_of_x, own.grad)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+    assert len(watched) == 8
+    assert sum(ready for _, ready in watched) == 4
