@@ -6,6 +6,7 @@ errors are counted. Evaluation is a program of forwards.
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any, ClassVar
@@ -119,6 +120,8 @@ class StagedEngine(Engine):
             except SystemExit as error:
                 failure = RankError(f"sys.exit({error.code}) was called in the model or the loss")
             except Exception as error:
+                if isinstance(instruction, (Backward, BackwardInput)):
+                    self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
                 error.add_note(
                     f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {self.topology.world_rank}"
                 )
@@ -195,6 +198,21 @@ class StagedEngine(Engine):
         self._joining.setdefault(v, (0.0, 0.0))
         if not waits:
             self._join(instruction)
+
+    def _name_layer(
+        self, error: Exception, number: int, batch: Batch, stage: Stage, part: Part, instruction: Instruction
+    ) -> None:
+        """Add to an error of a backward pass in which layer it was raised, if that can be found. Local."""
+        v = instruction.micro_batch
+        target = batch.to(self.topology.device)
+        with suppress(Exception), self.averager.running.unseen(), self._precision():
+            set_generators(key(self.seed, number, v) >> 1)
+            where = stage.where(
+                v, part, lambda outputs: self.loss(to_float(outputs), target)[0],
+                self.parameters[instruction.virtual],
+            )  # fmt: skip
+            if where:
+                error.add_note(f"in the backward pass of {where}")
 
     def _join(self, instruction: Instruction) -> None:
         """Note that a micro-batch is done here, with the last of its backward passes. Local."""

@@ -323,9 +323,9 @@ class Bad(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls == 2 and not self.backward:
+        if self.calls >= 2 and not self.backward:
             raise ValueError("trouble in a layer")
-        if self.calls == 2:
+        if self.calls >= 2:
             x = x * 1.0
             x.register_hook(self.fail)
         return x
@@ -339,6 +339,15 @@ def breaking_row(in_features: int, out_features: int, at: int = 0, backward: boo
     layers = [nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, out_features)]
     layers[at] = nn.Sequential(layers[at], Bad(backward))
     return nn.Sequential(*layers)
+
+
+class BreakingGraph(Net):
+    """What an operator needs for its backward is changed in place."""
+
+    def forward(self, x):
+        h = torch.exp(self.first(x))
+        h.add_(1)
+        return self.second(torch.tanh(h))
 
 
 class Filled(nn.Module):

@@ -497,8 +497,22 @@ def test_a_failing_layer_is_named_on_all_ranks(world, build, at, backward):
         text = str(raised.value)
         assert "at step 0, micro-batch" in text
         assert "stage " in text
-        if not backward:
-            assert re.search(rf"in layer {at}\.1 \(Bad\), given float32 \(\d, [28]\)", text)
+        what = "the backward pass of layer" if backward else "layer"
+        assert re.search(rf"in {what} {at}\.1 \(Bad\), given float32 \(\d, [28]\)", text)
+        assert all(other == text for other in world.allgather(text))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_failing_backward_of_an_operator_is_named(world, build, schedule):
+    """With its shapes; the first stage has no gradient of its input to ask for."""
+    for stages in layouts(world.size)[:1]:
+        job = build("BreakingGraph", stages, micro_batches=4 * world.size // stages, schedule=schedule)
+        with pytest.raises(HpctrainError, match="modified by an inplace operation") as raised:
+            job.engine.step(0, job.loader.read(0))
+        text = str(raised.value)
+        where = r"in the backward pass of the model's forward, operator exp, given float32 \(\d, 8\)"
+        assert re.search(where, text)
         assert all(other == text for other in world.allgather(text))
 
 

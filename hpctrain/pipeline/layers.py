@@ -9,7 +9,7 @@ from torch.utils import _pytree
 
 from hpctrain.draws import Draws
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.part import Env, Part, begins, naming
+from hpctrain.pipeline.part import Env, Part, begins, gave, naming
 from hpctrain.pipeline.profile import of_layers
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import Choice, Scales, choose
@@ -123,8 +123,10 @@ class Layers:
                 value = _pytree.tree_map_only(torch.Tensor, changeable, value)
             with Draws(stream, begin) as counting:
                 for name, layer in layers:
-                    with naming(f"layer {name} ({type(layer).__name__})", value):
+                    what = f"layer {name} ({type(layer).__name__})"
+                    with naming(what, value):
                         value = layer(value)
+                    gave(what, value)
             return {"output" if last else f"value {stage}": value}, counting.count
 
         before = {stage - 1: [f"value {stage - 1}"]} if stage else {}

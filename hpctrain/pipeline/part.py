@@ -79,6 +79,35 @@ def naming(what: str, given: Any) -> Iterator[None]:
         raise
 
 
+_trail: list[str] | None = None
+
+
+@contextmanager
+def following(trail: list[str]) -> Iterator[None]:
+    """List the layers of the body's forward when gradients of what they gave come, the latest last. Local."""
+    global _trail
+    _trail = trail
+    try:
+        yield
+    finally:
+        _trail = None
+
+
+def gave(what: str, found: Any) -> None:
+    """Note what a layer gave, if someone follows. Local."""
+    trail = _trail
+    if trail is None:
+        return
+    for leaf in _pytree.tree_leaves(found):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            before = dict(leaf._backward_hooks or {})
+            leaf.register_hook(lambda g: trail.append(f"{what}, given {shapes_of(g)}"))  # type: ignore[no-untyped-call]
+            hooks = leaf._backward_hooks
+            assert hooks is not None
+            for at in before:  # the layer's own come after it
+                hooks[at] = hooks.pop(at)
+
+
 def shapes_of(given: Any) -> str:
     """Write dtypes and shapes of the tensors in a tree, and its other values.
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from hpctrain.draws import seed
 from hpctrain.pipeline.operators import path_of
-from hpctrain.pipeline.part import Env, input_of, shapes_of
+from hpctrain.pipeline.part import Env, gave, input_of, shapes_of
 from hpctrain.pipeline.trace import Constant, Traced
 
 SEEN: dict[Any, Callable[..., torch.Tensor]] = {
@@ -61,9 +61,9 @@ class Runner:
             try:
                 env[node.name] = self._call(node, arguments, named)
             except Exception as error:
-                where = f"layer {path_of(node)}" if path_of(node) else "the model's forward"
-                error.add_note(f"in {where}, operator {node.name}, given {shapes_of((arguments, named))}")
+                error.add_note(f"in {place_of(node)}, given {shapes_of((arguments, named))}")
                 raise
+            gave(place_of(node), env[node.name])
         if self.last:
             values = [o.value if isinstance(o, Constant) else self._output(o, env) for o in traced.outputs]
             env["output"] = _pytree.tree_unflatten(values, traced.tree)
@@ -88,6 +88,12 @@ class Runner:
                 return functional.embedding(indices, weight, padding)
         with torch._C.DisableTorchFunction():
             return target(*arguments, **named)  # type: ignore[operator]
+
+
+def place_of(node: fx.Node) -> str:
+    """Say where an operator stands. Pure."""
+    where = f"layer {path_of(node)}" if path_of(node) else "the model's forward"
+    return f"{where}, operator {node.name}"
 
 
 def normalise(owner: _BatchNorm, x: torch.Tensor) -> torch.Tensor:

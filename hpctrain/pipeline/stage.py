@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.message import pack
-from hpctrain.pipeline.part import INPUT, Cut, Env, Part, input_of
+from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import BACKWARD, FORWARD, KINDS, PeerFailedError, Transport
@@ -178,6 +179,30 @@ class Stage:
         pairs = self.kept[v].gradients
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+
+    def where(
+        self, v: int, part: Part, loss_of: Callable[[Any], torch.Tensor], parameters: list[nn.Parameter]
+    ) -> str:
+        """Say in which layer a backward pass fails: forward and backward again, with an eye on it. Local.
+
+        Nothing is added to gradients. Raises whatever hinders it; gives "" if that can't be told.
+        """
+        kept, trail = self.kept[v], list[str]()
+        leaves = [leaf for leaf in _pytree.tree_leaves(kept.given) if isinstance(leaf, torch.Tensor)]
+        inputs = [leaf for leaf in [*leaves, *parameters] if leaf.requires_grad]
+        with following(trail):
+            found, _ = part.run(kept.given, kept.stream, kept.start)
+        new, old = _pytree.tree_leaves({n: found[n] for n in kept.found}), _pytree.tree_leaves(kept.found)
+        again = {id(a): b for a, b in zip(old, new, strict=True)}
+        pairs = [(again.get(id(value), value), gradient) for value, gradient in kept.gradients]
+        if self.last:
+            pairs = [(loss_of(found["output"]), torch.ones(()))]
+        values, gradients = zip(*pairs, strict=True)
+        try:
+            torch.autograd.grad(values, inputs, gradients, allow_unused=True)
+        except Exception:
+            return trail[-1] if trail else ""
+        return ""  # it did not fail this time
 
     def send_gradient(self, v: int, part: Part) -> None:
         """Start to send the gradients of what was received; the micro-batch is done. Local."""
