@@ -195,7 +195,8 @@ class Packs:
     def __init__(self) -> None:
         """Lay nothing yet."""
         self._packed: dict[nn.Parameter, Packed | None] = {}
-        self._left, self._repaid = 0.0, False
+        self._left, self._repaid = -1.0, False
+        """Bytes that more of them may take; negative before that is known."""
 
     @property
     def bytes(self) -> int:
@@ -220,7 +221,7 @@ class Packs:
 
     def get(self, parameter: nn.Parameter) -> Packed | None:
         """Give a weight laid in blocks, if this step's uses repay it. Local."""
-        if not self._repaid or parameter.numel() < LEAST:
+        if not self._repaid or self._left < 0 or parameter.numel() < LEAST:
             return None
         if parameter not in self._packed:
             self._packed[parameter] = self._make(parameter)

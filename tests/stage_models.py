@@ -20,6 +20,17 @@ def plain_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(*Row(in_features, out_features))
 
 
+def broad_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Layers of whole blocks of 64, all of them linear, and one convolution."""
+    layers: list[nn.Module] = [
+        nn.Linear(in_features, 64),
+        nn.Unflatten(1, (1, 64)),
+        nn.Conv1d(1, 1, 3, padding=1),
+    ]
+    layers += [nn.Flatten(1), nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, out_features))
+
+
 class Named(nn.Module):
     """Says itself which layers follow one another; they hand on a tuple with None and a number."""
 
@@ -315,17 +326,18 @@ class Deciding(Net):
 
 
 class Bad(nn.Module):
-    """Fails in one micro-batch, forward or backward."""
+    """Fails from the second micro-batch on, forward or backward; `once`: in that one alone."""
 
-    def __init__(self, backward: bool):
+    def __init__(self, backward: bool, once: bool):
         super().__init__()
-        self.backward, self.calls = backward, 0
+        self.backward, self.once, self.calls = backward, once, 0
 
     def forward(self, x):
         self.calls += 1
-        if self.calls >= 2 and not self.backward:
+        bad = self.calls == 2 if self.once else self.calls >= 2
+        if bad and not self.backward:
             raise ValueError("trouble in a layer")
-        if self.calls >= 2:
+        if bad:
             x = x * 1.0
             x.register_hook(self.fail)
         return x
@@ -334,10 +346,12 @@ class Bad(nn.Module):
         raise ValueError("trouble in a layer's backward")
 
 
-def breaking_row(in_features: int, out_features: int, at: int = 0, backward: bool = False) -> nn.Sequential:
+def breaking_row(
+    in_features: int, out_features: int, at: int = 0, backward: bool = False, once: bool = False
+) -> nn.Sequential:
     """Four layers, one of them bad."""
     layers = [nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, out_features)]
-    layers[at] = nn.Sequential(layers[at], Bad(backward))
+    layers[at] = nn.Sequential(layers[at], Bad(backward, once))
     return nn.Sequential(*layers)
 
 

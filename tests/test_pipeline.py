@@ -11,7 +11,7 @@ import torch
 from helpers import SAMPLES, config_of
 from torch.utils._pytree import tree_leaves
 
-from hpctrain import assemble
+from hpctrain import assemble, products
 from hpctrain.config import Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
@@ -189,6 +189,26 @@ def test_several_stages_a_rank_have_the_bits_of_one_process(world, build, waits,
             alone.topology.close()
         else:
             assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(not products.AVAILABLE, reason="no AVX-512: torch's own products are taken")
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule, monkeypatch):
+    """Whose weights are taken as they stand."""
+    if world.size not in layouts(world.size) or (schedule == "interleaved" and world.size > 2):
+        pytest.skip("as many stages as ranks, two at least; five layers have weights")
+    for name, value in (("LEAST", 1), ("REPAID", 2)):
+        monkeypatch.setattr(products, name, value)
+    job = build("broad_row", world.size, micro_batches=6, schedule=schedule)
+    found = run(job, 4)
+    laid = world.allgather(job.engine.memory()["laid weights"])
+    assert sum(laid) >= 2 * 4 * (2 * 64 * 128)
+    monkeypatch.setattr(products, "LEAST", 2**40)
+    expected_found, expected = alone_like(job, 4)
+    assert found == expected_found
+    for name, value in tensors_of(job.engine.module).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.mpi
@@ -500,6 +520,18 @@ def test_a_failing_layer_is_named_on_all_ranks(world, build, at, backward):
         what = "the backward pass of layer" if backward else "layer"
         assert re.search(rf"in {what} {at}\.1 \(Bad\), given float32 \(\d, [28]\)", text)
         assert all(other == text for other in world.allgather(text))
+
+
+@pytest.mark.mpi
+def test_a_layer_that_does_not_fail_again_is_not_named(world, build):
+    if world.size == 1:
+        pytest.skip("one rank has no stages")
+    arguments = {"at": 1, "backward": True, "once": True}
+    job = build("breaking_row", 2 if world.size % 2 == 0 else 3, arguments=arguments, micro_batches=12)
+    with pytest.raises(HpctrainError, match="trouble in a layer") as raised:
+        job.engine.step(0, job.loader.read(0))
+    assert "at step 0, micro-batch" in str(raised.value)
+    assert "in the backward pass" not in str(raised.value)
 
 
 @pytest.mark.mpi

@@ -163,7 +163,6 @@ def test_weights_are_laid_where_it_pays_and_memory_allows():
     packs = Packs()
     packs.begin(products.REPAID)
     assert packs.get(big) is None, "nothing is allowed before the first step"
-    packs = Packs()
     packs.allow(3 * 4 * big.numel())
     packs.begin(products.REPAID - 1)
     assert packs.get(big) is None, "too few uses"
