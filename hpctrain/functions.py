@@ -104,7 +104,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: Any, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None,
+        ctx: Any, function: Any, x: torch.Tensor, weight: nn.Parameter, bias: Any,
         geometry: tuple[list[int], list[int], list[int], int], owner: Owner,
     ) -> torch.Tensor:  # fmt: skip
         """Compute the layer."""

@@ -190,8 +190,7 @@ class StraightIntoPlace(TorchFunctionMode):
     ) -> torch.Tensor | None:  # fmt: skip
         managed = id(weight) in self.weights and weight.requires_grad and weight.is_floating_point()
         plain = managed and not isinstance(padding, str) and input.ndim == weight.ndim
-        trained = bias is None or (isinstance(bias, nn.Parameter) and bias.requires_grad)
-        if not (plain and trained and _plain(input, weight)):
+        if not plain or not _plain(input, weight):
             return None
         sizes = [
             [size] * (weight.ndim - 2) if isinstance(size, int) else list(size)

@@ -437,9 +437,9 @@ class Special(nn.Module):
         self.table.weight.requires_grad_(False)
 
     def forward(self, x):
-        x = self.hooked(x[0])  # without a batch: one sample
+        x = self.hooked(x)
         (penalty,) = torch.autograd.grad(x.square().sum(), self.hooked.weight, create_graph=True)
-        x = self.table(self.frozen(torch.tanh(x)[None]))
+        x = self.table(self.frozen(torch.tanh(x)[0])[None])  # without a batch: one sample
         return self.seen(x) * penalty.square().sum()
 
 
