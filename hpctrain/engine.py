@@ -98,7 +98,7 @@ class Engine:
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use, where the averaging does not count them. Local."""
-        return {"activations": self.activation_bytes, "laid weights": self.straight.packs.bytes}
+        return {"activations": self.activation_bytes, "laid weights": self.straight.laid.nbytes}
 
     def step(
         self,
@@ -153,7 +153,7 @@ class Engine:
     def settle(self) -> None:
         """Note that a step has been taken: all that it needs is there, memory too. Local."""
         self._stepped = True
-        self.straight.packs.allow(room(self.topology.comms.node.size) * LAID)
+        self.straight.laid.allow(room(self.topology.comms.node.size) * LAID)
 
     def refresh(self) -> None:
         """Bring new weights to where copies are kept. Collective."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from hpctrain import products
-from hpctrain.products import Packs
+from hpctrain.products import LaidWeights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Product:
     x: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Correlation:
     """The gradients of a convolution's weight and bias, from its input x and the gradient g of its output."""
 
@@ -33,6 +33,10 @@ class Correlation:
     geometry: tuple[list[int], list[int], list[int], int]
     """Stride, padding, dilation, groups."""
     has_bias: bool
+    of_x: bool
+    """Whether the gradient of x is wanted, too."""
+    found: torch.Tensor | None = None
+    """That gradient, where it was computed with the others."""
 
     def gradients(self, of_x: bool, of_weight: bool) -> tuple[Any, ...]:
         """Compute those of x, and of weight and bias; None for what is not asked for. Local."""
@@ -43,6 +47,13 @@ class Correlation:
             [of_x, of_weight, of_weight and self.has_bias],
         )  # fmt: skip
 
+    def of_weights(self, now: bool) -> tuple[Any, ...]:
+        """Compute those of weight and bias; `now`, in the backward, with that of x. Local."""
+        found = self.gradients(now and self.of_x, True)
+        if now:
+            self.found = found[0]
+        return found[1:]
+
 
 Work = Product | Correlation
 
@@ -50,9 +61,9 @@ Work = Product | Correlation
 class Owner(Protocol):
     """Takes weight gradients."""
 
-    packs: Packs
-    ours: bool
-    """Whether products are computed by `products`."""
+    laid: LaidWeights
+    by_onednn: bool
+    """Whether oneDNN may compute products."""
 
     def fills(self, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
         """Whether a gradient of this backward goes straight into its place."""
@@ -74,10 +85,10 @@ class Linear(torch.autograd.Function):
         """Compute the layer."""
         ctx.save_for_backward(x, weight)
         ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
-        ctx.ours = owner.ours
-        if not ctx.ours:
+        ctx.by_onednn = owner.by_onednn
+        if not ctx.by_onednn:
             return functional.linear(x, weight, bias)
-        return products.linear(x, weight, bias, owner.packs.get(weight))
+        return products.linear(x, weight, bias, owner.laid.get(weight, True))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -86,10 +97,10 @@ class Linear(torch.autograd.Function):
         g, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            if not ctx.ours or torch.is_grad_enabled():  # create_graph: it is to be differentiated
+            if not ctx.by_onednn or torch.is_grad_enabled():  # create_graph: it is to be differentiated
                 to_x = torch.matmul(gradient, weight)
             else:
-                to_x = products.to_input(gradient, weight, ctx.owner.packs.get(ctx.parameter))
+                to_x = products.to_input(gradient, weight, ctx.owner.laid.get(ctx.parameter, False))
         if ctx.needs_input_grad[1] and not ctx.owner.take(
             [ctx.parameter], Product(g.detach(), rows.detach())
         ):
@@ -117,16 +128,14 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Give the gradients that autograd is to have."""
         x, weight = ctx.saved_tensors
-        has_bias = len(ctx.parameters) > 1
-        work = Correlation(gradient, x, weight, ctx.geometry, has_bias)
-        later = Correlation(gradient.detach(), x.detach(), weight.detach(), ctx.geometry, has_bias)
-        to_x = None
-        if ctx.owner.take(ctx.parameters, later):
-            if ctx.needs_input_grad[1]:
-                to_x = work.gradients(True, False)[0]
-            return None, to_x, None, None, None, None
-        to_x, to_weight, to_bias = work.gradients(ctx.needs_input_grad[1], True)
-        return None, to_x, to_weight, to_bias, None, None
+        of_x, has_bias = ctx.needs_input_grad[1], len(ctx.parameters) > 1
+        work = Correlation(gradient, x, weight, ctx.geometry, has_bias, of_x)
+        if not ctx.owner.take(ctx.parameters, work):
+            to_x, to_weight, to_bias = work.gradients(of_x, True)
+            return None, to_x, to_weight, to_bias, None, None
+        if of_x and work.found is None:
+            return None, work.gradients(True, False)[0], None, None, None, None
+        return None, work.found, None, None, None, None
 
 
 class Embedding(torch.autograd.Function):

@@ -11,8 +11,8 @@ and for an embedding only the rows that were looked up are added, place[i] ← p
 autograd makes a whole table of mostly zeros. Convolutions and norms have no kernel that writes
 where it is told: theirs are added, which is little beside their own work.
 
-In a pipeline what linear layers and convolutions compute for their weights may wait (`splits`), so that the
-gradient that another stage waits for leaves first; there products of several micro-batches may also become
+In a pipeline what linear layers and convolutions compute for their weights may wait, so that the gradient
+that another stage waits for leaves first; there products of several micro-batches may also become
 one (`fast`): the weight's memory is passed over once for all of them, but the sum has another order.
 
 The user's module is not touched: while the forward runs, a torch-function mode sees each call of
@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from hpctrain import products
 from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
-from hpctrain.products import Packs
+from hpctrain.products import LaidWeights
 
 SMALLEST = 2**17
 """Elements: below it a call of ours costs more than the passes over memory that it saves (measured)."""
@@ -88,8 +88,8 @@ class StraightIntoPlace(TorchFunctionMode):
         """Take what gives places; `fast`: products that wait may become one, in another order of sums."""
         super().__init__()
         self._places, self.fast = places, fast
-        self.packs, self.ours, self.splits = Packs(), False, False
-        """`splits`: convolutions are seen, too, for gradients that may wait: else nothing is gained."""
+        self.laid, self.by_onednn = LaidWeights(), False
+        """Weights laid for a step's products; whether oneDNN may compute them, asked at each forward."""
         self._active, self._micro_batch = False, -1
         self._waiting: dict[nn.Parameter, list[Waiting]] = {}
         """In the order of the backward passes."""
@@ -113,7 +113,7 @@ class StraightIntoPlace(TorchFunctionMode):
         if not self.weights or self.compiled:
             yield
             return
-        self.ours = products.allowed()
+        self.by_onednn = products.allowed()
         with self:
             yield
 
@@ -135,7 +135,7 @@ class StraightIntoPlace(TorchFunctionMode):
         `waits`: this rank waits for another's activations first.
         """
         self._waiting.clear()
-        self.packs.begin(micro_batches, waits)
+        self.laid.begin(micro_batches, waits)
 
     @torch.no_grad()
     def weights_of(self, micro_batch: int, last: bool) -> None:
@@ -145,21 +145,22 @@ class StraightIntoPlace(TorchFunctionMode):
         """
         for parameter, waiting in list(self._waiting.items()):
             due = [entry for entry in waiting if entry.micro_batch <= micro_batch or last]
-            products = [entry.work for entry in due if isinstance(entry.work, Product)]
-            if self.fast and products and not last and sum(len(p.g) for p in products) < MERGED_ROWS:
+            works = [entry.work for entry in due if isinstance(entry.work, Product)]
+            if self.fast and works and not last and sum(len(p.g) for p in works) < MERGED_ROWS:
                 continue
-            if self.fast and len(products) > 1:
-                merged = Product(torch.cat([p.g for p in products]), torch.cat([p.x for p in products]))
+            if self.fast and len(works) > 1:
+                merged = Product(torch.cat([p.g for p in works]), torch.cat([p.x for p in works]))
                 self._compute([parameter], merged)
             else:
                 for entry in due:
                     self._compute(entry.parameters, entry.work)
-            rest = waiting[len(due) :]
-            if rest:
-                self._waiting[parameter] = rest
-                continue
-            del self._waiting[parameter]
-            for one in waiting[0].parameters:
+            if len(due) < len(waiting):
+                self._waiting[parameter] = waiting[len(due) :]
+            else:
+                del self._waiting[parameter]
+            done = {p for entry in due for p in entry.parameters}
+            done -= {p for rest in self._waiting.values() for entry in rest for p in entry.parameters}
+            for one in done:
                 self._places.caught_up(one)
 
     def __torch_function__(
@@ -175,13 +176,13 @@ class StraightIntoPlace(TorchFunctionMode):
             managed = id(weight) in self.weights and weight.requires_grad
             if managed and not special and _plain(weight, weight):
                 return Embedding.apply(weight, indices, padding, self)  # type: ignore[no-untyped-call]
-        if self.splits and function in CONVOLUTIONS and torch.is_grad_enabled():
+        if function in CONVOLUTIONS and torch.is_grad_enabled():
             taken = self._convolution(function, *arguments, **(named or {}))
             if taken is not None:
                 return taken
         if function is functional.multi_head_attention_forward:
             with self:  # its linear layers are to be seen, too
-                return _attention(*arguments, **(named or {}))
+                return unlooking(function)(*arguments, **(named or {}))
         return function(*arguments, **(named or {}))
 
     def _convolution(
@@ -235,10 +236,10 @@ class StraightIntoPlace(TorchFunctionMode):
             entry = Waiting(self._micro_batch, parameters, work)
             self._waiting.setdefault(parameters[0], []).append(entry)
         else:
-            self._compute(parameters, work)
+            self._compute(parameters, work, now=True)
         return True
 
-    def _compute(self, parameters: list[nn.Parameter], work: Work) -> None:
+    def _compute(self, parameters: list[nn.Parameter], work: Work, now: bool = False) -> None:
         if isinstance(work, Product):
             place, first = self._place(parameters[0])
             if first:
@@ -247,7 +248,7 @@ class StraightIntoPlace(TorchFunctionMode):
                 place.addmm_(work.g.t(), work.x)
             self._places.filled(parameters[0])
             return
-        for parameter, gradient in zip(parameters, work.gradients(False, True)[1:]):
+        for parameter, gradient in zip(parameters, work.of_weights(now)):
             place, first = self._place(parameter)
             if first:
                 place.copy_(gradient)
@@ -261,13 +262,10 @@ class StraightIntoPlace(TorchFunctionMode):
         return found
 
 
-def _unlooking(function: Any) -> Any:
-    """Give a Python function of torch that does not ask for a mode itself; what it calls does."""
+def unlooking(function: Any) -> Any:
+    """Give a Python function of torch, as it is now, that does not ask for a mode; what it calls does."""
     own = {**function.__globals__, "has_torch_function": lambda _: False}
     return FunctionType(function.__code__, own, function.__name__, function.__defaults__)
-
-
-_attention = _unlooking(functional.multi_head_attention_forward)
 
 
 def _linear_arguments(

@@ -5,16 +5,16 @@ that is a third of the time, and with several threads its split is worse at any 
 the processor has AVX-512, oneDNN, which torch holds too, computes float32 here (`ours`): a rule of shapes
 and machine alone, so that a run has the same bits in any layout.
 
-oneDNN takes a weight as it stands, or laid before in blocks of 64 columns (`Packed`), which saves what laying
-costs in every call, for twice the weight's memory. Both give the same bits but of a single row (seen at
-24,000 shapes); for each number of rows that is looked at once, and the weight as it stands taken else.
+oneDNN takes a weight as it stands, or laid before in blocks of 64 columns (`Laid`), which saves what laying
+costs in every call, for the weight's memory once more for each product. Both give the same bits but of a
+single row (seen at 24,000 shapes). Made-up numbers of each number of rows are multiplied both ways first;
+where the bits differ, the weight is taken as it stands.
 
     W: (out, in)     to y:  block b holds  [in][64]  of  Wᵀ[:, 64b : 64b+64]
                      to x:  block b holds [out][64]  of   W[:, 64b : 64b+64]
 """
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -49,11 +49,11 @@ CPU = torch.device("cpu")
 
 def allowed() -> bool:
     """Whether the user lets oneDNN compute, in full precision. Local."""
-    return (
-        AVAILABLE
-        and bool(torch.backends.mkldnn.enabled)
-        and torch.get_float32_matmul_precision() == "highest"
-    )
+    try:
+        full = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set in torch's newer way, which the older one can't name
+        return False
+    return AVAILABLE and full and bool(torch.backends.mkldnn.enabled)
 
 
 def ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -71,7 +71,7 @@ def ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: "Packed | None" = None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, laid: "Laid | None" = None
 ) -> torch.Tensor:
     """Give x·Wᵀ + b: x (..., in), weight (out, in), bias (out) to (..., out). Local.
 
@@ -79,14 +79,14 @@ def linear(
     """
     if not ours(x, weight) or (bias is not None and bias.dtype != x.dtype):
         return functional.linear(x, weight, bias)
-    return _multiply(x, weight, bias, packed.y if packed else None, weight)
+    return _multiply(x, weight, bias, laid, weight)
 
 
-def to_input(g: torch.Tensor, weight: torch.Tensor, packed: "Packed | None" = None) -> torch.Tensor:
+def to_input(g: torch.Tensor, weight: torch.Tensor, laid: "Laid | None" = None) -> torch.Tensor:
     """Give the gradient of x, g·W: g (..., out), weight (out, in) to (..., in). Local."""
     if not ours(g, weight):
         return torch.matmul(g, weight)
-    return _multiply(g, weight.t(), None, packed.x if packed else None, weight)
+    return _multiply(g, weight.t(), None, laid, weight)
 
 
 def _multiply(
@@ -97,14 +97,8 @@ def _multiply(
     weight: torch.Tensor,
 ) -> torch.Tensor:
     x = x.contiguous()
-    rows = x.numel() // x.shape[-1]
-    if laid is None or not laid.use(rows):
-        found = _kernel(x, standing, bias)
-    else:
-        found = _kernel(x, laid.of(weight), bias)
-        if rows not in laid.agrees:
-            wanted = _kernel(x, standing, bias)
-            laid.agrees[rows], found = torch.equal(found, wanted), wanted
+    used = laid is not None and laid.use(x.numel() // x.shape[-1], standing, bias)
+    found = _kernel(x, laid.of(weight) if laid is not None and used else standing, bias)
     # of more than two dimensions it is a view, which a layer behind could not change in place
     return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
 
@@ -120,26 +114,29 @@ class Laid:
     """
 
     def __init__(self, weight: torch.Tensor, for_y: bool) -> None:
-        """Lay a weight (out, in) for x·Wᵀ, or for g·W. Local.
+        """Make room for a weight (out, in), laid for x·Wᵀ or for g·W. Local.
 
-        Raises NotImplementedError if this oneDNN lays it in another way than `_lay` does.
+        Raises NotImplementedError if this oneDNN lays weights in another way than `_lay` does, looked at
+        with numbers that differ.
         """
         self.for_y = for_y
-        self.agrees: dict[int, bool] = {}
+        self._agrees: dict[int, bool] = {}
         """Whether it gives the bits of the weight as it stands, by number of rows."""
         self._state: tuple[int, ...] = ()
         self._looked = self._sample = torch.empty(0)
         """The sample as it is and as it was."""
         self._used = False
-        whole = weight.detach() if for_y else weight.detach().t().contiguous()
+        probe = torch.arange(weight.numel(), dtype=torch.float32).view(weight.shape)
+        whole = probe if for_y else probe.t().contiguous()
         self._laid = torch.ops.mkldnn._reorder_linear_weight(whole, None)
-        size = torch.ops.mkldnn._nbytes(self._laid)
-        if size != whole.numel() * whole.element_size():
+        self.nbytes: int = torch.ops.mkldnn._nbytes(self._laid)
+        if self.nbytes != whole.numel() * whole.element_size():
             raise NotImplementedError
-        memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(self._laid))  # kept by _laid
+        at = torch.ops.mkldnn.data_ptr(self._laid)
+        memory = (ctypes.c_char * self.nbytes).from_address(at)  # `_laid` keeps it
         self._blocks = torch.frombuffer(memory, dtype=torch.float32).view(-1, whole.shape[1], BLOCK)
         theirs = self._blocks.clone()
-        self._lay(weight.detach())
+        self._lay(probe)
         if not torch.equal(self._blocks, theirs):
             raise NotImplementedError
 
@@ -147,13 +144,22 @@ class Laid:
         """Note that the weight may be another one. Local."""
         self._state, self._used = (), False
 
-    def use(self, rows: int) -> bool:
+    def use(self, rows: int, standing: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Tell whether to take it for a product of so many rows: not for the first after `stale`. Local.
 
-        Another stage waits for that one; the next has the time to lay the weight.
+        Another stage waits for that one; the next has the time to lay the weight. `standing`: the weight as
+        oneDNN takes it unlaid.
         """
         first, self._used = not (self._used or self._state), True
-        return self.agrees.get(rows, True) and not first
+        if first or rows == 1:
+            return False
+        if rows not in self._agrees:
+            x, other = (made_up(n, standing.shape[1]) for n in (rows, len(standing)))
+            wanted = _kernel(x, other if self.for_y else other.t().contiguous().t(), bias)
+            self._lay(other if self.for_y else other.t().contiguous())
+            self._state = ()
+            self._agrees[rows] = torch.equal(_kernel(x, self._laid, bias), wanted)
+        return self._agrees[rows]
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Give the weight as it is now, laid. Local."""
@@ -172,36 +178,24 @@ class Laid:
             self._blocks.copy_(weight.view(len(weight), -1, BLOCK).transpose(0, 1))
 
 
-@dataclass
-class Packed:
-    """A weight laid for both products."""
-
-    y: Laid
-    x: Laid
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, weight: torch.Tensor) -> "Packed | None":
-        """Lay a weight (out, in), or give None if this oneDNN lays it in another way. Local."""
-        try:
-            return cls(Laid(weight, True), Laid(weight, False))
-        except NotImplementedError:
-            return None
+def made_up(rows: int, width: int) -> torch.Tensor:
+    """Give numbers between -1 and 1, all of them different; no random stream moves. Pure."""
+    return torch.arange(1.0, 1.0 + rows * width, dtype=torch.float64).sin_().float().view(rows, width)
 
 
-class Packs:
+class LaidWeights:
     """The weights of this rank that are laid in blocks: as many as are worth it and memory allows."""
 
     def __init__(self) -> None:
         """Lay nothing yet."""
-        self._packed: dict[nn.Parameter, Packed | None] = {}
+        self._laid: dict[tuple[nn.Parameter, bool], Laid | None] = {}
         self._left, self._repaid = -1.0, False
-        """Bytes that more of them may take; negative before that is known."""
+        """Bytes that more of them may take, negative before that is known; if this step's uses repay it."""
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Memory that they take."""
-        return sum(2 * p.numel() * p.element_size() for p, packed in self._packed.items() if packed)
+        return sum(laid.nbytes for laid in self._laid.values() if laid is not None)
 
     def allow(self, room: float) -> None:
         """Let them take so many bytes, beside what they have. Local."""
@@ -213,29 +207,32 @@ class Packs:
         `waits`: this rank waits for another's activations first, and has time to lay its weights.
         """
         self._repaid = micro_batches >= REPAID
-        for parameter, packed in self._packed.items():
-            for laid in (packed.y, packed.x) if packed else ():
+        for (parameter, _), laid in self._laid.items():
+            if laid is not None:
                 laid.stale()
                 if waits and self._repaid:
                     laid.of(parameter)
 
-    def get(self, parameter: nn.Parameter) -> Packed | None:
-        """Give a weight laid in blocks, if this step's uses repay it. Local."""
+    def get(self, parameter: nn.Parameter, for_y: bool) -> Laid | None:
+        """Give a weight laid for x·Wᵀ or for g·W, if this step's uses repay it. Local."""
         if not self._repaid or self._left < 0 or parameter.numel() < LEAST:
             return None
-        if parameter not in self._packed:
-            self._packed[parameter] = self._make(parameter)
-        return self._packed[parameter]
+        if (parameter, for_y) not in self._laid:
+            self._laid[parameter, for_y] = self._make(parameter, for_y)
+        return self._laid[parameter, for_y]
 
-    def _make(self, parameter: nn.Parameter) -> Packed | None:
-        size = 2 * parameter.numel() * parameter.element_size()
+    @torch.no_grad()
+    def _make(self, parameter: nn.Parameter, for_y: bool) -> Laid | None:
+        size = parameter.numel() * parameter.element_size()
         blocks = not (parameter.shape[0] % BLOCK or parameter.shape[1] % BLOCK)
         if not blocks or not ours(parameter, parameter) or size > self._left:
             return None
         try:
-            packed = Packed.of(parameter)
+            laid = Laid(parameter, for_y)
+        except NotImplementedError:
+            return None
         except RuntimeError:  # torch's word for memory that the system refuses
             self._left = 0.0
             return None
-        self._left -= size if packed else 0.0
-        return packed
+        self._left -= size
+        return laid

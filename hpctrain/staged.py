@@ -60,7 +60,7 @@ class StagedEngine(Engine):
     def __post_init__(self) -> None:
         """Start with nothing that waits."""
         super().__post_init__()
-        self.straight.fast, self.straight.splits = self.fast, True
+        self.straight.fast = self.fast
         self._last_backward = -1
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
@@ -203,13 +203,15 @@ class StagedEngine(Engine):
         self, error: Exception, number: int, batch: Batch, stage: Stage, part: Part, instruction: Instruction
     ) -> None:
         """Add to an error of a backward pass in which layer it was raised, if that can be found. Local."""
+        if self.averager.sync:
+            return  # the forward of a SyncBatchNorm meets those of other replicas
         v = instruction.micro_batch
         target = batch.to(self.topology.device)
-        with suppress(Exception), self.averager.running.unseen(), self._precision():
+        with suppress(Exception, SystemExit), self.averager.running.unseen(), self._precision():
             set_generators(key(self.seed, number, v) >> 1)
             where = stage.where(
                 v, part, lambda outputs: self.loss(to_float(outputs), target)[0],
-                self.parameters[instruction.virtual],
+                self.parameters[instruction.virtual], error,
             )  # fmt: skip
             if where:
                 error.add_note(f"in the backward pass of {where}")

@@ -31,6 +31,37 @@ def broad_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, out_features))
 
 
+class Twice(nn.Module):
+    """Calls its layer twice, and a third time by its weight alone."""
+
+    def __init__(self, layer: nn.Conv1d):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        x = torch.tanh(self.layer(torch.tanh(self.layer(x))))
+        return x + functional.conv1d(x, self.layer.weight, padding=1)
+
+
+def convolved_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Convolutions: one that is called several times, one of groups, two of one bias."""
+    pair = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2), nn.Tanh(), nn.Conv1d(4, 4, 3, padding=1))
+    pair[2].bias = pair[0].bias
+    row = [nn.Linear(in_features, 32), nn.Unflatten(1, (4, 8)), Twice(nn.Conv1d(4, 4, 3, padding=1))]
+    return nn.Sequential(*row, Pair(pair), nn.Flatten(1), nn.Linear(32, out_features))
+
+
+class Pair(nn.Module):
+    """One layer of what it holds."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
 class Named(nn.Module):
     """Says itself which layers follow one another; they hand on a tuple with None and a number."""
 

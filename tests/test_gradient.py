@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain import gradient, products
+from hpctrain.averaging.across import Bucket
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.space import deal
 from hpctrain.gradient import StraightIntoPlace
@@ -389,7 +390,6 @@ def steps(module, batches, waits, count=2):
     """Take steps; give the inputs' gradients of the last, and the places."""
     places, flats = real_places(module)
     straight = StraightIntoPlace(module, places)
-    straight.splits = True
     for _ in range(count):
         places.begin()
         places.point(0, flats)
@@ -479,3 +479,42 @@ def test_attentions_linear_layers_are_seen(mkl, watched):
         torch.testing.assert_close(found[name], parameter.grad, msg=name)
     assert len(watched) == 8
     assert sum(ready for _, ready in watched) == 4
+
+
+def two_of_one_bias():
+    first, second = nn.Conv1d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 1)
+    second.bias = first.bias
+    return nn.Sequential(first, nn.Tanh(), second)
+
+
+@pytest.mark.parametrize("kind", ["plain", "no bias", "two of one bias"])
+def test_all_buckets_of_convolutions_that_wait_are_told(kind, watched):
+    """Each once its last gradient has come: a bias that two filters add to, after both."""
+    layer, shape = (two_of_one_bias(), (2, 2, 9)) if kind == "two of one bias" else convolutions(kind)
+    module = nn.Sequential(layer, nn.Tanh())
+    places, flats = real_places(module)
+    places.watch([Bucket(0, seat.start, seat.stop) for seat in places.spaces[0].seats])
+    straight, told = StraightIntoPlace(module, places), []
+    batches = [torch.randn(shape, generator=torch.Generator().manual_seed(v)) for v in range(2)]
+    for step in range(3):
+        places.begin()
+        places.point(0, flats)
+        straight.begin(2)
+        told.clear()
+        for v, x in enumerate(batches):
+            with straight.forward():
+                loss = module(x).square().sum()
+            if v:
+                places.last_backward(told.append)
+            with straight.accumulating(v):
+                loss.backward()
+        straight.weights_of(0, last=False)
+        assert step == 0 or told == []
+        straight.weights_of(1, last=True)
+        assert told[-1] == len(places.spaces[0].seats)
+    plain = copy.deepcopy(layer)
+    plain.zero_grad()
+    total = sum(torch.tanh(plain(x)).square().sum() for x in batches)
+    total.backward()
+    for seat in places.spaces[0].seats:
+        torch.testing.assert_close(seat.view(flats[0]), plain.get_parameter(seat.name[2:]).grad)

@@ -212,6 +212,17 @@ def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("recompute", ["never", "always"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_convolutions_have_the_bits_of_one_process(world, build, waits, schedule, recompute):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build("convolved_row", world.size, micro_batches=5, schedule=schedule, recompute=recompute)
+    has_bits_of_one_process(world, job, "convolved_row")
+    assert any(world.allgather(any(waits)))
+
+
+@pytest.mark.mpi
 def test_what_is_sent_may_be_changed_at_once(world, build):
     """A buffer that the next micro-batch's forward changes, in the first step, where messages carry it."""
     if world.size != 2:

@@ -1,5 +1,8 @@
 """The products of linear layers: the same bits from a weight as it stands and laid in blocks."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from torch.nn import functional
 
 from hpctrain import products
 from hpctrain.gradient import StraightIntoPlace
-from hpctrain.products import Packed, Packs, linear, to_input
+from hpctrain.products import Laid, LaidWeights, linear, to_input
 
 
 class NoPlaces:
@@ -35,14 +38,21 @@ def tensors(rows, out, into, seed=0):
 @pytest.mark.parametrize(("out", "into"), [(64, 64), (128, 640), (640, 128), (1024, 512)])
 def test_laid_weights_give_the_same_bits(rows, out, into):
     x, g, weight, bias = tensors(rows, out, into)
-    packed = Packed.of(weight)
-    assert packed is not None, "oneDNN lays weights in blocks of 64 on AVX-512"
-    for b in (bias, None, bias):  # the first of each number of rows is compared
-        assert torch.equal(linear(x, weight, b, packed), linear(x, weight, b))
-    for _ in range(2):
-        assert torch.equal(to_input(g, weight, packed), to_input(g, weight))
-    assert packed.x.agrees == {rows: True}
-    assert rows == 1 or packed.y.agrees == {rows: True}
+    for_y, for_x = Laid(weight, True), Laid(weight, False)
+    for b in (bias, None, bias):
+        assert torch.equal(linear(x, weight, b, for_y), linear(x, weight, b))
+        assert torch.equal(to_input(g, weight, for_x), to_input(g, weight))
+    assert [laid.use(rows, weight, None) for laid in (for_y, for_x)] == 2 * [rows > 1]
+
+
+@needs
+def test_zeros_tell_nothing_of_the_bits():
+    """Of a single row the bits differ; products of zeros, or of a weight of zeros, are the same."""
+    _, _, weight, bias = tensors(1, 512, 512)
+    for first in (torch.zeros(1, 512), torch.zeros(3, 512)):
+        laid = Laid(torch.zeros_like(weight), True)
+        for x in (first, first, *(torch.randn(len(first), 512) for _ in range(5))):
+            assert torch.equal(linear(x, weight, bias, laid), linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -101,6 +111,18 @@ def test_other_numbers_are_torchs(dtype):
     assert torch.equal(to_input(g, weight), g @ weight)
 
 
+@pytest.mark.parametrize(
+    "way", ["torch.backends.fp32_precision = 'tf32'", "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'"]
+)
+def test_a_user_who_asks_in_torchs_newer_way_gets_torchs(way):
+    """In a process of its own: torch does not forget it."""
+    program = f"import torch; from hpctrain import products; {way}; print(products.allowed())"
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert found.stdout.strip() == "False"
+
+
 def test_a_user_who_asks_for_lower_precision_gets_torchs():
     before = torch.get_float32_matmul_precision()
     try:
@@ -128,9 +150,9 @@ def change_by_another(weight):
     weight.detach().numpy()[3, 5] += 1
 
 
-def change_new_step(packs, weight):
+def change_new_step(every, weight):
     change_by_another(weight)
-    packs.begin(products.REPAID)
+    every.begin(products.REPAID)
 
 
 @needs
@@ -139,18 +161,20 @@ def change_new_step(packs, weight):
 def test_a_changed_weight_is_laid_anew(change):
     x, g, weight, _ = tensors(9, 512, 512)
     weight = nn.Parameter(weight)
-    packs = Packs()
-    packs.allow(1e9)
-    packs.begin(products.REPAID)
-    packed = packs.get(weight)
+    every = LaidWeights()
+    every.allow(1e9)
+    every.begin(products.REPAID)
+    for_y, for_x = every.get(weight, True), every.get(weight, False)
     for _ in range(2):
-        old = linear(x, weight, None, packed), to_input(g, weight, packed)
+        old = linear(x, weight, None, for_y), to_input(g, weight, for_x)
     if change is change_new_step:
-        change(packs, weight)
+        change(every, weight)
     else:
         change(weight)
-    assert packs.get(weight) is packed
-    found = linear(x, weight, None, packed), to_input(g, weight, packed)
+    assert every.get(weight, True) is for_y
+    if change is change_new_step:  # whose first product has the weight as it stands
+        linear(x, weight, None, for_y), to_input(g, weight, for_x)
+    found = linear(x, weight, None, for_y), to_input(g, weight, for_x)
     for one, other, before in zip(found, (linear(x, weight, None), to_input(g, weight)), old, strict=True):
         assert torch.equal(one, other)
         assert not torch.equal(one, before)
@@ -160,32 +184,32 @@ def test_a_changed_weight_is_laid_anew(change):
 def test_weights_are_laid_where_it_pays_and_memory_allows():
     big, small, odd = (nn.Parameter(torch.randn(*s)) for s in ((512, 512), (64, 64), (1000, 1000)))
     more = nn.Parameter(torch.randn(512, 512))
-    packs = Packs()
-    packs.begin(products.REPAID)
-    assert packs.get(big) is None, "nothing is allowed before the first step"
-    packs.allow(3 * 4 * big.numel())
-    packs.begin(products.REPAID - 1)
-    assert packs.get(big) is None, "too few uses"
-    packs.begin(products.REPAID)
-    assert packs.get(small) is None
-    assert packs.get(odd) is None
-    assert packs.get(big) is not None
-    assert packs.get(more) is None, "room for one"
-    assert packs.bytes == 2 * 4 * big.numel()
+    every = LaidWeights()
+    every.begin(products.REPAID)
+    assert every.get(big, True) is None, "nothing is allowed before the first step"
+    every.allow(1.5 * 4 * big.numel())
+    every.begin(products.REPAID - 1)
+    assert every.get(big, True) is None, "too few uses"
+    every.begin(products.REPAID)
+    assert every.get(small, True) is None
+    assert every.get(odd, True) is None
+    assert every.get(big, True) is not None
+    assert every.get(more, True) is None, "room for one"
+    assert every.nbytes == 4 * big.numel()
 
 
 @needs
 def test_memory_that_the_system_refuses_ends_it(monkeypatch):
-    def refuse(weight):
+    def refuse(weight, for_y):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(products.Packed, "of", refuse)
+    monkeypatch.setattr(products, "Laid", refuse)
     big = nn.Parameter(torch.randn(512, 512))
-    packs = Packs()
-    packs.allow(1e9)
-    packs.begin(products.REPAID)
-    assert packs.get(big) is None
-    assert packs.bytes == 0
+    every = LaidWeights()
+    every.allow(1e9)
+    every.begin(products.REPAID)
+    assert every.get(big, True) is None
+    assert every.nbytes == 0
 
 
 @needs
@@ -195,17 +219,18 @@ def test_another_layout_of_oneDNN_is_not_guessed_at(monkeypatch):
     monkeypatch.setattr(
         torch.ops.mkldnn, "_reorder_linear_weight", lambda w, n: real(w.flip(0).contiguous(), n)
     )
-    assert Packed.of(weight) is None
+    for for_y in (True, False):
+        with pytest.raises(NotImplementedError):
+            Laid(weight, for_y)
 
 
 @needs
 def test_where_the_bits_differ_the_weight_as_it_stands_is_taken(monkeypatch):
     x, g, weight, bias = tensors(6, 128, 128)
-    packed, real = Packed.of(weight), torch.ops.mkldnn._linear_pointwise
+    for_y, for_x, real = Laid(weight, True), Laid(weight, False), torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(
         torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *rest: real(x, w, *rest) + 1e-6 * w.is_mkldnn
     )
     for _ in range(3):
-        assert torch.equal(linear(x, weight, bias, packed), linear(x, weight, bias))
-        assert torch.equal(to_input(g, weight, packed), to_input(g, weight))
-    assert packed.y.agrees == packed.x.agrees == {6: False}
+        assert torch.equal(linear(x, weight, bias, for_y), linear(x, weight, bias))
+        assert torch.equal(to_input(g, weight, for_x), to_input(g, weight))

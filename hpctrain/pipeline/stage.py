@@ -181,9 +181,10 @@ class Stage:
             torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
 
     def where(
-        self, v: int, part: Part, loss_of: Callable[[Any], torch.Tensor], parameters: list[nn.Parameter]
-    ) -> str:
-        """Say in which layer a backward pass fails: forward and backward again, with an eye on it. Local.
+        self, v: int, part: Part, loss_of: Callable[[Any], torch.Tensor], parameters: list[nn.Parameter],
+        error: Exception,
+    ) -> str:  # fmt: skip
+        """Say in which layer a backward pass has raised `error`: run it again, with an eye on it. Local.
 
         Nothing is added to gradients. Raises whatever hinders it; gives "" if that can't be told.
         """
@@ -200,8 +201,9 @@ class Stage:
         values, gradients = zip(*pairs, strict=True)
         try:
             torch.autograd.grad(values, inputs, gradients, allow_unused=True)
-        except Exception:
-            return trail[-1] if trail else ""
+        except Exception as other:
+            alike = type(other) is type(error) and str(other) == str(error)
+            return trail[-1] if trail and alike else ""
         return ""  # it did not fail this time
 
     def send_gradient(self, v: int, part: Part) -> None:
