@@ -58,9 +58,9 @@ class Parallel:
     with several stages."""
     schedule: Literal["1f1b", "gpipe", "zb-h1", "interleaved"] = "1f1b"
     """In which order a stage runs its passes: 1f1b keeps the activations of as many micro-batches as there
-    are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers;
-    interleaved gives each rank several stages, for shorter gaps and more messages. The results are the same
-    bits, but where stages share a weight."""
+    are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers and
+    convolutions; interleaved gives each rank several stages, for shorter gaps and more messages. The results
+    are the same bits, but where stages share a weight."""
     virtual_stages: int = 2
     """Stages that a rank runs with schedule interleaved: twice as many for half the gaps. Has most where
     micro_batches a replica are a multiple of stages."""
