@@ -4,7 +4,7 @@ Forward and input gradient are computed here; the gradient of the weight is hand
 computes it where and when it wants, or says that autograd is to have it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,10 @@ class Product:
     g: torch.Tensor
     x: torch.Tensor
 
+    def alone(self) -> "Product":
+        """Give it without what made its tensors. Local."""
+        return Product(self.g.detach(), self.x.detach())
+
 
 @dataclass
 class Correlation:
@@ -37,6 +41,10 @@ class Correlation:
     """Whether the gradient of x is wanted, too."""
     found: torch.Tensor | None = None
     """That gradient, where it was computed with the others."""
+
+    def alone(self) -> "Correlation":
+        """Give it without what made its tensors. Local."""
+        return replace(self, g=self.g.detach(), x=self.x.detach(), weight=self.weight.detach())
 
     def gradients(self, of_x: bool, of_weight: bool) -> tuple[Any, ...]:
         """Compute those of x, and of weight and bias; None for what is not asked for. Local."""
@@ -65,6 +73,10 @@ class Owner(Protocol):
     by_onednn: bool
     """Whether oneDNN may compute products."""
 
+    @property
+    def filling(self) -> bool:
+        """Whether this backward is one that fills places; others are the user's own."""
+
     def fills(self, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
         """Whether a gradient of this backward goes straight into its place."""
 
@@ -86,9 +98,12 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
         ctx.by_onednn = owner.by_onednn
-        if not ctx.by_onednn:
-            return functional.linear(x, weight, bias)
-        return products.linear(x, weight, bias, owner.laid.get(weight, True))
+        if ctx.by_onednn:
+            found = products.linear(x, weight, bias, owner.laid.get(weight, True))
+        else:
+            found = functional.linear(x, weight, bias)
+        # of other than two dimensions it may be a view, which a layer behind could not change in place
+        return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -97,13 +112,11 @@ class Linear(torch.autograd.Function):
         g, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            if not ctx.by_onednn or torch.is_grad_enabled():  # create_graph: it is to be differentiated
-                to_x = torch.matmul(gradient, weight)
-            else:
+            if ctx.by_onednn and ctx.owner.filling:
                 to_x = products.to_input(gradient, weight, ctx.owner.laid.get(ctx.parameter, False))
-        if ctx.needs_input_grad[1] and not ctx.owner.take(
-            [ctx.parameter], Product(g.detach(), rows.detach())
-        ):
+            else:
+                to_x = torch.matmul(gradient, weight)
+        if ctx.needs_input_grad[1] and not ctx.owner.take([ctx.parameter], Product(g, rows)):
             to_weight = g.t() @ rows
         if ctx.has_bias and ctx.needs_input_grad[2]:
             to_bias = g.sum(dim=0)

@@ -105,7 +105,11 @@ class StraightIntoPlace(TorchFunctionMode):
             for name in names
         )
         smallest = {True: SMALLEST_FILTER, False: SMALLEST}
-        self.weights = {id(w) for w in weights if w is not None and w.numel() >= smallest[w.ndim > 2]}
+        self.weights = {
+            id(w)
+            for w in weights
+            if w is not None and w.is_floating_point() and w.numel() >= smallest[w.ndim > 2]
+        }
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -189,22 +193,27 @@ class StraightIntoPlace(TorchFunctionMode):
         self, function: Any, input: torch.Tensor, weight: Any, bias: Any = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> torch.Tensor | None:  # fmt: skip
-        managed = id(weight) in self.weights and weight.requires_grad and weight.is_floating_point()
-        plain = managed and not isinstance(padding, str) and input.ndim == weight.ndim
-        if not plain or not _plain(input, weight):
+        managed = id(weight) in self.weights and weight.requires_grad
+        if not managed or input.ndim != weight.ndim or not _plain(input, weight):
             return None
         sizes = [
-            [size] * (weight.ndim - 2) if isinstance(size, int) else list(size)
+            [size] * (weight.ndim - 2) if isinstance(size, int) else size
             for size in (stride, padding, dilation)
         ]
-        geometry = sizes[0], sizes[1], sizes[2], groups
+        if not all(isinstance(size, (list, tuple)) and all(type(n) is int for n in size) for size in sizes):
+            return None
+        geometry = list(sizes[0]), list(sizes[1]), list(sizes[2]), groups
         return Convolution.apply(function, input, weight, bias, geometry, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    @property
+    def filling(self) -> bool:
+        """Whether this backward is one that fills places; others are the user's own."""
+        return self._active and not torch.is_grad_enabled()  # create_graph: it is to be differentiated
 
     def fills(self, parameter: nn.Parameter, dtype: torch.dtype) -> bool:
         """Whether a gradient of this backward goes straight into its place. Local."""
         own_way = (
-            not self._active
-            or torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated
+            not self.filling
             or parameter._backward_hooks  # the user's hooks want to see the gradient
             or parameter.dtype != dtype
         )
@@ -233,7 +242,7 @@ class StraightIntoPlace(TorchFunctionMode):
             return False
         waits = self._micro_batch >= 0 and self._never_later.isdisjoint(map(id, parameters))
         if waits and self._places.later(*parameters):
-            entry = Waiting(self._micro_batch, parameters, work)
+            entry = Waiting(self._micro_batch, parameters, work.alone())
             self._waiting.setdefault(parameters[0], []).append(entry)
         else:
             self._compute(parameters, work, now=True)

@@ -77,7 +77,10 @@ def linear(
 
     Like `to_input` it makes no graph: call it where gradients are off.
     """
-    if not ours(x, weight) or (bias is not None and bias.dtype != x.dtype):
+    plain = bias is None or (
+        bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    )
+    if not ours(x, weight) or not plain or x.shape[-1] != weight.shape[1]:
         return functional.linear(x, weight, bias)
     return _multiply(x, weight, bias, laid, weight)
 
@@ -98,9 +101,7 @@ def _multiply(
 ) -> torch.Tensor:
     x = x.contiguous()
     used = laid is not None and laid.use(x.numel() // x.shape[-1], standing, bias)
-    found = _kernel(x, laid.of(weight) if laid is not None and used else standing, bias)
-    # of more than two dimensions it is a view, which a layer behind could not change in place
-    return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
+    return _kernel(x, laid.of(weight) if laid is not None and used else standing, bias)
 
 
 def _kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

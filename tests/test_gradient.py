@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain import gradient, products
@@ -518,3 +520,50 @@ def test_all_buckets_of_convolutions_that_wait_are_told(kind, watched):
     total.backward()
     for seat in places.spaces[0].seats:
         torch.testing.assert_close(seat.view(flats[0]), plain.get_parameter(seat.name[2:]).grad)
+
+
+@pytest.mark.parametrize(
+    "geometry", [{"stride": np.int64(2)}, {"padding": np.int32(1)}, {"stride": (1,), "padding": [1]}, {}]
+)
+def test_a_convolutions_numbers_of_any_kind(geometry, watched):
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv1d(2, 2, 3)
+
+        def forward(self, x):
+            return functional.conv1d(x, self.layer.weight, self.layer.bias, **geometry)
+
+    batches = [torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(1))]
+    plain = make(Called)
+    _, found = steps(copy.deepcopy(plain), batches, True)
+    plain(batches[0]).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name
+
+
+def test_complex_layers_are_autograds(watched):
+    module = make(lambda: nn.Linear(3, 2, dtype=torch.complex64))
+    assert not StraightIntoPlace(module, Owner(module)).weights
+
+
+def test_gradients_of_many_vectors_in_the_forward(watched):
+    """Batched by vmap."""
+
+    class Jacobian(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.filter = nn.Linear(4, 4), nn.Conv1d(1, 2, 3)
+
+        def forward(self, x):
+            y = torch.tanh(self.filter(self.layer(x)[:, None])).flatten(1)
+            vectors = torch.eye(y.shape[1])[:, None].expand(-1, len(x), -1)
+            (g,) = torch.autograd.grad(y, x, vectors, is_grads_batched=True, retain_graph=True)
+            return y * g.square().sum()
+
+    batches = [torch.randn(2, 4, generator=torch.Generator().manual_seed(1))]
+    plain = make(Jacobian)
+    _, found = steps(copy.deepcopy(plain), batches, True)
+    plain(batches[0].clone().requires_grad_()).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)

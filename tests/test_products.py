@@ -77,17 +77,32 @@ def test_they_are_the_products(threads, shape, out, into):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 3)])
-def test_a_layer_behind_may_work_in_place(shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,)])
+def test_a_layer_behind_may_work_in_place(shape, dtype):
     """A view of the product would refuse it."""
-    layer, x = nn.Linear(16, 32), torch.randn(*shape, 16, requires_grad=True)
+    layer, x = nn.Linear(16, 32, dtype=dtype), torch.randn(*shape, 16, requires_grad=True, dtype=dtype)
     weight = {id(layer.weight)}
     straight = StraightIntoPlace(layer, NoPlaces())
     straight.weights = weight
     with straight.forward():
         found = functional.relu_(layer(x))
     found.sum().backward()
-    torch.testing.assert_close(x.grad, ((layer(x) > 0).float() @ layer.weight).detach())
+    torch.testing.assert_close(x.grad, ((layer(x) > 0).to(dtype) @ layer.weight).detach())
+
+
+@needs
+def test_biases_of_other_shapes_and_strides():
+    """oneDNN would take the memory as it lies."""
+    x, _, weight, bias = tensors(6, 192, 128)
+    for other in (bias.repeat_interleave(2)[::2], bias[:1].expand(192), bias[:1], torch.tensor(2.0)):
+        torch.testing.assert_close(linear(x, weight, other), x @ weight.t() + other)
+
+
+def test_shapes_that_do_not_fit_are_told_by_torch():
+    x, _, weight, bias = tensors(6, 192, 128)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x[:, :5], weight, bias)
 
 
 @needs
