@@ -395,6 +395,55 @@ class BreakingGraph(Net):
         return self.second(torch.tanh(h))
 
 
+class Reverse(torch.autograd.Function):
+    """Gives gradients the other sign."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Reversing(Net):
+    """Has a backward of its own."""
+
+    def forward(self, x):
+        return self.second(Reverse.apply(torch.tanh(self.first(x))))
+
+
+class Hooking(Net):
+    """Changes a gradient by a hook."""
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if h.requires_grad:
+            h.register_hook(lambda g: 2 * g)
+        return self.second(h)
+
+
+class HookingModule(Net):
+    """Has a layer with a backward hook."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.first.register_full_backward_hook(lambda module, inputs, outputs: None)
+
+
+def reversing_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Layers may have a backward of their own."""
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Reverse.apply(x)
+
+    return nn.Sequential(
+        nn.Linear(in_features, 8), Layer(), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, out_features)
+    )
+
+
 class Filled(nn.Module):
     """Layers write into zeros that they make, as spectral convolutions do; the state_dict says more than tensors."""
 

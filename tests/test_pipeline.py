@@ -212,6 +212,34 @@ def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("Reversing", r"\(Reversing\), stage_models.py:\d+: `return .*Reverse is a torch.autograd.Function"),
+        ("Hooking", r"\(Hooking\), stage_models.py:\d+: `h.register_hook.*hook on a tensor's gradient"),
+        ("HookingModule", r"backward hook of first would be lost"),
+    ],
+)
+def test_a_backward_of_ones_own_is_refused_not_lost(world, build, model, what):
+    """torch.export would leave it out of the operators."""
+    if world.size != 2:
+        pytest.skip("a model of two layers")
+    apply, register_hook = torch.autograd.Function.apply, torch.Tensor.register_hook
+    with pytest.raises(ConfigError, match=what) as raised:
+        build(model, 2, micro_batches=2)
+    assert "layers()" in str(raised.value)
+    assert torch.autograd.Function.apply == apply
+    assert torch.Tensor.register_hook is register_hook
+
+
+@pytest.mark.mpi
+def test_layers_have_a_backward_of_their_own(world, build):
+    if world.size not in (2, 3):
+        pytest.skip("three layers have weights")
+    has_bits_of_one_process(world, build("reversing_row", world.size, micro_batches=5), "reversing_row")
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("recompute", ["never", "always"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_convolutions_have_the_bits_of_one_process(world, build, waits, schedule, recompute):

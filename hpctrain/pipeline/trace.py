@@ -67,7 +67,7 @@ class Writer:
             }
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         try:
-            with warnings.catch_warnings(), quiet():
+            with warnings.catch_warnings(), quiet(), own_gradients_refused(self.skeleton):
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
                 program = torch.export.export(self.skeleton, *arguments, strict=False)
         except Exception as error:
@@ -133,6 +133,35 @@ class Writer:
                 text = linecache.getline(path, number).strip()
                 found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
         return found
+
+
+@contextmanager
+def own_gradients_refused(module: nn.Module) -> Iterator[None]:
+    """Raise where a forward has a say in its backward, which operators don't write down. Local.
+
+    Raises NotImplementedError; torch.export would leave it out, and gradients would be others, silently.
+    """
+    function, tensor = torch.autograd.Function, torch.Tensor
+    apply, register_hook = vars(function)["apply"], tensor.register_hook
+
+    def applied(cls: type, *args: Any, **named: Any) -> Any:
+        if cls.__module__.split(".")[0] == "torch":
+            return apply.__func__(cls, *args, **named)
+        raise NotImplementedError(
+            f"{cls.__qualname__} is a torch.autograd.Function: its own backward would be lost"
+        )
+
+    def hooked(tensor: torch.Tensor, hook: Any) -> Any:
+        raise NotImplementedError("the hook on a tensor's gradient would be lost")
+
+    for name, m in module.named_modules():
+        if m._backward_hooks or m._backward_pre_hooks:
+            raise NotImplementedError(f"the backward hook of {name or 'the model'} would be lost")
+    function.apply, tensor.register_hook = classmethod(applied), hooked  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
 
 
 @contextmanager
