@@ -62,6 +62,14 @@ class Pair(nn.Module):
         return self.inner(x)
 
 
+class Filling(nn.Sequential):
+    """A row of layers in a class of its own; one of them can't be written down."""
+
+    def __init__(self, in_features: int, out_features: int):
+        deciding = Deciding(8, 8)
+        super().__init__(nn.Linear(in_features, 8), nn.Tanh(), deciding, nn.Linear(8, out_features))
+
+
 class Named(nn.Module):
     """Says itself which layers follow one another; they hand on a tuple with None and a number."""
 

@@ -233,10 +233,12 @@ def test_a_backward_of_ones_own_is_refused_not_lost(world, build, model, what):
 
 
 @pytest.mark.mpi
-def test_layers_have_a_backward_of_their_own(world, build):
+@pytest.mark.parametrize("model", ["reversing_row", "Filling"])
+def test_layers_may_do_what_operators_cannot_say(world, build, model):
+    """A backward of their own, a look at numbers; also in a subclass of nn.Sequential."""
     if world.size not in (2, 3):
         pytest.skip("three layers have weights")
-    has_bits_of_one_process(world, build("reversing_row", world.size, micro_batches=5), "reversing_row")
+    has_bits_of_one_process(world, build(model, world.size, micro_batches=5), model)
 
 
 @pytest.mark.mpi
@@ -854,7 +856,8 @@ def test_cuts_where_the_user_says(world, build):
 
 
 @pytest.mark.mpi
-def test_what_cannot_be_cut_says_why(world, build):
+def test_what_cannot_be_cut_says_why(world, build, capsys):
+    """And torch does not print what it tried."""
     if world.size == 1:
         pytest.skip("needs two ranks")
     with pytest.raises(
@@ -863,6 +866,7 @@ def test_what_cannot_be_cut_says_why(world, build):
         r"\(.*torch.where, .*a method layers\(\)",
     ):
         build("Deciding", world.size)
+    assert "def forward" not in "".join(capsys.readouterr())
     with pytest.raises(
         ConfigError, match=r"Deeper .* cut: layer inner\.1 \(Deciding\), stage_models.py:\d+: `"
     ):

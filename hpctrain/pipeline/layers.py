@@ -24,15 +24,20 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
         if not all(isinstance(layer, nn.Module) and id(layer) in names for layer in given):
             raise ConfigError(f"{type(module).__name__}.layers() must give submodules of the model, in order")
         return [(names[id(layer)], layer) for layer in given]
-    if type(module) is not nn.Sequential:
+    if not in_a_row(module):
         return None
     return list(_flat(module, ""))
+
+
+def in_a_row(module: nn.Module) -> bool:
+    """Whether a module is an nn.Sequential, or a subclass that only fills it. Pure."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():  # named_children leaves out what stands twice
         assert child is not None
-        if type(child) is nn.Sequential and not child._forward_hooks and not child._forward_pre_hooks:
+        if in_a_row(child) and not child._forward_hooks and not child._forward_pre_hooks:
             yield from _flat(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child

@@ -1,13 +1,14 @@
 """Writes a model's forward down as operators, with torch.export, on tensors without memory."""
 
 import copy
+import io
 import linecache
 import logging
 import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,11 +167,12 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let torch not log all that it tried: the error says why. Local."""
+    """Let torch neither log nor print all that it tried: the error says why. Local."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 
