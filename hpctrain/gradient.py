@@ -21,6 +21,7 @@ takes autograd's own way: hooks on the weight, gradients of gradients, `torch.au
 the user's code, autocast, functorch, small weights.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,9 @@ class StraightIntoPlace(TorchFunctionMode):
         """Weights laid for a step's products; whether oneDNN may compute them, asked at each forward."""
         self._active, self._micro_batch = False, -1
         self._waiting: dict[nn.Parameter, list[Waiting]] = {}
-        """In the order of the backward passes."""
+        """By weight, in the order of the backward passes."""
+        self._owed = Counter[nn.Parameter]()
+        """How many gradients of a parameter wait: layers of several weights may share a bias."""
         self._never_later: set[int] = set()
         """Weights that embeddings add to: the order of the sum would be another."""
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
@@ -139,6 +142,7 @@ class StraightIntoPlace(TorchFunctionMode):
         `waits`: this rank waits for another's activations first.
         """
         self._waiting.clear()
+        self._owed.clear()
         self.laid.begin(micro_batches, waits)
 
     @torch.no_grad()
@@ -162,10 +166,10 @@ class StraightIntoPlace(TorchFunctionMode):
                 self._waiting[parameter] = waiting[len(due) :]
             else:
                 del self._waiting[parameter]
-            done = {p for entry in due for p in entry.parameters}
-            done -= {p for rest in self._waiting.values() for entry in rest for p in entry.parameters}
-            for one in done:
-                self._places.caught_up(one)
+            for one in (p for entry in due for p in entry.parameters):
+                self._owed[one] -= 1
+                if not self._owed[one]:
+                    self._places.caught_up(one)
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -244,6 +248,7 @@ class StraightIntoPlace(TorchFunctionMode):
         if waits and self._places.later(*parameters):
             entry = Waiting(self._micro_batch, parameters, work.alone())
             self._waiting.setdefault(parameters[0], []).append(entry)
+            self._owed.update(parameters)
         else:
             self._compute(parameters, work, now=True)
         return True
