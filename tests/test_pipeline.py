@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SAMPLES, config_of
+from marks import lays_weights
 from torch.utils._pytree import tree_leaves
 
 from hpctrain import assemble, products
@@ -192,7 +193,7 @@ def test_several_stages_a_rank_have_the_bits_of_one_process(world, build, waits,
 
 
 @pytest.mark.mpi
-@pytest.mark.skipif(not products.AVAILABLE, reason="no AVX-512: torch's own products are taken")
+@lays_weights
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
 def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule, monkeypatch):
     """Whose weights are taken as they stand."""

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from marks import lays_weights
 from torch import nn
 from torch.nn import functional
 
@@ -20,9 +21,6 @@ class NoPlaces:
         return None
 
 
-needs = pytest.mark.skipif(not products.AVAILABLE, reason="no AVX-512: torch's own products are taken")
-
-
 def tensors(rows, out, into, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return (
@@ -33,7 +31,7 @@ def tensors(rows, out, into, seed=0):
     )
 
 
-@needs
+@lays_weights
 @pytest.mark.parametrize("rows", [1, 3, 16, 33, 64, 200])
 @pytest.mark.parametrize(("out", "into"), [(64, 64), (128, 640), (640, 128), (1024, 512)])
 def test_laid_weights_give_the_same_bits(rows, out, into):
@@ -45,7 +43,7 @@ def test_laid_weights_give_the_same_bits(rows, out, into):
     assert [laid.use(rows, weight, None) for laid in (for_y, for_x)] == 2 * [rows > 1]
 
 
-@needs
+@lays_weights
 def test_zeros_tell_nothing_of_the_bits():
     """Of a single row the bits differ; products of zeros, or of a weight of zeros, are the same."""
     _, _, weight, bias = tensors(1, 512, 512)
@@ -91,7 +89,7 @@ def test_a_layer_behind_may_work_in_place(shape, dtype):
     torch.testing.assert_close(x.grad, ((layer(x) > 0).to(dtype) @ layer.weight).detach())
 
 
-@needs
+@lays_weights
 def test_biases_of_other_shapes_and_strides():
     """oneDNN would take the memory as it lies."""
     x, _, weight, bias = tensors(6, 192, 128)
@@ -105,7 +103,7 @@ def test_shapes_that_do_not_fit_are_told_by_torch():
         linear(x[:, :5], weight, bias)
 
 
-@needs
+@lays_weights
 def test_where_memory_lies_does_not_matter():
     """Strided, expanded, and beside a line's beginning: the same bits."""
     x, g, weight, bias = tensors(6, 192, 128)
@@ -170,7 +168,7 @@ def change_new_step(every, weight):
     every.begin(products.REPAID)
 
 
-@needs
+@lays_weights
 @torch.no_grad()
 @pytest.mark.parametrize("change", [change_counted, change_uncounted, change_memory, change_new_step])
 def test_a_changed_weight_is_laid_anew(change):
@@ -195,7 +193,7 @@ def test_a_changed_weight_is_laid_anew(change):
         assert not torch.equal(one, before)
 
 
-@needs
+@lays_weights
 def test_weights_are_laid_where_it_pays_and_memory_allows():
     big, small, odd = (nn.Parameter(torch.randn(*s)) for s in ((512, 512), (64, 64), (1000, 1000)))
     more = nn.Parameter(torch.randn(512, 512))
@@ -213,7 +211,7 @@ def test_weights_are_laid_where_it_pays_and_memory_allows():
     assert every.nbytes == 4 * big.numel()
 
 
-@needs
+@lays_weights
 def test_memory_that_the_system_refuses_ends_it(monkeypatch):
     def refuse(weight, for_y):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -227,7 +225,7 @@ def test_memory_that_the_system_refuses_ends_it(monkeypatch):
     assert every.nbytes == 0
 
 
-@needs
+@lays_weights
 def test_another_layout_of_oneDNN_is_not_guessed_at(monkeypatch):
     weight = torch.randn(128, 128)
     real = torch.ops.mkldnn._reorder_linear_weight
@@ -239,7 +237,7 @@ def test_another_layout_of_oneDNN_is_not_guessed_at(monkeypatch):
             Laid(weight, for_y)
 
 
-@needs
+@lays_weights
 def test_where_the_bits_differ_the_weight_as_it_stands_is_taken(monkeypatch):
     x, g, weight, bias = tensors(6, 128, 128)
     for_y, for_x, real = Laid(weight, True), Laid(weight, False), torch.ops.mkldnn._linear_pointwise
