@@ -141,6 +141,11 @@ class Laid:
         if not torch.equal(self._blocks, theirs):
             raise NotImplementedError
 
+    @property
+    def useful(self) -> bool:
+        """Whether some number of rows has been found to take it."""
+        return any(self._agrees.values())
+
     def stale(self) -> None:
         """Note that the weight may be another one. Local."""
         self._state, self._used = (), False
@@ -211,7 +216,7 @@ class LaidWeights:
         for (parameter, _), laid in self._laid.items():
             if laid is not None:
                 laid.stale()
-                if waits and self._repaid:
+                if waits and self._repaid and laid.useful:
                     laid.of(parameter)
 
     def get(self, parameter: nn.Parameter, for_y: bool) -> Laid | None:

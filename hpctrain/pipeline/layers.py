@@ -131,7 +131,7 @@ class Layers:
                     what = f"layer {name} ({type(layer).__name__})"
                     with naming(what, value):
                         value = layer(value)
-                    gave(what, value)
+                    gave(what.__str__, value)
             return {"output" if last else f"value {stage}": value}, counting.count
 
         before = {stage - 1: [f"value {stage - 1}"]} if stage else {}

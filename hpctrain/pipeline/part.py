@@ -93,11 +93,12 @@ def following(trail: list[str]) -> Iterator[None]:
         _trail = None
 
 
-def gave(what: str, found: Any) -> None:
-    """Note what a layer gave, if someone follows. Local."""
+def gave(name: Callable[[], str], found: Any) -> None:
+    """Note what a layer gave, if someone follows; only then its name is asked for. Local."""
     trail = _trail
     if trail is None:
         return
+    what = name()
     for leaf in _pytree.tree_leaves(found):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             before = dict(leaf._backward_hooks or {})

@@ -7,6 +7,7 @@ the bits of the whole model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -63,7 +64,7 @@ class Runner:
             except Exception as error:
                 error.add_note(f"in {place_of(node)}, given {shapes_of((arguments, named))}")
                 raise
-            gave(place_of(node), env[node.name])
+            gave(partial(place_of, node), env[node.name])
         if self.last:
             values = [o.value if isinstance(o, Constant) else self._output(o, env) for o in traced.outputs]
             env["output"] = _pytree.tree_unflatten(values, traced.tree)

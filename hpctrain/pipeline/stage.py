@@ -197,7 +197,8 @@ class Stage:
         again = {id(a): b for a, b in zip(old, new, strict=True)}
         pairs = [(again.get(id(value), value), gradient) for value, gradient in kept.gradients]
         if self.last:
-            pairs = [(loss_of(found["output"]), torch.ones(()))]
+            loss = loss_of(found["output"])
+            pairs = [(loss, torch.ones_like(loss))]
         values, gradients = zip(*pairs, strict=True)
         try:
             torch.autograd.grad(values, inputs, gradients, allow_unused=True)
