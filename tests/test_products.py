@@ -247,3 +247,22 @@ def test_where_the_bits_differ_the_weight_as_it_stands_is_taken(monkeypatch):
     for _ in range(3):
         assert torch.equal(linear(x, weight, bias, for_y), linear(x, weight, bias))
         assert torch.equal(to_input(g, weight, for_x), to_input(g, weight))
+
+
+@lays_weights
+@torch.no_grad()
+def test_a_rank_that_waits_lays_ahead_what_products_take():
+    """Its first product of the step takes the laid weight; a single row takes none, and none is laid for it."""
+    x, _, weight, bias = tensors(9, 512, 512)
+    for rows, wanted in ((9, True), (1, False)):
+        every, parameter = LaidWeights(), nn.Parameter(weight)
+        every.allow(1e9)
+        every.begin(products.REPAID)
+        laid = every.get(parameter, True)
+        for _ in range(2):
+            linear(x[:rows], parameter, bias, laid)
+        every.begin(products.REPAID, waits=True)
+        assert laid.use(rows, parameter, bias) == wanted
+        assert bool(laid._state) == wanted
+        every.begin(products.REPAID)
+        assert not laid.use(rows, parameter, bias)
