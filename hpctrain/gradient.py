@@ -94,6 +94,8 @@ class StraightIntoPlace(TorchFunctionMode):
         self._active, self._micro_batch = False, -1
         self._waiting: dict[nn.Parameter, list[Waiting]] = {}
         """By weight, in the order of the backward passes."""
+        self.terms: dict[nn.Parameter, torch.Tensor] | None = None
+        """Sums of |g|ᵀ·|x| of each weight's products, if someone wants them: `verify` does."""
         self._owed = Counter[nn.Parameter]()
         """How many gradients of a parameter wait: layers of several weights may share a bias."""
         self._never_later: set[int] = set()
@@ -256,6 +258,9 @@ class StraightIntoPlace(TorchFunctionMode):
     def _compute(self, parameters: list[nn.Parameter], work: Work, now: bool = False) -> None:
         if isinstance(work, Product):
             place, first = self._place(parameters[0])
+            if self.terms is not None:
+                sizes = work.g.abs().t() @ work.x.abs()
+                self.terms[parameters[0]] = self.terms.get(parameters[0], 0.0) + sizes
             if first:
                 torch.mm(work.g.t(), work.x, out=place)
             else:

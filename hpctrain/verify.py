@@ -2,15 +2,14 @@
 
       every rank   step in the asked layout                  ──► mean gradient, loss
       rank 0       the same step alone, V micro-batches      ──► mean gradient, loss, Σ_v |g_v|
-      every rank   |asked - alone| ≤ 2 (V + 4) ε Σ_v |g_v| / W       element by element, of a matrix
-                                                                   the largest element's for all
+      every rank   |asked - alone| ≤ 2 (V + 4) ε Σ_v |g_v| / W       element by element
 
 Gradients are compared, not weights after many steps: a weight whose true gradient is zero
 follows the noise of Adam. The bound is that of summing V terms in another order (Higham 2002,
-section 4.2: (V - 1)·ε·Σ|g_v|), with room for the division; what products add to a matrix step by step
-may cancel within a g_v, too. There is no clip. Of a weight that several
-stages use one process shows only the sums over its uses, where large terms may have cancelled: its
-bound is that of its largest number.
+section 4.2: (V - 1)·ε·Σ|g_v|), with room for the division. A product that is added to a weight's
+gradient in place is rounded as its terms are, which may cancel within g_v: there |g_v| is |g|ᵀ·|x|. There
+is no clip. Of a weight that several stages use one process shows only the sums over its uses, where large
+terms may have cancelled: its bound is that of its largest number.
 
 SyncBatchNorm couples all samples of the batch, so one process takes it in one micro-batch, and there
 is no Σ_v: then the bound is 1e-5 of the largest gradient of any parameter, some hundred roundings
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from mpi4py import MPI
+from torch import nn
 
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
@@ -164,11 +164,16 @@ def step_alone(alone: Job | None, weights: dict[str, torch.Tensor], number: int,
             before[name] = now
 
     alone.engine.on_gradient = note
+    terms: dict[nn.Parameter, torch.Tensor] = {}
+    alone.engine.straight.terms = terms
     result = alone.engine.step(number, alone.loader.read(position))
     count = alone.loader.count
     factor = 2.0 * (count + 4) * EPSILON / result.weight
     gradients = {name: averager.gradient(name).clone() for name in sums}
-    bounds = {name: bound_of(total, factor).cpu() for name, total in sums.items()}
+    for name, parameter in averager.named.items():
+        if parameter in terms:
+            sums[name] = torch.maximum(sums[name], terms[parameter])
+    bounds = {name: (total.abs() * factor).cpu() for name, total in sums.items()}
     if synced(alone):
         rounding = SYNCED if alone.config.train.autocast == "none" else SYNCED_BF16
         bound = rounding * largest_of(gradients.values())
@@ -180,16 +185,6 @@ def step_alone(alone: Job | None, weights: dict[str, torch.Tensor], number: int,
         result.loss,
         2.0 * (count + 4) * EPSILON * abs(result.loss) * loss_room(alone),
     )
-
-
-def bound_of(total: torch.Tensor, factor: float) -> torch.Tensor:
-    """Bound the rounding of a gradient's elements, from the sums of their sizes over the micro-batches. Pure.
-
-    A matrix is a sum of products that was added to step by step: where its terms cancel, rounding is that
-    of the terms. They are taken to be as large as the matrix' largest element.
-    """
-    sizes = total.abs() * factor
-    return sizes.amax().expand_as(sizes) if sizes.ndim > 1 and sizes.numel() else sizes
 
 
 def loss_room(job: Job) -> float:
