@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from helpers import Net
+from mpi4py import MPI
 from torch import nn
 from torch.nn import functional
 
@@ -386,6 +387,29 @@ class Bad(nn.Module):
 
     def fail(self, gradient):
         raise ValueError("trouble in a layer's backward")
+
+
+class BadOn(nn.Module):
+    """Fails in the backward of one rank."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, x):
+        x = x * 1.0
+        if x.requires_grad and MPI.COMM_WORLD.rank == self.rank:
+            x.register_hook(self.fail)
+        return x
+
+    def fail(self, gradient):
+        raise ValueError("own trouble")
+
+
+def synced_row(in_features: int, out_features: int, rank: int) -> nn.Sequential:
+    """SyncBatchNorm before what fails, in both halves."""
+    halves = [[nn.Linear(n, 8), nn.SyncBatchNorm(8), BadOn(rank)] for n in (in_features, 8)]
+    return nn.Sequential(*halves[0], *halves[1], nn.Linear(8, out_features))
 
 
 def breaking_row(

@@ -565,6 +565,18 @@ def test_a_failing_layer_is_named_on_all_ranks(world, build, at, backward):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_looking_for_the_layer_does_not_meet_other_replicas(world, build, rank):
+    """A SyncBatchNorm's forward would: the error of another rank would stand for the true one."""
+    if world.size != 4:
+        pytest.skip("two replicas of two stages")
+    job = build("synced_row", 2, arguments={"rank": rank}, micro_batches=2, batch=16)
+    with pytest.raises(HpctrainError, match="own trouble") as raised:
+        job.engine.step(0, job.loader.read(0))
+    assert "in the backward pass" not in str(raised.value)
+
+
+@pytest.mark.mpi
 def test_a_layer_that_does_not_fail_again_is_not_named(world, build):
     if world.size == 1:
         pytest.skip("one rank has no stages")

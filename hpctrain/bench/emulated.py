@@ -68,8 +68,6 @@ def sleepers(whole: bool = False) -> nn.Sequential:
 class Weights:
     """Stands for what computes weight gradients: it sleeps as long as the layers of a stage would."""
 
-    fast = False
-
     def __init__(self, stages: int) -> None:
         """Take the number of stages."""
         self.layers = LAYERS // stages
