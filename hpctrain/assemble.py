@@ -72,6 +72,12 @@ class Job:
         return self.engine.pipeline if isinstance(self.engine, StagedEngine) else None
 
     @property
+    def schedule(self) -> str:
+        """The pipeline's schedule, the chosen one where the choice was left open; of several stages only."""
+        assert isinstance(self.engine, StagedEngine)
+        return self.engine.schedule
+
+    @property
     def plateau(self) -> bool:
         """Whether the learning rate follows a validation metric."""
         return isinstance(self.scheduler, ReduceLROnPlateau)
@@ -276,7 +282,10 @@ def engine_of(
     if portion.pipeline is None:
         return Engine(*common)
     fast = parallel.gradients == "fast"
-    return StagedEngine(*common, pipeline=portion.pipeline, schedule=parallel.schedule, fast=fast)
+    engine = StagedEngine(*common, pipeline=portion.pipeline, schedule=portion.schedule, fast=fast)
+    if not fast:
+        engine.straight.at_once(portion.at_once)
+    return engine
 
 
 def wanted(topology: Topology, batch: int) -> int:

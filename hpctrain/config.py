@@ -56,13 +56,14 @@ class Parallel:
     micro_batches: int | Literal["auto"] = "auto"
     """Micro-batches of one step over all replicas; auto: one a replica, four times the stages a replica
     with several stages."""
-    schedule: Literal["1f1b", "gpipe", "zb-h1", "interleaved"] = "1f1b"
+    schedule: Literal["auto", "1f1b", "gpipe", "zb-h1", "interleaved"] = "auto"
     """In which order a stage runs its passes: 1f1b keeps the activations of as many micro-batches as there
     are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers and
-    convolutions; interleaved gives each rank several stages, for shorter gaps and more messages. The results
-    are the same bits, but where stages share a weight."""
+    convolutions; interleaved gives each rank several stages, for shorter gaps and more messages. auto
+    simulates 1f1b, zb-h1 and interleaved with measured times and takes the fastest that fits; 1f1b where
+    nothing is measured. The results are the same bits, but where stages share a weight."""
     virtual_stages: int = 2
-    """Stages that a rank runs with schedule interleaved: twice as many for half the gaps. Has most where
+    """Stages that a rank runs if the schedule is interleaved: twice as many for half the gaps. Has most where
     micro_batches a replica are a multiple of stages."""
     gradients: Literal["strict", "fast"] = "strict"
     """strict: the bits of one process with the same micro-batches. fast: stages compute the weight gradients
@@ -230,7 +231,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
     >>> found = flatten(Config(parallel=Parallel(stages=2)))
     >>> found["parallel.stages"], found["parallel.schedule"]
-    (2, '1f1b')
+    (2, 'auto')
     """
     flat: dict[str, Any] = {}
     for entry in fields(config):

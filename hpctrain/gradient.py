@@ -22,7 +22,7 @@ the user's code, autocast, functorch, small weights.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -99,7 +99,8 @@ class StraightIntoPlace(TorchFunctionMode):
         self._owed = Counter[nn.Parameter]()
         """How many gradients of a parameter wait: layers of several weights may share a bias."""
         self._never_later: set[int] = set()
-        """Weights that embeddings add to: the order of the sum would be another."""
+        """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
+        another, and those of which the user of this was told."""
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
         """Whether part of the module is compiled: no mode can look inside."""
         weights = (  # a parametrised layer computes its weight when asked for it
@@ -109,12 +110,11 @@ class StraightIntoPlace(TorchFunctionMode):
             if isinstance(m, kind)
             for name in names
         )
-        smallest = {True: SMALLEST_FILTER, False: SMALLEST}
-        self.weights = {
-            id(w)
-            for w in weights
-            if w is not None and w.is_floating_point() and w.numel() >= smallest[w.ndim > 2]
-        }
+        self.weights = {id(w) for w in weights if w is not None and worth(w)}
+
+    def at_once(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Let what these add to their gradients never wait: for them a split backward is too dear. Local."""
+        self._never_later.update(map(id, parameters))
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -279,6 +279,11 @@ class StraightIntoPlace(TorchFunctionMode):
         found = self._places.place(parameter)
         assert found is not None
         return found
+
+
+def worth(weight: torch.Tensor) -> bool:
+    """Tell whether a weight is large enough for our own ways to gain. Pure."""
+    return weight.is_floating_point() and weight.numel() >= (SMALLEST_FILTER if weight.ndim > 2 else SMALLEST)
 
 
 def unlooking(function: Any) -> Any:

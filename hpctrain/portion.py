@@ -27,12 +27,17 @@ from hpctrain.piece import of_module
 from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
+from hpctrain.pipeline.schedule import SEVERAL
 from hpctrain.pipeline.transport import Transport
-from hpctrain.pipeline.weigh import Scales
+from hpctrain.pipeline.weigh import Plan, Scales
 from hpctrain.room import room
 from hpctrain.task import Task
 from hpctrain.topology import Topology, usable_cores
 from hpctrain.wire import together
+
+CHOSEN = {"1f1b": 1.0, "zb-h1": 1.01, "interleaved": 1.1}
+"""Schedules that may be chosen by measured times, and by how much each must beat those before it: zb-h1 keeps
+more micro-batches on later stages, interleaved has more messages (gpipe has nothing that 1f1b has not)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Portion:
     optimizer: torch.optim.Optimizer
     pipeline: Pipeline | None
     """Where there are several stages."""
+    schedule: str
+    """The pipeline's."""
+    at_once: list[torch.nn.Parameter]
+    """Parameters whose gradients are not to wait in it."""
     synced: bool
     """Whether BatchNorm layers see the whole batch."""
 
@@ -78,7 +87,7 @@ def build(
         refuse_extra_state(module)
         synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)
-    pipeline, pieces, scales = None, None, None
+    pipeline, pieces, scales, schedule, at_once = None, None, None, "", []
     stages = topology.stages * config.parallel.virtual
     if topology.stages > 1:
         with together(world), told_of_memory(topology):  # what may fail on one rank alone comes first
@@ -90,11 +99,13 @@ def build(
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)
             own = range(-(-count // topology.replicas))
-            virtual = config.parallel.virtual
-            found = simulate.check(config.parallel.schedule, topology.stages, own, *pieces.links(), virtual)
+            schedule = pieces.choice.schedule or schedules(config, synced)[0]
+            virtual = pieces.stages // topology.stages
+            found = simulate.check(schedule, topology.stages, own, *pieces.links(), virtual)
             kept = max(found.kept)
             ties, optimizer = share_of(config, topology, module, deferred, pieces)
             again = recomputes(config, pieces, synced)
+            at_once = [p for name, p in module.named_parameters() if name in pieces.at_once]
         else:
             optimizer = groups.build(config.optimizer, module)
     if pieces is not None:  # no rank has failed, so all of them are here
@@ -103,7 +114,7 @@ def build(
     same_start(module, topology.comms.data)
     if pipeline:
         pipeline.refresh()
-    return Portion(model, module, optimizer, pipeline, synced)
+    return Portion(model, module, optimizer, pipeline, schedule, at_once, synced)
 
 
 @contextmanager
@@ -200,15 +211,12 @@ def recomputes(config: Config, model: Cut, synced: bool) -> bool:
 
 def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> Scales | None:
     """Say by what a cut is to be chosen; None where nothing is measured. Collective."""
-    world, stages = topology.comms.world, topology.stages * config.parallel.virtual
+    world = topology.comms.world
     if topology.device != "cpu" or config.parallel.cuts:
         return None
     node = topology.comms.node
     told = world.allgather((topology.stage, room(node.size)))
-    ranks = [
-        [rank for rank, (stage, _) in enumerate(told) if stage == at % topology.stages]
-        for at in range(stages)
-    ]
+    ranks = [[rank for rank, (stage, _) in enumerate(told) if stage == at] for at in range(topology.stages)]
     neighbours = node.allgather((topology.stage, usable_cores()))
     cores = set[int]().union(*(own for _, own in neighbours))
     turns = world.allreduce(-(-node.size // len(cores)) if topology.crowded else 1, op=MPI.MAX)
@@ -216,18 +224,31 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
     sharing = sum(stage == topology.stage for stage, _ in neighbours)
     shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
     copies = world.allreduce(1.0 + shared, op=MPI.MAX)
-    own = range(-(-count // topology.replicas))
-    dry = simulate.check(config.parallel.schedule, topology.stages, own, virtual=config.parallel.virtual)
+    own = -(-count // topology.replicas)
+    plans = []
+    for schedule in schedules(config, synced):
+        virtual = config.parallel.virtual_stages if schedule in SEVERAL else 1
+        dry = simulate.check(schedule, topology.stages, range(own), virtual=virtual)
+        plans.append(Plan(schedule, virtual, dry.kept, CHOSEN.get(schedule, 1.0)))
     return Scales(
         world,
         ranks,
-        [min(told[rank][1] for rank in group) / config.parallel.virtual for group in ranks],
-        dry.kept,
+        [min(told[rank][1] for rank in group) for group in ranks],
+        plans,
+        own,
         copies,
         precision(config.train.autocast, topology.device),
         (node.rank % turns, turns),
         "never" if synced else config.parallel.recompute,
     )
+
+
+def schedules(config: Config, synced: bool) -> list[str]:
+    """List the schedules to choose from. Pure."""
+    if config.parallel.schedule != "auto":
+        return [config.parallel.schedule]
+    # neither has anything to gain: nothing waits there, or there is one micro-batch
+    return [next(iter(CHOSEN))] if config.averaging.invariant or synced else list(CHOSEN)
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

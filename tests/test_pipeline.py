@@ -18,6 +18,8 @@ from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
+from hpctrain.pipeline import profile, weigh
+from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.watch import ASK, Watch
@@ -79,7 +81,7 @@ def build(world, files):
         config.data.inputs = settings.pop("inputs", config.data.inputs)
         config.train.autocast = settings.pop("autocast", "none")
         config.parallel.stages = stages
-        for name, value in settings.items():
+        for name, value in {"schedule": "1f1b", **settings}.items():
             setattr(config.parallel, name, value)
         topology = Topology.build(world, stages)
         made.append(topology)
@@ -100,6 +102,7 @@ def waits(monkeypatch):
 
     monkeypatch.setattr(gradient, "SMALLEST", 1)
     monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
+    monkeypatch.setattr(weigh, "SPLIT_WORTH", float("inf"))  # of so small ones no split is repaid
     asked, later = [], Places.later
 
     def counting(self, *parameters):
@@ -190,6 +193,33 @@ def test_several_stages_a_rank_have_the_bits_of_one_process(world, build, waits,
             alone.topology.close()
         else:
             assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "work", [Work(1.0, 1.0, 1.0, 0), Work(1.0, 2.0, 0.0, 0), Work(1.0, 2.0, 2.0, 0, 0.5)]
+)
+def test_a_schedule_of_its_own_choice_has_the_bits_of_one_process(world, build, waits, monkeypatch, work):
+    """Zero bubble, interleaved, and backward passes that are not split; what is chosen is run, told and drawn."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    monkeypatch.setattr(profile, "timed", lambda *_: work)
+    monkeypatch.setattr(profile, "yardstick", lambda: 1.0)
+    monkeypatch.setattr(weigh, "SPLIT_WORTH", 1.1)
+    job = build("broad_row" if world.size == 2 else "plain_row", world.size, micro_batches=2, schedule="auto")
+    expected = "zb-h1" if work.weight_gradient == 1.0 else "interleaved"
+    assert (job.schedule, len(job.pipeline.stages)) == (expected, 1 + (expected == "interleaved"))
+    assert job.config.parallel.schedule == "auto"  # a resume with other stages chooses anew
+    has_bits_of_one_process(world, job, "plain_row")
+    assert any(world.allgather(any(waits))) == (work.joint == 0.0)
+
+
+@pytest.mark.mpi
+def test_no_schedule_is_chosen_where_none_can_gain(world, build):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build("plain_row", world.size, micro_batches=4, schedule="auto", invariant=True)
+    assert job.schedule == "1f1b"
 
 
 @pytest.mark.mpi

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import library, nn
 
-from hpctrain import room
+from hpctrain import gradient, portion, room
 from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Optimizer
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline import profile, split
 from hpctrain.pipeline.profile import Work
-from hpctrain.pipeline.weigh import Scales, choose
+from hpctrain.pipeline.weigh import Plan, Scales, choose
 
 NAP = 0.03
 
@@ -53,6 +53,19 @@ class Naps(nn.Module):
         return x
 
 
+class Rows(nn.Module):
+    """Layers, not in a row that can be seen."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = nn.ModuleList(rows)
+
+    def forward(self, x):
+        for row in self.rows:
+            x = row(x)
+        return x
+
+
 @pytest.fixture
 def even(monkeypatch):
     """All ranks are equally fast, whatever else the machine does."""
@@ -62,11 +75,23 @@ def even(monkeypatch):
 def scales(world, stages=2, limits=None, kept=None, copies=4.0):
     ranks = [list(range(stage, world.size, stages)) or [0] for stage in range(stages)]
     unlimited = [float("inf")] * stages
-    return Scales(world, ranks, limits or unlimited, kept or [1] * stages, copies)
+    plans = [Plan("1f1b", 1, kept or [1] * stages)]
+    return Scales(world, ranks, limits or unlimited, plans, 4, copies)
 
 
 def works(*seconds, kept=0):
     return [partial(Work, s, 0.0, 0.0, kept) for s in seconds]
+
+
+def with_plans(world, ranks, micro_batches, kept, limits=None):
+    """Let the schedules that are chosen from be chosen from, each keeping so many micro-batches."""
+    found = scales(world, ranks, limits)
+    found.micro_batches = micro_batches
+    found.plans = [
+        Plan(name, 2 if name == "interleaved" else 1, kept[name], worth)
+        for name, worth in portion.CHOSEN.items()
+    ]
+    return found
 
 
 @pytest.mark.mpi
@@ -171,6 +196,77 @@ def test_memory_asks_for_recomputation(world, even):
     assert "memory may run out" in found.warned[0]
     asked.limits = [100, 100]
     assert not choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
+
+
+KEPT = {"1f1b": [2, 1], "zb-h1": [2, 2], "interleaved": [3, 3, 2, 2]}
+
+
+@pytest.mark.mpi
+def test_the_fastest_schedule_is_chosen(world, even):
+    """Weight gradients fill gaps; several stages a rank shorten them where there is nothing to fill them with."""
+
+    def chosen(ranks, micro_batches, work, pieces=8, kept=None, shared=False, limits=None):
+        kept = kept or {n: [ranks] * ranks * (1 + (n == "interleaved")) for n in portion.CHOSEN}
+        asked = with_plans(world, ranks, micro_batches, kept, limits)
+        return choose(ranks, [1] * pieces, [10] * pieces, [lambda: work] * pieces, asked, shared)
+
+    halves, whole = Work(1.0, 1.0, 1.0, 5), Work(1.0, 2.0, 0.0, 5)
+    found = chosen(2, 4, halves)
+    assert (found.schedule, len(found.parts)) == ("zb-h1", 2)
+    # 4 pieces a stage: 4 x 12 of work, and a gap of F + I - W; 1f1b has F + I
+    assert found.seconds == pytest.approx(48 + 4)
+    assert "zb-h1, simulated with the pieces' times: 1f1b 56000.0 ms, zb-h1 52000.0 ms" in found.said[-1]
+    assert chosen(2, 1, whole).schedule == "1f1b"  # one after the other in all of them
+    found = chosen(4, 4, whole)
+    assert (found.schedule, len(found.parts)) == ("interleaved", 8)
+    assert found.seconds == pytest.approx(4 * 6 + 3 * 6 / 2)
+    assert chosen(4, 32, whole).schedule == "1f1b"  # a twentieth is not worth its messages
+    assert chosen(4, 4, whole, pieces=7).schedule == "1f1b"
+    assert chosen(4, 4, whole, shared=True).schedule == "1f1b"
+    # 4 pieces of 40 bytes and 20 kept a stage: 1f1b's [2, 1] fit, zb-h1's [2, 2] do not
+    assert chosen(2, 4, halves, kept=KEPT, limits=[200, 180]).schedule == "1f1b"
+    assert chosen(2, 4, halves, kept=KEPT, limits=[200, 200]).schedule == "zb-h1"
+
+
+@pytest.mark.mpi
+def test_a_backward_that_is_dear_to_split_stays_whole(world, even):
+    """Ten micro-batches lose 0.5 each, to send the first gradient 1.0 earlier."""
+    dear, cheap = Work(1.0, 1.5, 1.0, 0, joint=2.0), Work(1.0, 1.0, 1.0, 0, joint=2.0)
+    asked = with_plans(world, 2, 10, KEPT)
+    pieces = [lambda work=work: work for work in (dear, cheap, cheap, dear)]
+    found = choose(2, [1] * 4, [0] * 4, pieces, asked)
+    assert found.at_once == [0, 3]
+    assert [(work.input_gradient, work.weight_gradient) for work in found.passes] == [(3.0, 1.0)] * 2
+    assert "weight gradients of 2 pieces do not wait" in found.said[-1]
+    asked.micro_batches = 2
+    assert choose(2, [1] * 4, [0] * 4, pieces, asked).at_once == []
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["layers", "operators"])
+def test_a_cut_follows_what_was_chosen(world, even, monkeypatch, model):
+    """Stages of a plan with two a rank; names of the parameters that do not wait."""
+    rows = [nn.Linear(16, 16) for _ in range(8)]
+    module = nn.Sequential(*rows) if model == "layers" else Rows(rows)
+    monkeypatch.setattr(profile, "timed", lambda *_: Work(0.1, 0.4, 0.2, 0, joint=0.2))
+    kept = {n: [4] * 4 * (1 + (n == "interleaved")) for n in portion.CHOSEN}
+    found = split.cut(module, {"x": torch.randn(8, 16)}, False, 4, [], with_plans(world, 4, 4, kept))
+    assert (found.stages, found.choice.schedule) == (8, "interleaved")
+    assert [len(found.tensors(stage)) for stage in range(8)] == [2] * 8
+    assert found.at_once == {name for name, _ in module.named_parameters()}
+
+
+@pytest.mark.mpi
+def test_pieces_are_timed_as_a_step_runs_them(world):
+    """The halves of a backward: what may wait is by itself, and all of it is computed."""
+    large, small = nn.Linear(512, 512), nn.Linear(16, 16)
+    assert large.weight.numel() > gradient.SMALLEST > small.weight.numel()
+    waits, not_waits = (
+        profile.of_layers([layer], torch.randn(256, layer.in_features))[0]() for layer in (large, small)
+    )
+    assert waits.weight_gradient > 0.2 * waits.joint > 0
+    assert not_waits.weight_gradient < 0.2 * not_waits.joint
+    assert waits.kept == 256 * 512 * 4
 
 
 @pytest.mark.mpi

@@ -51,7 +51,9 @@ class Graph:
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Cut it where `cuts` says, or by measured or estimated work. Collective, if there are scales."""
         traced = self._first
+        self.at_once = set[str]()
         self._place(traced, cuts, scales)
+        self.stages = len(self.choice.parts)
         self.used: dict[int, set[str]] = {stage: set() for stage in range(self.stages)}
         for node in traced.nodes:
             names = {traced.held[a.name] for a in node.all_input_nodes if a.name in traced.held}
@@ -114,8 +116,11 @@ class Graph:
                 self._weights([nodes[a:b] for a, b in pieces], traced),
                 [partial(of_operators, nodes[a:b], traced, self.real) for a, b in pieces],
                 scales,
+                self._shares([nodes[a:b] for a, b in pieces], traced),
             )
             edges = [pieces[start][0] for start, _ in self.choice.parts[1:]]
+            for a, b in (pieces[at] for at in self.choice.at_once):
+                self.at_once |= self._held(nodes[a:b], traced)
         for i, node in enumerate(nodes):
             traced.stage[node.name] = sum(edge <= i for edge in edges)
 
@@ -123,11 +128,20 @@ class Graph:
         """Give the bytes of each piece's weights; one that several use is the first one's."""
         seen, found = set[str](), []
         for nodes in pieces:
-            given = [a.name for node in nodes for a in node.all_input_nodes]
-            names = {self.first[traced.held[name]] for name in given if name in traced.held}
+            names = self._held(nodes, traced)
             found.append(sum(self.real[name].nbytes for name in names - seen))
             seen |= names
         return found
+
+    def _held(self, nodes: list[fx.Node], traced: Traced) -> set[str]:
+        """Give the parameters and buffers that operators use, by their first names."""
+        given = (a.name for node in nodes for a in node.all_input_nodes)
+        return {self.first[traced.held[name]] for name in given if name in traced.held}
+
+    def _shares(self, pieces: list[list[fx.Node]], traced: Traced) -> bool:
+        """Whether some pieces use the same parameter or buffer."""
+        held = [self._held(nodes, traced) for nodes in pieces]
+        return sum(map(len, held)) > len(set[str]().union(*held))
 
     def _heavy(self, node: fx.Node, traced: Traced) -> bool:
         """Whether a stage may begin here: at an operator with a matrix of its own."""

@@ -83,14 +83,19 @@ class Layers:
             modules = [layer for _, layer in self.layers]
             every = [module for layer in modules for module in layer.modules()]
             hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
+            own = [set(layer.parameters()) | set(layer.buffers()) for layer in modules]
             self.choice = choose(
                 self.stages,
                 [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
                 [sum(p.nbytes for p in layer.parameters()) for layer in modules],
                 of_layers(modules, self.value),
                 None if hooked else scales,  # a user's hooks run when the model does
+                shared=sum(map(len, own)) > len(set().union(*own)),
             )
         self.ranges = self.choice.parts
+        self.stages = len(self.ranges)
+        slow = [self.layers[at] for at in self.choice.at_once]
+        self.at_once = {f"{name}.{own}" for name, layer in slow for own, _ in layer.named_parameters()}
 
     def tensors(self, stage: int) -> list[str]:
         """Parameters and buffers of its layers."""

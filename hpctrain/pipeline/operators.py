@@ -1,7 +1,32 @@
-"""What the operators of a written-down forward say of themselves: place, aliases, work. Pure."""
+"""What the operators of a written-down forward say of themselves: place, aliases, work; how one is called."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional
+
+SEEN: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.ops.aten.linear.default: functional.linear,
+    torch.ops.aten.conv1d.default: functional.conv1d,
+    torch.ops.aten.conv2d.default: functional.conv2d,
+    torch.ops.aten.conv3d.default: functional.conv3d,
+}
+"""What the gradient's mode watches, with the arguments of the operator."""
+
+
+def called(target: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Call an operator as a module would: through the functions that the gradient's mode watches. Local."""
+    if target in SEEN:
+        return SEEN[target](*arguments, **named)
+    if target is torch.ops.aten.embedding.default:
+        weight, indices, *rest = arguments
+        padding = rest[0] if rest and rest[0] >= 0 else None
+        if not any(rest[1:]):
+            return functional.embedding(indices, weight, padding)
+    with torch._C.DisableTorchFunction():
+        return target(*arguments, **named)
 
 
 def path_of(node: fx.Node) -> str:

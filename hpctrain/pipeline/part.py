@@ -42,7 +42,10 @@ class Cut(Protocol):
     """A model in stages."""
 
     stages: int
+    """In all; `place` may choose to have several a rank."""
     choice: Choice
+    at_once: set[str]
+    """Names of parameters whose gradients are not to wait."""
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Say where its stages begin, once, before anything else. Collective, if there are scales."""

@@ -23,12 +23,15 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
-from hpctrain.pipeline.operators import changes
+from hpctrain.gradient import StraightIntoPlace, worth
+from hpctrain.pipeline.operators import called, changes
 from hpctrain.pipeline.trace import Traced, skeleton
 
-REPEATS = 3
+REPEATS, MOST_REPEATS = 3, 12
 """Of each measurement, behind one to warm up; the least of them counts."""
-ENOUGH_SECONDS = 0.5
+ENOUGH_SECONDS = 0.05
+"""A piece is repeated more often while that takes less in all."""
+LONG_SECONDS = 0.5
 """A piece that takes longer is not repeated."""
 YARDSTICK_ROWS, YARDSTICK_REPEATS = 384, 20
 """Some 30 ms in all."""
@@ -44,21 +47,32 @@ class Work:
     forward: float
     """Seconds."""
     input_gradient: float
-    """Seconds of a backward that leaves the weights out."""
+    """Seconds of a backward that leaves out the weight gradients that may wait."""
     weight_gradient: float
-    """Seconds that they add to it."""
+    """Seconds of those, by themselves."""
     kept: int
     """Bytes that stay from forward to backward, weights left out."""
+    joint: float = 0.0
+    """Seconds of a backward in which nothing waits; 0 where that was not measured."""
 
     @property
     def seconds(self) -> float:
         """Of all passes."""
         return self.forward + self.input_gradient + self.weight_gradient
 
+    @property
+    def at_once(self) -> "Work":
+        """The same work where nothing waits."""
+        return Work(self.forward, self.joint, 0.0, self.kept, self.joint)
+
     def times(self, factor: float) -> "Work":
         """Give the same work on a rank that takes so many times as long."""
         return Work(
-            factor * self.forward, factor * self.input_gradient, factor * self.weight_gradient, self.kept
+            factor * self.forward,
+            factor * self.input_gradient,
+            factor * self.weight_gradient,
+            self.kept,
+            factor * self.joint,
         )
 
 
@@ -120,12 +134,48 @@ def yardstick() -> float:
 
 
 def timed(run: Callable[[], Any], weights: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> Work:
-    """Time a forward, its backward, and its backward to the inputs alone. Local."""
+    """Time a forward, its backward with all gradients at once, and in two halves. Local.
+
+    They run as a step's do, weight gradients straight into places. Gradients that never wait are with
+    those of the inputs.
+    """
     weights = list(weights)
-    leaves = [x for x in inputs if x.requires_grad]
-    trained = [w for w in weights if w.requires_grad]
+    leaves = [x for x in [*inputs, *weights] if x.requires_grad]
+    straight = StraightIntoPlace(nn.Module(), MadeUpPlaces())
+    straight.weights = {id(w) for w in weights if w.requires_grad and worth(w)}
+
+    def once(micro_batch: int) -> tuple[float, float, float]:
+        began = time.perf_counter()
+        with straight.forward():
+            every = [leaf for leaf in _pytree.tree_leaves(run()) if isinstance(leaf, torch.Tensor)]
+        between = time.perf_counter()
+        outputs = [leaf for leaf in every if leaf.requires_grad]
+        ones = [torch.ones_like(output) for output in outputs]
+        ready = time.perf_counter()
+        if outputs and leaves:
+            with straight.accumulating(micro_batch):
+                torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
+        behind = time.perf_counter()
+        straight.weights_of(micro_batch, last=True)
+        return between - began, behind - ready, time.perf_counter() - behind
+
+    kept = bytes_kept(run, weights)
+    found: list[tuple[float, ...]] = []
+    began = time.perf_counter()
+    while len(found) <= MOST_REPEATS:
+        forward, joint, _ = once(-1)
+        found.append((forward, joint, *once(0)[1:]))
+        if forward + joint > LONG_SECONDS:
+            break
+        if len(found) > REPEATS and time.perf_counter() - began > ENOUGH_SECONDS:
+            break
+    forward, joint, *halves = (min(column) for column in zip(*(found[1:] or found)))
+    return Work(forward, halves[0], halves[1], kept, joint)
+
+
+def bytes_kept(run: Callable[[], Any], weights: Iterable[torch.Tensor]) -> int:
+    """Count what autograd keeps of a forward, weights left out. Local."""
     own = {tensor.untyped_storage().data_ptr() for tensor in weights}
-    found: list[tuple[float, float, float]] = []
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,27 +184,34 @@ def timed(run: Callable[[], Any], weights: Iterable[torch.Tensor], inputs: Itera
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def once(wanted: list[torch.Tensor]) -> tuple[float, float]:
-        kept.clear()
-        began = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            every = [leaf for leaf in _pytree.tree_leaves(run()) if isinstance(leaf, torch.Tensor)]
-        between = time.perf_counter()
-        outputs = [leaf for leaf in every if leaf.requires_grad]
-        ones = [torch.ones_like(output) for output in outputs]
-        ready = time.perf_counter()
-        if outputs and wanted:
-            torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
-        return between - began, time.perf_counter() - ready
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        found = run()
+    del found  # until here its memory is not another's
+    return sum(kept.values())
 
-    for _ in range(1 + REPEATS):
-        forward, backward = once(leaves + trained)
-        most, (_, less) = sum(kept.values()), once(leaves)
-        found.append((forward, backward, min(less, backward)))
-        if forward + backward > ENOUGH_SECONDS:
-            break
-    forward, backward, less = (min(column) for column in zip(*(found[1:] or found)))
-    return Work(forward, less, backward - less, most)
+
+class MadeUpPlaces:
+    """Where the gradients of made-up weights go."""
+
+    def __init__(self) -> None:
+        """Have none yet."""
+        self._places: dict[int, torch.Tensor] = {}
+
+    def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Give its memory; something has joined it."""
+        if id(parameter) not in self._places:
+            self._places[id(parameter)] = torch.zeros_like(parameter)
+        return self._places[id(parameter)], False
+
+    def filled(self, parameter: torch.Tensor) -> None:
+        """Nothing to note."""
+
+    def later(self, *parameters: torch.Tensor) -> bool:
+        """All may wait."""
+        return True
+
+    def caught_up(self, parameter: torch.Tensor) -> None:
+        """Nothing to note."""
 
 
 def made_up(like: torch.Tensor, grad: bool = True) -> torch.Tensor:
@@ -214,7 +271,7 @@ def of_operators(nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Ten
         env.update({name: _pytree.tree_map_only(torch.Tensor, torch.clone, given[name]) for name in moved})
         for node in nodes:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n.name])
-            env[node.name] = node.target(*arguments, **named)  # type: ignore[operator]
+            env[node.name] = called(node.target, arguments, named)
         leaves = [n for n in nodes if not n.users or any(user.name not in inside for user in n.users)]
         return [env[node.name] for node in leaves]
 

@@ -13,22 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from hpctrain.draws import seed
-from hpctrain.pipeline.operators import path_of
+from hpctrain.pipeline.operators import called, path_of
 from hpctrain.pipeline.part import Env, gave, input_of, shapes_of
 from hpctrain.pipeline.trace import Constant, Traced
-
-SEEN: dict[Any, Callable[..., torch.Tensor]] = {
-    torch.ops.aten.linear.default: functional.linear,
-    torch.ops.aten.conv1d.default: functional.conv1d,
-    torch.ops.aten.conv2d.default: functional.conv2d,
-    torch.ops.aten.conv3d.default: functional.conv3d,
-}
-"""What the gradient's mode watches, with the arguments of the operator."""
 
 
 @dataclass
@@ -74,21 +65,12 @@ class Runner:
         return self.real(self.traced.held[name]) if name in self.traced.held else env[name]
 
     def _call(self, node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Call an operator as the module would: through the functions that the gradient's mode watches."""
-        target = node.target
-        if target is torch.ops.aten.batch_norm.default:
+        """Call an operator as the module would. Local."""
+        if node.target is torch.ops.aten.batch_norm.default:
             owner = self.module.get_submodule(path_of(node))
             if isinstance(owner, _BatchNorm):
                 return normalise(owner, arguments[0])
-        if target in SEEN:
-            return SEEN[target](*arguments, **named)
-        if target is torch.ops.aten.embedding.default:
-            weight, indices, *rest = arguments
-            padding = rest[0] if rest and rest[0] >= 0 else None
-            if not any(rest[1:]):
-                return functional.embedding(indices, weight, padding)
-        with torch._C.DisableTorchFunction():
-            return target(*arguments, **named)  # type: ignore[operator]
+        return called(node.target, arguments, named)
 
 
 def place_of(node: fx.Node) -> str:

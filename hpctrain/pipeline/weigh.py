@@ -1,13 +1,14 @@
-"""Where to cut: by the operators' estimated work, or by their measured time where that is clearly faster.
+"""Where to cut and in which order to run: by estimated work, or by measured time if that is clearly faster.
 
 An estimate is the same in every run; a measurement is right about this machine. So the estimate's cut
 stays as long as its slowest stage takes no more than a tenth longer, by the measured times, than that of
-the best cut, and fits as well.
+the best cut, and fits as well. The schedule is the first of those that may be chosen whose simulated step,
+with the measured passes, no other beats by what the other's own messages and memory are worth.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpi4py import MPI
@@ -15,8 +16,26 @@ from mpi4py import MPI
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition, slowest
 from hpctrain.pipeline.profile import Profile, Work, measure
+from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, programs
+from hpctrain.pipeline.simulate import Cost, simulate
 
 WORTH = 1.1
+"""By how much a measured cut must be better than the estimate's."""
+SPLIT_WORTH = 1.1
+"""How many times as long the halves of a backward take, at least, where they are not to be split."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule that may be chosen."""
+
+    schedule: str
+    virtual: int
+    """Stages of a rank."""
+    kept: list[int]
+    """By stage: the most micro-batches on their way at once."""
+    worth: float = 1.0
+    """By how much its simulated step must be shorter than that of the plans before it."""
 
 
 @dataclass
@@ -26,11 +45,13 @@ class Scales:
     comm: MPI.Intracomm
     """All ranks."""
     ranks: list[list[int]]
-    """By stage: those of `comm` that run it."""
+    """By rank of a pipeline: those of `comm` that run its stages."""
     limits: list[float]
-    """By stage: the bytes that it may take on each of its ranks, where virtual stages share alike."""
-    kept: list[int]
-    """By stage: the most micro-batches on their way at once."""
+    """By rank of a pipeline: the bytes that its stages may take."""
+    plans: list[Plan]
+    """The schedules to choose from; the first one has the fewest stages."""
+    micro_batches: int
+    """Of a replica."""
     copies: float
     """Bytes that a byte of weights takes in all: itself, its gradient, the optimizer's."""
     around: AbstractContextManager[Any] = field(default_factory=nullcontext)
@@ -56,6 +77,12 @@ class Choice:
     said: list[str] = field(default_factory=list)
     """For the log."""
     warned: list[str] = field(default_factory=list)
+    schedule: str = ""
+    """The one that was chosen by measured times; empty where there are none."""
+    at_once: list[int] = field(default_factory=list)
+    """Pieces whose weight gradients are not to wait."""
+    seconds: float = 0.0
+    """Of a step, simulated."""
 
 
 def choose(
@@ -64,49 +91,101 @@ def choose(
     weights: Sequence[float],
     pieces: Sequence[Callable[[], Work]],
     scales: Scales | None,
+    shared: bool = False,
 ) -> Choice:
     """Choose the cut of pieces with estimated costs and bytes of weights. Collective, if there are scales.
 
+    `shared`: pieces share weights, whose gradients several stages a rank would add in another order.
     Raises ConfigError where the gradients alone would not fit.
     """
-    guess = partition(estimates, stages)
     if scales is None:
-        return Choice(guess, pieces=len(pieces))
+        return Choice(partition(estimates, stages), pieces=len(pieces))
     profile = measure(scales.comm, pieces, scales.around, scales.turn)
     if isinstance(profile, str):
         return Choice(
-            guess,
+            partition(estimates, stages),
             pieces=len(pieces),
             said=[f"the cut is by estimate, as pieces can't be measured alone ({profile})"],
         )
-    speeds = [min(profile.speeds[rank] for rank in ranks) for ranks in scales.ranks]
+    at_once = too_dear(profile.works, scales)
+    works = [work.at_once if at in at_once else work for at, work in enumerate(profile.works)]
+    profile = replace(profile, works=works)
+    first, *others = scales.plans
+    best = fitted(first, estimates, weights, profile, scales)
+    simulated = [f"{first.schedule} {1e3 * best.seconds:.1f} ms"]
+    for plan in others:
+        if plan.virtual > 1 and (shared or len(pieces) < plan.virtual * len(scales.ranks)):
+            continue
+        try:
+            found = fitted(plan, estimates, weights, profile, scales)
+        except ConfigError:
+            continue
+        simulated.append(f"{plan.schedule} {1e3 * found.seconds:.1f} ms")
+        fits = bool(found.warned) <= bool(best.warned) and found.recompute <= best.recompute
+        if fits and found.seconds * plan.worth < best.seconds:
+            best = found
+    if others:
+        by = ", ".join(simulated)
+        best.said.append(f"the schedule is {best.schedule}, simulated with the pieces' times: {by}")
+    if at_once:
+        best.said.append(f"weight gradients of {len(at_once)} pieces do not wait: splitting costs more there")
+    best.at_once = at_once
+    return best
+
+
+def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
+    """List the pieces whose backward is not to be split. Pure.
+
+    To split costs each micro-batch the halves' time over that of the whole; it shortens the way of the
+    first gradients through the stages by the weight gradient's, once a stage.
+    """
+    gaps = len(scales.ranks) - 1
+    found = []
+    for at, work in enumerate(works):
+        halves = work.input_gradient + work.weight_gradient
+        lost = scales.micro_batches * (halves - work.joint)
+        if work.joint and halves > SPLIT_WORTH * work.joint and lost > gaps * work.weight_gradient:
+            found.append(at)
+    return found
+
+
+def fitted(
+    plan: Plan, estimates: Sequence[float], weights: Sequence[float], profile: Profile, scales: Scales
+) -> Choice:
+    """Choose the cut for a schedule. Pure. Raises ConfigError where the gradients alone would not fit."""
+    ranks = len(scales.ranks)
+    stages = ranks * plan.virtual
+    guess = partition(estimates, stages)
+    of_rank = [min(profile.speeds[rank] for rank in ranks) for ranks in scales.ranks]
+    speeds = [of_rank[stage % ranks] for stage in range(stages)]
+    limits = [scales.limits[stage % ranks] / plan.virtual for stage in range(stages)]
     costs = [work.seconds for work in profile.works]
     memory = [scales.copies * size for size in weights]
     kept = [float(work.kept) for work in profile.works]
     said, warned, recompute = [], [], scales.recompute == "always"
-    once = [*[1] * (stages - 1), scales.kept[-1]]
+    once = [*[1] * (stages - 1), plan.kept[-1]]
     twice = [work.seconds + work.forward for work in profile.works]
-    times = once if recompute else scales.kept
+    times = once if recompute else plan.kept
     costs = twice if recompute else costs
     try:
-        best = partition(costs, stages, memory, scales.limits, speeds, kept, times)
+        best = partition(costs, stages, memory, limits, speeds, kept, times)
     except ConfigError as error:
         try:
             if scales.recompute != "auto":
                 raise
             # what was received and sent stays too, which is little beside a graph
-            best = partition(twice, stages, memory, scales.limits, speeds, kept, once)
+            best = partition(twice, stages, memory, limits, speeds, kept, once)
             costs, times, recompute = twice, once, True
             said = [f"stages run forward again for backward, as memory asks for it: else {error}"]
         except ConfigError:
-            partition(costs, stages, weights, scales.limits, speeds)
+            partition(costs, stages, weights, limits, speeds)
             warned = [f"memory may run out: {error}"]
             recompute = recompute or scales.recompute == "auto"  # the least that it can take
             costs = twice if recompute else costs
             best = partition(costs, stages, speeds=speeds)
     fits = warned or all(
         sum(memory[a:b]) + count * sum(kept[a:b]) <= limit
-        for (a, b), count, limit in zip(guess, times, scales.limits)
+        for (a, b), count, limit in zip(guess, times, limits)
     )
     if fits and slowest(costs, guess, speeds) <= WORTH * slowest(costs, best, speeds):
         best = guess
@@ -119,12 +198,33 @@ def choose(
     found = passes(profile, best, speeds)
     if recompute:
         found = [*map(again, found[:-1]), found[-1]]
-    return Choice(best, found, len(pieces), recompute, said, warned)
+    every = programs(plan.schedule, ranks, range(scales.micro_batches), plan.virtual)
+    seconds = simulate(every, cost_of(found)).seconds
+    return Choice(
+        best, found, len(estimates), recompute, said, warned, schedule=plan.schedule, seconds=seconds
+    )
+
+
+def cost_of(passes: Sequence[Work]) -> Cost:
+    """Give what a pass costs on a stage, by the stages' work. Pure."""
+
+    def cost(stage: int, instruction: Instruction) -> float:
+        work = passes[stage]
+        match instruction:
+            case Forward():
+                return work.forward
+            case BackwardInput():
+                return work.input_gradient
+            case BackwardWeight():
+                return work.weight_gradient
+        return work.input_gradient + work.weight_gradient
+
+    return cost
 
 
 def again(work: Work) -> Work:
     """Give what a stage costs that runs its forward twice. Pure."""
-    return Work(work.forward, work.forward + work.input_gradient, work.weight_gradient, work.kept)
+    return replace(work, input_gradient=work.forward + work.input_gradient)
 
 
 def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[float]) -> list[Work]:
@@ -135,6 +235,7 @@ def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[
             sum(work.input_gradient for work in works),
             sum(work.weight_gradient for work in works),
             sum(work.kept for work in works),
+            sum(work.joint for work in works),
         ).times(1.0 / speed)
         for works, speed in zip((profile.works[a:b] for a, b in parts), speeds)
     ]

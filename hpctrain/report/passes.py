@@ -22,6 +22,7 @@ from hpctrain.pipeline.schedule import (
     programs,
 )
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
+from hpctrain.pipeline.weigh import cost_of
 
 
 @dataclass
@@ -67,21 +68,8 @@ def expectation(job: Job, measured: Simulation) -> Simulation | None:
     if not passes:
         return None
     ran = {(span.stage, span.instruction) for span in measured.spans}
-
-    def cost(stage: int, instruction: Instruction) -> float:
-        if (stage, instruction) not in ran:
-            return 0.0
-        work = passes[stage]
-        match instruction:
-            case Forward():
-                return work.forward
-            case BackwardInput():
-                return work.input_gradient
-            case BackwardWeight():
-                return work.weight_gradient
-        return work.input_gradient + work.weight_gradient
-
-    return dry(job, cost)
+    usual = cost_of(passes)
+    return dry(job, lambda stage, i: usual(stage, i) if (stage, i) in ran else 0.0)
 
 
 def others(job: Job, measured: Simulation) -> dict[str, float]:
@@ -99,7 +87,7 @@ def others(job: Job, measured: Simulation) -> dict[str, float]:
         fits = virtual == 1 or (
             job.pipeline.cut.choice.pieces >= virtual * ranks and not job.config.averaging.invariant
         )
-        if name == job.config.parallel.schedule or not fits:
+        if name == job.schedule or not fits:
             continue
 
         def cost(stage: int, instruction: Instruction, virtual: int = virtual) -> float:
@@ -137,7 +125,7 @@ def dry(job: Job, cost: Cost) -> Simulation:
     stages = job.topology.stages
     assert job.pipeline is not None
     links, back = job.pipeline.cut.links()
-    every = programs(job.config.parallel.schedule, stages, mine, job.pipeline.virtual)
+    every = programs(job.schedule, stages, mine, job.pipeline.virtual)
     return simulate(every, cost, links, back=back)
 
 
@@ -147,7 +135,7 @@ def row(
     """Give what the log's table says, as numbers. Pure."""
     usual = medians(measured)
     return {
-        "schedule": job.config.parallel.schedule,
+        "schedule": job.schedule,
         "seconds": round(measured.seconds, 6),
         "simulated_seconds": round(simulated.seconds, 6),
         "expected_seconds": round(expected.seconds, 6) if expected else None,
@@ -198,7 +186,7 @@ def table(
         )
     lines.append(
         f"the passes of step {step} took {1e3 * measured.seconds:.1f} ms, idle {measured.bubble:.0%}; "
-        f"{job.config.parallel.schedule} simulated with these passes and free messages "
+        f"{job.schedule} simulated with these passes and free messages "
         f"{1e3 * simulated.seconds:.1f} ms, idle {simulated.bubble:.0%}"
     )
     by = sorted(others(job, measured).items(), key=lambda pair: pair[1])

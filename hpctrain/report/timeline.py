@@ -80,7 +80,7 @@ class Timeline:
             LOGGER.info(line)
         self.run.row("pipeline", step, **row(self.job, ranks, measured, simulated, expected))
         if self.job.config.report.pictures:
-            title = f"{self.job.config.parallel.schedule}, step {step}"
+            title = f"{self.job.schedule}, step {step}"
             pictures.timeline(measured, simulated, title, self.run.pictures / "pipeline.png")
 
 

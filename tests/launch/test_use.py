@@ -147,7 +147,8 @@ def test_a_language_model_in_stages(launcher, tmp_path):
     assert 2 < last["bits_per_byte"] < 8
     (stages,) = [row for row in rows(run) if row["event"] == "pipeline"]
     assert 0.5 * stages["simulated_seconds"] < stages["seconds"] < 10
-    assert "1f1b simulated with these passes and free messages" in ended.out
+    assert "simulated with the pieces' times: 1f1b" in ended.out
+    assert f"; {stages['schedule']} simulated with these passes and free messages" in ended.out
     assert (run / "pictures" / "pipeline.png").stat().st_size > 10_000
     sample = (run / "sample.txt").read_text()
     assert sample.startswith("def ")
