@@ -7,13 +7,14 @@ torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo
 torch_…       the same with ScheduleGPipe, and with two stages a rank ScheduleInterleaved1F1B and
               ScheduleInterleavedZeroBubble
 alone         one process, the whole model, the same micro-batches; the other ranks idle
+bubble        alone ÷ p times (m+p-1)/m: even stages, free messages, cores that do not disturb one another
 limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
+work          the same without the factor, what the slowest stage has to do: work ÷ seconds is utilisation
 
 In the emulated cases layers sleep (`emulated.py`), GPipe, fast, plain and torch's zero bubble are left
-out, and instead of the last two stand
+out, work is known, and instead of the other bounds and alone stand
 
 simulated_…   what the simulator expects of 1F1B, ZB-H1 and interleaved, messages taking no time
-work          what a stage has to do: work ÷ seconds is the utilisation
 
 No optimizer and no averaging: they are measured by `bench step`.
 """
@@ -143,7 +144,9 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
                 times[f"simulated_{ours}"] = [found.seconds] * rounds
         times["work"] = [emulated.work(topology.stages, case.micro_batches, stretch)] * rounds
     else:
-        times["limit"] = [seconds * bubble for seconds in times["limit"]]
+        times["work"] = times["limit"]
+        times["limit"] = [seconds * bubble for seconds in times["work"]]
+        times["bubble"] = [seconds / topology.stages * bubble for seconds in times["alone"]]
     for _, engine in stages.values():
         engine.pipeline.close()
         engine.averager.close()

@@ -45,7 +45,10 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     (row,) = json.loads(ended.out)["rows"]
     ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved", "ours_plain"}
     torchs = {"torch_1f1b", "torch_gpipe", "torch_interleaved", "torch_zb"}
-    assert set(row["seconds"]) == ours | torchs | {"alone", "limit"}
+    seconds = row["seconds"]
+    assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "work"}
+    assert seconds["bubble"] == pytest.approx(seconds["alone"] / 2 * 9 / 8)
+    assert seconds["limit"] == pytest.approx(seconds["work"] * 9 / 8)
     sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8")
     assert sleeping.status == 0, sleeping.text
     (row,) = json.loads(sleeping.out)["rows"]
