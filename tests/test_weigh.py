@@ -226,6 +226,10 @@ def test_the_fastest_schedule_is_chosen(world, even):
     # 4 pieces of 40 bytes and 20 kept a stage: 1f1b's [2, 1] fit, zb-h1's [2, 2] do not
     assert chosen(2, 4, halves, kept=KEPT, limits=[200, 180]).schedule == "1f1b"
     assert chosen(2, 4, halves, kept=KEPT, limits=[200, 200]).schedule == "zb-h1"
+    # the two stages of a rank share its memory: 40 and 20 kept each, where 1f1b has 80 and 10
+    kept = {"1f1b": [1] * 4, "zb-h1": [1] * 4, "interleaved": [4] * 8}
+    assert chosen(4, 4, whole, kept=kept, limits=[100] * 4).schedule == "1f1b"
+    assert chosen(4, 4, whole, kept=kept, limits=[120] * 4).schedule == "interleaved"
 
 
 @pytest.mark.mpi
@@ -254,6 +258,9 @@ def test_a_cut_follows_what_was_chosen(world, even, monkeypatch, model):
     assert (found.stages, found.choice.schedule) == (8, "interleaved")
     assert [len(found.tensors(stage)) for stage in range(8)] == [2] * 8
     assert found.at_once == {name for name, _ in module.named_parameters()}
+    tied = nn.Sequential(*rows[:7], rows[0]) if model == "layers" else Rows([*rows[:7], rows[0]])
+    found = split.cut(tied, {"x": torch.randn(8, 16)}, False, 4, [], with_plans(world, 4, 4, kept))
+    assert (found.stages, found.choice.schedule) == (4, "1f1b")
 
 
 @pytest.mark.mpi
