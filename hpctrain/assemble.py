@@ -283,8 +283,7 @@ def engine_of(
         return Engine(*common)
     fast = parallel.gradients == "fast"
     engine = StagedEngine(*common, pipeline=portion.pipeline, schedule=portion.schedule, fast=fast)
-    if not fast:
-        engine.straight.at_once(portion.at_once)
+    engine.straight.never_later(portion.at_once)
     return engine
 
 

@@ -103,16 +103,9 @@ class StraightIntoPlace(TorchFunctionMode):
         another, and those of which the user of this was told."""
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
         """Whether part of the module is compiled: no mode can look inside."""
-        weights = (  # a parametrised layer computes its weight when asked for it
-            m._parameters.get(name)
-            for m in module.modules()
-            for kind, names in WEIGHTS.items()
-            if isinstance(m, kind)
-            for name in names
-        )
-        self.weights = {id(w) for w in weights if w is not None and worth(w)}
+        self.weights = seen(module)
 
-    def at_once(self, parameters: Iterable[torch.Tensor]) -> None:
+    def never_later(self, parameters: Iterable[torch.Tensor]) -> None:
         """Let what these add to their gradients never wait: for them a split backward is too dear. Local."""
         self._never_later.update(map(id, parameters))
 
@@ -281,9 +274,21 @@ class StraightIntoPlace(TorchFunctionMode):
         return found
 
 
-def worth(weight: torch.Tensor) -> bool:
-    """Tell whether a weight is large enough for our own ways to gain. Pure."""
-    return weight.is_floating_point() and weight.numel() >= (SMALLEST_FILTER if weight.ndim > 2 else SMALLEST)
+def seen(module: nn.Module) -> set[int]:
+    """Give the ids of a module's weights that are large enough for our own ways to gain. Local."""
+    weights = (  # a parametrised layer computes its weight when asked for it
+        m._parameters.get(name)
+        for m in module.modules()
+        for kind, names in WEIGHTS.items()
+        if isinstance(m, kind)
+        for name in names
+    )
+    smallest = {True: SMALLEST_FILTER, False: SMALLEST}
+    return {
+        id(w)
+        for w in weights
+        if w is not None and w.is_floating_point() and w.numel() >= smallest[w.ndim > 2]
+    }
 
 
 def unlooking(function: Any) -> Any:

@@ -27,17 +27,13 @@ from hpctrain.piece import of_module
 from hpctrain.pipeline import simulate, split
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
-from hpctrain.pipeline.schedule import SEVERAL
+from hpctrain.pipeline.schedule import CHOSEN, SEVERAL
 from hpctrain.pipeline.transport import Transport
 from hpctrain.pipeline.weigh import Plan, Scales
 from hpctrain.room import room
 from hpctrain.task import Task
 from hpctrain.topology import Topology, usable_cores
 from hpctrain.wire import together
-
-CHOSEN = {"1f1b": 1.0, "zb-h1": 1.01, "interleaved": 1.1}
-"""Schedules that may be chosen by measured times, and by how much each must beat those before it: zb-h1 keeps
-more micro-batches on later stages, interleaved has more messages (gpipe has nothing that 1f1b has not)."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +96,15 @@ def build(
             pieces.place(config.parallel.cuts, scales)
             own = range(-(-count // topology.replicas))
             schedule = pieces.choice.schedule or schedules(config, synced)[0]
+            if config.parallel.schedule == "auto" and trains and not pieces.choice.schedule:
+                LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
             virtual = pieces.stages // topology.stages
             found = simulate.check(schedule, topology.stages, own, *pieces.links(), virtual)
             kept = max(found.kept)
             ties, optimizer = share_of(config, topology, module, deferred, pieces)
             again = recomputes(config, pieces, synced)
-            at_once = [p for name, p in module.named_parameters() if name in pieces.at_once]
+            every = module.named_parameters(remove_duplicate=False)
+            at_once = [p for name, p in every if name in pieces.at_once]
         else:
             optimizer = groups.build(config.optimizer, module)
     if pieces is not None:  # no rank has failed, so all of them are here
@@ -226,7 +225,7 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
     copies = world.allreduce(1.0 + shared, op=MPI.MAX)
     own = -(-count // topology.replicas)
     plans = []
-    for schedule in schedules(config, synced):
+    for schedule in schedules(config, synced, topology.nodes):
         virtual = config.parallel.virtual_stages if schedule in SEVERAL else 1
         dry = simulate.check(schedule, topology.stages, range(own), virtual=virtual)
         plans.append(Plan(schedule, virtual, dry.kept, CHOSEN.get(schedule, 1.0)))
@@ -240,15 +239,27 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
         precision(config.train.autocast, topology.device),
         (node.rank % turns, turns),
         "never" if synced else config.parallel.recompute,
+        "never"
+        if config.averaging.invariant
+        else "always"
+        if config.parallel.gradients == "fast"
+        else "auto",
     )
 
 
-def schedules(config: Config, synced: bool) -> list[str]:
-    """List the schedules to choose from. Pure."""
+def schedules(config: Config, synced: bool, nodes: int = 1) -> list[str]:
+    """List the schedules to choose from, on so many nodes. Pure.
+
+    Fast gradients have other bits by each, so their schedule is fixed. With SyncBatchNorm a replica has one
+    micro-batch, with `invariant` no backward is split, and what a network adds to interleaved is not known.
+    """
     if config.parallel.schedule != "auto":
         return [config.parallel.schedule]
-    # neither has anything to gain: nothing waits there, or there is one micro-batch
-    return [next(iter(CHOSEN))] if config.averaging.invariant or synced else list(CHOSEN)
+    if config.averaging.invariant or synced:
+        return ["1f1b"]
+    if config.parallel.gradients == "fast":
+        return ["zb-h1"]
+    return [name for name in CHOSEN if nodes == 1 or name not in SEVERAL]
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

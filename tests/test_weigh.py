@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import library, nn
+from torch.nn.utils import parametrizations
 
-from hpctrain import gradient, portion, room
+from hpctrain import gradient, room
 from hpctrain.averaging.groups import state_copies
-from hpctrain.config import Optimizer
+from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline import profile, split
 from hpctrain.pipeline.profile import Work
+from hpctrain.pipeline.schedule import CHOSEN
 from hpctrain.pipeline.weigh import Plan, Scales, choose
+from hpctrain.portion import schedules
 
 NAP = 0.03
 
@@ -88,8 +91,7 @@ def with_plans(world, ranks, micro_batches, kept, limits=None):
     found = scales(world, ranks, limits)
     found.micro_batches = micro_batches
     found.plans = [
-        Plan(name, 2 if name == "interleaved" else 1, kept[name], worth)
-        for name, worth in portion.CHOSEN.items()
+        Plan(name, 2 if name == "interleaved" else 1, kept[name], worth) for name, worth in CHOSEN.items()
     ]
     return found
 
@@ -206,7 +208,7 @@ def test_the_fastest_schedule_is_chosen(world, even):
     """Weight gradients fill gaps; several stages a rank shorten them where there is nothing to fill them with."""
 
     def chosen(ranks, micro_batches, work, pieces=8, kept=None, shared=False, limits=None):
-        kept = kept or {n: [ranks] * ranks * (1 + (n == "interleaved")) for n in portion.CHOSEN}
+        kept = kept or {n: [ranks] * ranks * (1 + (n == "interleaved")) for n in CHOSEN}
         asked = with_plans(world, ranks, micro_batches, kept, limits)
         return choose(ranks, [1] * pieces, [10] * pieces, [lambda: work] * pieces, asked, shared)
 
@@ -253,7 +255,7 @@ def test_a_cut_follows_what_was_chosen(world, even, monkeypatch, model):
     rows = [nn.Linear(16, 16) for _ in range(8)]
     module = nn.Sequential(*rows) if model == "layers" else Rows(rows)
     monkeypatch.setattr(profile, "timed", lambda *_: Work(0.1, 0.4, 0.2, 0, joint=0.2))
-    kept = {n: [4] * 4 * (1 + (n == "interleaved")) for n in portion.CHOSEN}
+    kept = {n: [4] * 4 * (1 + (n == "interleaved")) for n in CHOSEN}
     found = split.cut(module, {"x": torch.randn(8, 16)}, False, 4, [], with_plans(world, 4, 4, kept))
     assert (found.stages, found.choice.schedule) == (8, "interleaved")
     assert [len(found.tensors(stage)) for stage in range(8)] == [2] * 8
@@ -263,17 +265,66 @@ def test_a_cut_follows_what_was_chosen(world, even, monkeypatch, model):
     assert (found.stages, found.choice.schedule) == (4, "1f1b")
 
 
+class Heads(nn.Module):
+    """A weight that may wait, and those that never do: tied, hooked, used by itself, parametrised, small."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.small, self.table = nn.Linear(512, 512), nn.Linear(512, 8), nn.Linear(512, 512)
+        self.again, self.hooked = nn.Linear(512, 512), nn.Linear(512, 512)
+        self.again.weight = self.table.weight
+        self.hooked.weight.register_hook(lambda gradient: gradient)
+        self.raw = nn.Parameter(torch.ones(512, 512))
+        self.other = parametrizations.orthogonal(nn.Linear(512, 512))
+
+    def forward(self, x):
+        x = self.hooked(self.again(self.table(self.first(x))))
+        return self.small(self.other(nn.functional.linear(x, self.raw)))
+
+
 @pytest.mark.mpi
-def test_pieces_are_timed_as_a_step_runs_them(world):
-    """The halves of a backward: what may wait is by itself, and all of it is computed."""
-    large, small = nn.Linear(512, 512), nn.Linear(16, 16)
-    assert large.weight.numel() > gradient.SMALLEST > small.weight.numel()
-    waits, not_waits = (
-        profile.of_layers([layer], torch.randn(256, layer.in_features))[0]() for layer in (large, small)
-    )
-    assert waits.weight_gradient > 0.2 * waits.joint > 0
-    assert not_waits.weight_gradient < 0.2 * not_waits.joint
-    assert waits.kept == 256 * 512 * 4
+@pytest.mark.parametrize("model", ["layers", "operators"])
+def test_pieces_are_timed_as_a_step_runs_them(world, monkeypatch, model):
+    """What a step would let wait does, and is computed; its seconds are the second half's."""
+    waited, real = [], gradient.StraightIntoPlace.weights_of
+
+    def counting(self, micro_batch, last):
+        waited.append(len(self._waiting))
+        real(self, micro_batch, last)
+        assert not self._waiting
+
+    monkeypatch.setattr(gradient.StraightIntoPlace, "weights_of", counting)
+    module = Heads()
+    if model == "layers":
+        del module.raw
+        module = nn.Sequential(*module.children())
+        module = nn.Sequential(*(module[at] for at in (0, 2, 3, 4, 5, 1)))
+    found = split.cut(module, {"x": torch.randn(8, 512)}, False, 2, [], scales(world))
+    assert set(world.allreduce(waited)) == {0, 1}
+    assert sum(world.allgather(max(waited))) == 1  # of one piece, on the rank that measured it
+    assert not found.choice.said or "can't be measured" not in found.choice.said[0]
+    assert sum(work.weight_gradient for work in found.choice.passes) > 0
+    assert profile.of_layers([nn.Linear(16, 16)], torch.randn(8, 16), ())[0]().kept == 8 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, ["1f1b", "zb-h1", "interleaved"]),
+        ({"nodes": 2}, ["1f1b", "zb-h1"]),
+        ({"synced": True}, ["1f1b"]),
+        ({"invariant": True}, ["1f1b"]),
+        ({"gradients": "fast"}, ["zb-h1"]),
+        ({"schedule": "gpipe", "gradients": "fast"}, ["gpipe"]),
+    ],
+)
+def test_schedules_to_choose_from(asked, expected):
+    """Where bits would follow the schedule, it does not follow the clock."""
+    config = Config()
+    config.averaging.invariant = asked.get("invariant", False)
+    config.parallel.gradients = asked.get("gradients", "strict")
+    config.parallel.schedule = asked.get("schedule", "auto")
+    assert schedules(config, asked.get("synced", False), asked.get("nodes", 1)) == expected
 
 
 @pytest.mark.mpi

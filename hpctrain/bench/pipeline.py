@@ -1,6 +1,6 @@
 """`hpctrain bench pipeline`: forward and backward of a step in stages, against torch's own pipelining.
 
-ours          the default schedule; one stage a rank
+ours          1F1B; one stage a rank
 ours_…        GPipe, ZB-H1 and interleaved (two stages a rank), each strict; ours_fast ZB-H1 with weight
               gradients merged; ours_plain 1F1B, each tensor one MPI message
 torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo

@@ -7,6 +7,7 @@
 A cut may go anywhere but between a tensor and an operator that changes it in place.
 """
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import fx, nn
 
 from hpctrain.draws import draws
 from hpctrain.errors import ConfigError
+from hpctrain.gradient import seen
 from hpctrain.pipeline.operators import changes, cost, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
 from hpctrain.pipeline.profile import of_operators
@@ -110,38 +112,35 @@ class Graph:
                 starts = [i for i in range(len(nodes)) if i not in bad]
             costs = [cost(node) for node in nodes]
             pieces = list(zip(starts, [*starts[1:], len(nodes)]))
+            held = [self._held(nodes[a:b], traced) for a, b in pieces]
+            uses = Counter(name for names in held for name in names)
+            alone = {id(self.real[name]) for name, count in uses.items() if count == 1}
+            may_wait = alone & seen(self.module)
             self.choice = choose(
                 self.stages,
                 [sum(costs[a:b]) for a, b in pieces],
-                self._weights([nodes[a:b] for a, b in pieces], traced),
-                [partial(of_operators, nodes[a:b], traced, self.real) for a, b in pieces],
+                self._weights(held),
+                [partial(of_operators, nodes[a:b], traced, self.real, may_wait) for a, b in pieces],
                 scales,
-                self._shares([nodes[a:b] for a, b in pieces], traced),
+                shared=len(alone) < len(uses),
             )
             edges = [pieces[start][0] for start, _ in self.choice.parts[1:]]
-            for a, b in (pieces[at] for at in self.choice.at_once):
-                self.at_once |= self._held(nodes[a:b], traced)
+            self.at_once = {name for at in self.choice.at_once for name in held[at]}
         for i, node in enumerate(nodes):
             traced.stage[node.name] = sum(edge <= i for edge in edges)
 
-    def _weights(self, pieces: list[list[fx.Node]], traced: Traced) -> list[int]:
+    def _weights(self, held: list[set[str]]) -> list[int]:
         """Give the bytes of each piece's weights; one that several use is the first one's."""
-        seen, found = set[str](), []
-        for nodes in pieces:
-            names = self._held(nodes, traced)
-            found.append(sum(self.real[name].nbytes for name in names - seen))
-            seen |= names
+        before, found = set[str](), []
+        for names in held:
+            found.append(sum(self.real[name].nbytes for name in names - before))
+            before |= names
         return found
 
     def _held(self, nodes: list[fx.Node], traced: Traced) -> set[str]:
         """Give the parameters and buffers that operators use, by their first names."""
         given = (a.name for node in nodes for a in node.all_input_nodes)
         return {self.first[traced.held[name]] for name in given if name in traced.held}
-
-    def _shares(self, pieces: list[list[fx.Node]], traced: Traced) -> bool:
-        """Whether some pieces use the same parameter or buffer."""
-        held = [self._held(nodes, traced) for nodes in pieces]
-        return sum(map(len, held)) > len(set[str]().union(*held))
 
     def _heavy(self, node: fx.Node, traced: Traced) -> bool:
         """Whether a stage may begin here: at an operator with a matrix of its own."""

@@ -1,5 +1,6 @@
 """A model whose layers follow one another: a stage runs some of them, one behind the other."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.utils import _pytree
 
 from hpctrain.draws import Draws
 from hpctrain.errors import ConfigError
+from hpctrain.gradient import seen
 from hpctrain.pipeline.part import Env, Part, begins, gave, naming
 from hpctrain.pipeline.profile import of_layers
 from hpctrain.pipeline.trace import Like
@@ -83,14 +85,15 @@ class Layers:
             modules = [layer for _, layer in self.layers]
             every = [module for layer in modules for module in layer.modules()]
             hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
-            own = [set(layer.parameters()) | set(layer.buffers()) for layer in modules]
+            uses = Counter(t for layer in modules for t in {*layer.parameters(), *layer.buffers()})
+            alone = {id(tensor) for tensor, count in uses.items() if count == 1}
             self.choice = choose(
                 self.stages,
                 [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
                 [sum(p.nbytes for p in layer.parameters()) for layer in modules],
-                of_layers(modules, self.value),
+                of_layers(modules, self.value, alone & seen(nn.ModuleList(modules))),
                 None if hooked else scales,  # a user's hooks run when the model does
-                shared=sum(map(len, own)) > len(set().union(*own)),
+                shared=len(alone) < len(uses),
             )
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)

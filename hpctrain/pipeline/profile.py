@@ -23,8 +23,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
-from hpctrain.gradient import StraightIntoPlace, worth
+from hpctrain.gradient import StraightIntoPlace
 from hpctrain.pipeline.operators import called, changes
+from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
+from hpctrain.pipeline.simulate import Cost
 from hpctrain.pipeline.trace import Traced, skeleton
 
 REPEATS, MOST_REPEATS = 3, 12
@@ -53,7 +55,7 @@ class Work:
     kept: int
     """Bytes that stay from forward to backward, weights left out."""
     joint: float = 0.0
-    """Seconds of a backward in which nothing waits; 0 where that was not measured."""
+    """Seconds of a backward as a whole, in which nothing waits; 0 where that was not measured."""
 
     @property
     def seconds(self) -> float:
@@ -61,9 +63,14 @@ class Work:
         return self.forward + self.input_gradient + self.weight_gradient
 
     @property
-    def at_once(self) -> "Work":
-        """The same work where nothing waits."""
-        return Work(self.forward, self.joint, 0.0, self.kept, self.joint)
+    def whole(self) -> "Work":
+        """The same work with a backward that is not split."""
+        return Work(self.forward, self.backward, 0.0, self.kept, self.joint)
+
+    @property
+    def backward(self) -> float:
+        """Seconds of a backward that is not split."""
+        return self.joint or self.input_gradient + self.weight_gradient
 
     def times(self, factor: float) -> "Work":
         """Give the same work on a rank that takes so many times as long."""
@@ -74,6 +81,23 @@ class Work:
             self.kept,
             factor * self.joint,
         )
+
+
+def cost_of(passes: Sequence[Work]) -> Cost:
+    """Give what a pass costs on a stage, by the stages' work. Pure."""
+
+    def cost(stage: int, instruction: Instruction) -> float:
+        work = passes[stage]
+        match instruction:
+            case Forward():
+                return work.forward
+            case BackwardInput():
+                return work.input_gradient
+            case BackwardWeight():
+                return work.weight_gradient
+        return work.backward
+
+    return cost
 
 
 @dataclass(frozen=True)
@@ -133,16 +157,21 @@ def yardstick() -> float:
     return min(times)
 
 
-def timed(run: Callable[[], Any], weights: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> Work:
-    """Time a forward, its backward with all gradients at once, and in two halves. Local.
+def timed(
+    run: Callable[[], Any],
+    weights: Iterable[torch.Tensor],
+    inputs: Iterable[torch.Tensor],
+    waiting: Iterable[torch.Tensor],
+) -> Work:
+    """Time a forward, its backward as a whole, and in two halves. Local.
 
-    They run as a step's do, weight gradients straight into places. Gradients that never wait are with
-    those of the inputs.
+    They run as a step's do, weight gradients straight into places, but that no weight is laid for several
+    products. The gradients of `waiting` weights may wait; the others' are with those of the inputs.
     """
     weights = list(weights)
     leaves = [x for x in [*inputs, *weights] if x.requires_grad]
     straight = StraightIntoPlace(nn.Module(), MadeUpPlaces())
-    straight.weights = {id(w) for w in weights if w.requires_grad and worth(w)}
+    straight.weights = set(map(id, waiting))
 
     def once(micro_batch: int) -> tuple[float, float, float]:
         began = time.perf_counter()
@@ -198,7 +227,7 @@ class MadeUpPlaces:
         self._places: dict[int, torch.Tensor] = {}
 
     def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Give its memory; something has joined it."""
+        """Give its memory, to be added to."""
         if id(parameter) not in self._places:
             self._places[id(parameter)] = torch.zeros_like(parameter)
         return self._places[id(parameter)], False
@@ -244,8 +273,16 @@ def streams_kept() -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def of_operators(nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Tensor]) -> Work:
-    """Measure operators that follow one another. Local."""
+def may_wait(tensors: Iterable[torch.Tensor], seen: Iterable[int]) -> set[int]:
+    """Give the ids of tensors among those `seen` whose gradients a step would let wait. Local."""
+    ids = set(seen)
+    return {id(t) for t in tensors if id(t) in ids and t.requires_grad and not t._backward_hooks}
+
+
+def of_operators(
+    nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Tensor], seen: Iterable[int]
+) -> Work:
+    """Measure operators that follow one another; `seen`: ids of the weights whose gradients may wait. Local."""
     inside = {node.name for node in nodes}
     weights: dict[str, torch.Tensor] = {}
     given: dict[str, Any] = {}
@@ -276,11 +313,15 @@ def of_operators(nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Ten
         return [env[node.name] for node in leaves]
 
     inputs = [v for name, v in given.items() if name not in weights and isinstance(v, torch.Tensor)]
-    return timed(run, weights.values(), inputs)
+    own = may_wait((real[traced.held[name]] for name in weights), seen)
+    waiting = [w for name, w in weights.items() if id(real[traced.held[name]]) in own]
+    return timed(run, weights.values(), inputs, waiting)
 
 
-def of_layers(layers: Sequence[nn.Module], value: Any) -> list[Callable[[], Work]]:
+def of_layers(layers: Sequence[nn.Module], value: Any, seen: Iterable[int]) -> list[Callable[[], Work]]:
     """Give what measures each of layers that follow one another from a value; run them in order. Local.
+
+    `seen`: ids of the weights whose gradients may wait.
 
     What a layer gives is what the next one gets, so each is run at least once by every rank. Copies run,
     with weights and buffers made up: the model's own, its hooks and what it counts stay as they are.
@@ -295,7 +336,9 @@ def of_layers(layers: Sequence[nn.Module], value: Any) -> list[Callable[[], Work
         value = _pytree.tree_map_only(torch.Tensor, lambda t: made_up(t, at > 0), given[at])
         run, numbers = of_layer(layers[at], value)
         inputs = [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        return timed(run, numbers.values(), inputs)
+        own = may_wait(layers[at].parameters(), seen)
+        waiting = [numbers[name] for name, p in layers[at].named_parameters() if id(p) in own]
+        return timed(run, numbers.values(), inputs, waiting)
 
     return [partial(piece, at) for at in range(len(layers))]
 

@@ -204,6 +204,9 @@ SCHEDULES: dict[str, Schedule] = {
 """By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
 SEVERAL = ("interleaved",)
 """Those that run several stages on each rank."""
+CHOSEN = {"1f1b": 1.0, "zb-h1": 1.01, "interleaved": 1.1}
+"""Those that parallel.schedule = auto chooses from by measured times, and by how much each must beat those before
+it: zb-h1 keeps more micro-batches on later stages, interleaved has more messages (gpipe has nothing over 1f1b)."""
 
 
 def forward_only(

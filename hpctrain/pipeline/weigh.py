@@ -15,9 +15,9 @@ from mpi4py import MPI
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition, slowest
-from hpctrain.pipeline.profile import Profile, Work, measure
-from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, programs
-from hpctrain.pipeline.simulate import Cost, simulate
+from hpctrain.pipeline.profile import Profile, Work, cost_of, measure
+from hpctrain.pipeline.schedule import programs
+from hpctrain.pipeline.simulate import simulate
 
 WORTH = 1.1
 """By how much a measured cut must be better than the estimate's."""
@@ -60,6 +60,8 @@ class Scales:
     """This rank's of how many: those that share cores measure one after the other."""
     recompute: str = "never"
     """"auto", "always" or "never": whether stages but the last let forward's graphs go."""
+    splits: str = "auto"
+    """"auto", "always" or "never": whether a backward runs in halves; auto: of a piece where that is repaid."""
 
 
 @dataclass
@@ -82,7 +84,9 @@ class Choice:
     at_once: list[int] = field(default_factory=list)
     """Pieces whose weight gradients are not to wait."""
     seconds: float = 0.0
-    """Of a step, simulated."""
+    """Of a step, simulated; where there is a schedule to choose."""
+    shared: bool = False
+    """Whether pieces share weights."""
 
 
 def choose(
@@ -107,17 +111,18 @@ def choose(
             pieces=len(pieces),
             said=[f"the cut is by estimate, as pieces can't be measured alone ({profile})"],
         )
-    at_once = too_dear(profile.works, scales)
-    works = [work.at_once if at in at_once else work for at, work in enumerate(profile.works)]
+    at_once = too_dear(profile.works, scales) if scales.splits == "auto" else []
+    whole = range(len(pieces)) if scales.splits == "never" else at_once
+    works = [work.whole if at in whole else work for at, work in enumerate(profile.works)]
     profile = replace(profile, works=works)
     first, *others = scales.plans
-    best = fitted(first, estimates, weights, profile, scales)
+    best = tried = fitted(first, estimates, weights, profile, scales)
     simulated = [f"{first.schedule} {1e3 * best.seconds:.1f} ms"]
     for plan in others:
-        if plan.virtual > 1 and (shared or len(pieces) < plan.virtual * len(scales.ranks)):
+        if plan.virtual > 1 and (shared or not reaches(plan, scales, len(pieces))):
             continue
         try:
-            found = fitted(plan, estimates, weights, profile, scales)
+            found = fitted(plan, estimates, weights, profile, scales, tried)
         except ConfigError:
             continue
         simulated.append(f"{plan.schedule} {1e3 * found.seconds:.1f} ms")
@@ -129,8 +134,14 @@ def choose(
         best.said.append(f"the schedule is {best.schedule}, simulated with the pieces' times: {by}")
     if at_once:
         best.said.append(f"weight gradients of {len(at_once)} pieces do not wait: splitting costs more there")
-    best.at_once = at_once
+    best.at_once, best.shared = at_once, shared
     return best
+
+
+def reaches(plan: Plan, scales: Scales, pieces: int) -> bool:
+    """Tell whether several stages a rank can be worth it: there are as many pieces, and gaps enough. Pure."""
+    m, gaps = scales.micro_batches, len(scales.ranks) - 1
+    return pieces >= plan.virtual * len(scales.ranks) and m + gaps > plan.worth * (m + gaps / plan.virtual)
 
 
 def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
@@ -150,13 +161,20 @@ def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
 
 
 def fitted(
-    plan: Plan, estimates: Sequence[float], weights: Sequence[float], profile: Profile, scales: Scales
+    plan: Plan,
+    estimates: Sequence[float],
+    weights: Sequence[float],
+    profile: Profile,
+    scales: Scales,
+    tried: Choice | None = None,
 ) -> Choice:
-    """Choose the cut for a schedule. Pure. Raises ConfigError where the gradients alone would not fit."""
+    """Choose the cut for a schedule. Pure. Raises ConfigError where the gradients alone would not fit.
+
+    `tried` is another schedule's, whose cut is the best here too if there are as many stages and it fits.
+    """
     ranks = len(scales.ranks)
     stages = ranks * plan.virtual
-    guess = partition(estimates, stages)
-    of_rank = [min(profile.speeds[rank] for rank in ranks) for ranks in scales.ranks]
+    of_rank = [min(profile.speeds[rank] for rank in group) for group in scales.ranks]
     speeds = [of_rank[stage % ranks] for stage in range(stages)]
     limits = [scales.limits[stage % ranks] / plan.virtual for stage in range(stages)]
     costs = [work.seconds for work in profile.works]
@@ -167,6 +185,16 @@ def fitted(
     twice = [work.seconds + work.forward for work in profile.works]
     times = once if recompute else plan.kept
     costs = twice if recompute else costs
+
+    def fit(parts: Sequence[tuple[int, int]]) -> bool:
+        return all(
+            sum(memory[a:b]) + count * sum(kept[a:b]) <= limit
+            for (a, b), count, limit in zip(parts, times, limits)
+        )
+
+    if tried and len(tried.parts) == stages and tried.recompute == recompute and fit(tried.parts):
+        return with_seconds(replace(tried, schedule=plan.schedule, said=[*tried.said]), plan, scales)
+    guess = partition(estimates, stages)
     try:
         best = partition(costs, stages, memory, limits, speeds, kept, times)
     except ConfigError as error:
@@ -183,10 +211,7 @@ def fitted(
             recompute = recompute or scales.recompute == "auto"  # the least that it can take
             costs = twice if recompute else costs
             best = partition(costs, stages, speeds=speeds)
-    fits = warned or all(
-        sum(memory[a:b]) + count * sum(kept[a:b]) <= limit
-        for (a, b), count, limit in zip(guess, times, limits)
-    )
+    fits = warned or fit(guess)
     if fits and slowest(costs, guess, speeds) <= WORTH * slowest(costs, best, speeds):
         best = guess
     else:
@@ -198,33 +223,22 @@ def fitted(
     found = passes(profile, best, speeds)
     if recompute:
         found = [*map(again, found[:-1]), found[-1]]
-    every = programs(plan.schedule, ranks, range(scales.micro_batches), plan.virtual)
-    seconds = simulate(every, cost_of(found)).seconds
-    return Choice(
-        best, found, len(estimates), recompute, said, warned, schedule=plan.schedule, seconds=seconds
-    )
+    choice = Choice(best, found, len(estimates), recompute, said, warned, schedule=plan.schedule)
+    return with_seconds(choice, plan, scales)
 
 
-def cost_of(passes: Sequence[Work]) -> Cost:
-    """Give what a pass costs on a stage, by the stages' work. Pure."""
-
-    def cost(stage: int, instruction: Instruction) -> float:
-        work = passes[stage]
-        match instruction:
-            case Forward():
-                return work.forward
-            case BackwardInput():
-                return work.input_gradient
-            case BackwardWeight():
-                return work.weight_gradient
-        return work.input_gradient + work.weight_gradient
-
-    return cost
+def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:
+    """Add the seconds of a step to a plan's choice, if there are others. Pure."""
+    if len(scales.plans) > 1:
+        every = programs(plan.schedule, len(scales.ranks), range(scales.micro_batches), plan.virtual)
+        choice.seconds = simulate(every, cost_of(choice.passes)).seconds
+    return choice
 
 
 def again(work: Work) -> Work:
     """Give what a stage costs that runs its forward twice. Pure."""
-    return replace(work, input_gradient=work.forward + work.input_gradient)
+    joint = work.forward + work.joint if work.joint else 0.0
+    return replace(work, input_gradient=work.forward + work.input_gradient, joint=joint)
 
 
 def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[float]) -> list[Work]:

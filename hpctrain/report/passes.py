@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from hpctrain.assemble import Job
+from hpctrain.pipeline.profile import Work, cost_of
 from hpctrain.pipeline.schedule import (
     SCHEDULES,
     SEVERAL,
@@ -18,11 +19,9 @@ from hpctrain.pipeline.schedule import (
     BackwardInput,
     BackwardWeight,
     Forward,
-    Instruction,
     programs,
 )
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
-from hpctrain.pipeline.weigh import cost_of
 
 
 @dataclass
@@ -75,38 +74,25 @@ def expectation(job: Job, measured: Simulation) -> Simulation | None:
 def others(job: Job, measured: Simulation) -> dict[str, float]:
     """Seconds of a step by the other schedules, simulated with the measured passes. Local.
 
-    A rank's passes take as long in all; interleaved is given halves, as even as they can be.
+    A rank's passes take as long in all; interleaved is given even shares of them.
     """
     ranks = len(measured.busy)
     assert job.pipeline is not None
-    lengths = [lengths_of(medians(measured), range(r, job.pipeline.cut.stages, ranks)) for r in range(ranks)]
+    usual, choice = medians(measured), job.pipeline.cut.choice
     mine = sorted({span.instruction.micro_batch for span in measured.spans})
     found = {}
     for name in SCHEDULES:
-        virtual = 2 if name in SEVERAL else 1
-        fits = virtual == 1 or (
-            job.pipeline.cut.choice.pieces >= virtual * ranks and not job.config.averaging.invariant
-        )
-        if name == job.schedule or not fits:
+        virtual = job.config.parallel.virtual_stages if name in SEVERAL else 1
+        fits = choice.pieces >= virtual * ranks and not (job.config.averaging.invariant or choice.shared)
+        if name == job.schedule or (virtual > 1 and not fits):
             continue
-
-        def cost(stage: int, instruction: Instruction, virtual: int = virtual) -> float:
-            forward, input_gradient, weight_gradient = lengths[stage % ranks]
-            match instruction:
-                case Forward():
-                    return forward / virtual
-                case BackwardInput():
-                    return input_gradient / virtual
-                case BackwardWeight():
-                    return weight_gradient / virtual
-            return (input_gradient + weight_gradient) / virtual
-
-        found[name] = simulate(programs(name, ranks, mine, virtual), cost).seconds
+        works = [lengths_of(usual, range(r, job.pipeline.cut.stages, ranks), virtual) for r in range(ranks)]
+        found[name] = simulate(programs(name, ranks, mine, virtual), cost_of(works * virtual)).seconds
     return found
 
 
-def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int]) -> tuple[float, float, float]:
-    """Seconds of forward, input gradient and weight gradient of stages together. Pure.
+def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int], virtual: int) -> Work:
+    """Give the work of one of so many even stages that have the work of `stages`, by their passes. Pure.
 
     Where a backward is not split, as that of stage 0 often is, its halves count.
     """
@@ -116,7 +102,7 @@ def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int]) -> tu
         forward += usual.get((stage, Forward.__name__), 0.0)
         input_gradient += usual.get((stage, BackwardInput.__name__), whole)
         weight_gradient += usual.get((stage, BackwardWeight.__name__), whole)
-    return forward, input_gradient, weight_gradient
+    return Work(forward, input_gradient, weight_gradient, 0).times(1.0 / virtual)
 
 
 def dry(job: Job, cost: Cost) -> Simulation:
