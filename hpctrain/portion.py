@@ -239,11 +239,7 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
         precision(config.train.autocast, topology.device),
         (node.rank % turns, turns),
         "never" if synced else config.parallel.recompute,
-        "never"
-        if config.averaging.invariant
-        else "always"
-        if config.parallel.gradients == "fast"
-        else "auto",
+        splits(config),
     )
 
 
@@ -260,6 +256,13 @@ def schedules(config: Config, synced: bool, nodes: int = 1) -> list[str]:
     if config.parallel.gradients == "fast":
         return ["zb-h1"]
     return [name for name in CHOSEN if nodes == 1 or name not in SEVERAL]
+
+
+def splits(config: Config) -> str:
+    """Say whether backward passes run in halves (`Scales.splits`). Pure."""
+    if config.averaging.invariant:
+        return "never"
+    return "always" if config.parallel.gradients == "fast" else "auto"  # in fast the bits hang on it
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

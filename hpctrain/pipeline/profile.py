@@ -282,7 +282,7 @@ def may_wait(tensors: Iterable[torch.Tensor], seen: Iterable[int]) -> set[int]:
 def of_operators(
     nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Tensor], seen: Iterable[int]
 ) -> Work:
-    """Measure operators that follow one another; `seen`: ids of the weights whose gradients may wait. Local."""
+    """Measure operators that follow one another; `seen`: ids of weights whose gradients may wait. Local."""
     inside = {node.name for node in nodes}
     weights: dict[str, torch.Tensor] = {}
     given: dict[str, Any] = {}

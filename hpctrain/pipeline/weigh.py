@@ -61,7 +61,7 @@ class Scales:
     recompute: str = "never"
     """"auto", "always" or "never": whether stages but the last let forward's graphs go."""
     splits: str = "auto"
-    """"auto", "always" or "never": whether a backward runs in halves; auto: of a piece where that is repaid."""
+    """"auto", "always" or "never": whether a backward runs in halves; auto: where that is repaid."""
 
 
 @dataclass
