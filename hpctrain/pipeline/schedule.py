@@ -205,7 +205,7 @@ SCHEDULES: dict[str, Schedule] = {
 SEVERAL = ("interleaved",)
 """Those that run several stages on each rank."""
 CHOSEN = {"1f1b": 1.0, "zb-h1": 1.01, "interleaved": 1.1}
-"""What `auto` chooses from by measured times, and by how much each must beat those before it: zb-h1 keeps more
+"""What auto chooses from by measured times, and by how much each must beat those before it: zb-h1 keeps more
 micro-batches on later stages, interleaved has more messages (gpipe has nothing that 1f1b has not)."""
 
 
