@@ -274,21 +274,22 @@ class StraightIntoPlace(TorchFunctionMode):
         return found
 
 
-def seen(module: nn.Module) -> set[int]:
-    """Give the ids of a module's weights that are large enough for our own ways to gain. Local."""
+def seen(module: nn.Module) -> dict[int, torch.Tensor]:
+    """Give a module's weights that are large enough for our own ways to gain, by their ids. Local.
+
+    A weight of another stage stands in this one's module as a plain tensor: its forward is to have the bits
+    of one process too.
+    """
     weights = (  # a parametrised layer computes its weight when asked for it
-        m._parameters.get(name)
+        m._parameters.get(name, m.__dict__.get(name))
         for m in module.modules()
         for kind, names in WEIGHTS.items()
         if isinstance(m, kind)
         for name in names
     )
     smallest = {True: SMALLEST_FILTER, False: SMALLEST}
-    return {
-        id(w)
-        for w in weights
-        if w is not None and w.is_floating_point() and w.numel() >= smallest[w.ndim > 2]
-    }
+    found = (w for w in weights if isinstance(w, torch.Tensor) and w.is_leaf and w.is_floating_point())
+    return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
 
 
 def unlooking(function: Any) -> Any:

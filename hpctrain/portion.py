@@ -139,6 +139,12 @@ def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: i
     if not layers:
         if config.averaging.sync_batchnorm:
             LOGGER.warning("averaging.sync_batchnorm does nothing: the model has no BatchNorm")
+        if count > 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+            LOGGER.info(
+                "BatchNorm layers see one micro-batch of %d samples at a time: results depend on "
+                "parallel.micro_batches, %d here",
+                *(config.train.batch // count, count),
+            )
         return False
     if config.averaging.invariant:
         raise ConfigError(

@@ -195,6 +195,48 @@ class Tied(nn.Module):
         return self.last(torch.tanh(h @ self.into.weight.t()) @ self.into.weight)
 
 
+class Normed(nn.Module):
+    """A BatchNorm of samples, which needs two of them."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(in_features, 8), nn.BatchNorm1d(8), nn.Linear(8, out_features)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+class LargeTied(nn.Module):
+    """A weight at both ends that is large enough for our own products."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.into, self.first, self.back = (
+            nn.Linear(in_features, 256),
+            nn.Linear(256, 512),
+            nn.Linear(512, 256),
+        )
+        self.head, self.last = nn.Linear(256, 512), nn.Linear(512, out_features)
+        self.head.weight = self.first.weight
+
+    def layers(self):
+        return [self.into, self.first, self.back, self.head, self.last]
+
+    def forward(self, x):
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
+
+class LargeTiedGraph(LargeTied):
+    """The same, cut by operators."""
+
+    layers = None
+
+    def forward(self, x):
+        return self.last(self.head(self.back(self.first(self.into(x)))))
+
+
 def tied_row(in_features: int, out_features: int) -> nn.Sequential:
     """A layer that stands twice in a row."""
     same = nn.Linear(in_features, in_features)

@@ -46,7 +46,7 @@ MODELS = [
     "Filled",
     "parametrised_row",
 ]
-TIED = ("Tied", "tied_row", "OwnLoss")
+TIED = ("Tied", "tied_row", "OwnLoss", "LargeTied", "LargeTiedGraph")
 
 
 MOST = {"Named": 3}
@@ -220,6 +220,26 @@ def test_no_schedule_is_chosen_where_none_can_gain(world, build):
         pytest.skip("as many stages as ranks, two at least")
     job = build("plain_row", world.size, micro_batches=4, schedule="auto", invariant=True)
     assert job.schedule == "1f1b"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["LargeTied", "LargeTiedGraph"])
+def test_a_copy_of_a_weight_is_multiplied_as_the_weight_is(world, build, model):
+    """Only the sum of a tied weight's gradients has another order: the first loss has the bits of one process."""
+    if world.size != 2:
+        pytest.skip("two stages use it")
+    job = build(model, 2, micro_batches=4, schedule="auto", cuts=["back"])
+    assert [tie.name for tie in job.pipeline.ties] == ["first.weight"]
+    assert run(job, 1)[0][0] == alone_like(job, 1)[0][0][0]
+    assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+def test_a_micro_batch_too_small_for_batchnorm_is_named(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match=r"a micro-batch of 1 samples is too small .*micro_batches lower"):
+        build("Normed", 2, micro_batches=8)
 
 
 @pytest.mark.mpi

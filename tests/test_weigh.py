@@ -14,7 +14,7 @@ from hpctrain import gradient, room
 from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline import profile, split
+from hpctrain.pipeline import profile, split, weigh
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import CHOSEN
 from hpctrain.pipeline.weigh import Plan, Scales, choose
@@ -217,7 +217,10 @@ def test_the_fastest_schedule_is_chosen(world, even):
     assert (found.schedule, len(found.parts)) == ("zb-h1", 2)
     # 4 pieces a stage: 4 x 12 of work, and a gap of F + I - W; 1f1b has F + I
     assert found.seconds == pytest.approx(48 + 4)
-    assert "zb-h1, simulated with the pieces' times: 1f1b 56000.0 ms, zb-h1 52000.0 ms" in found.said[-1]
+    assert (
+        "zb-h1, simulated with the pieces' times: 1f1b 56000.0 ms, zb-h1 52000.0 ms (taken if 1% shorter)"
+        in found.said[-1]
+    )
     assert chosen(2, 1, whole).schedule == "1f1b"  # one after the other in all of them
     found = chosen(4, 4, whole)
     assert (found.schedule, len(found.parts)) == ("interleaved", 8)
@@ -243,7 +246,7 @@ def test_a_backward_that_is_dear_to_split_stays_whole(world, even):
     found = choose(2, [1] * 4, [0] * 4, pieces, asked)
     assert found.at_once == [0, 3]
     assert [(work.input_gradient, work.weight_gradient) for work in found.passes] == [(3.0, 1.0)] * 2
-    assert "weight gradients of 2 pieces do not wait" in found.said[-1]
+    assert "of 4 pieces of the model 2 compute all their gradients at once" in found.said[-1]
     asked.micro_batches = 2
     assert choose(2, [1] * 4, [0] * 4, pieces, asked).at_once == []
 
@@ -294,6 +297,7 @@ def test_pieces_are_timed_as_a_step_runs_them(world, monkeypatch, model):
         assert not self._waiting
 
     monkeypatch.setattr(gradient.StraightIntoPlace, "weights_of", counting)
+    monkeypatch.setattr(weigh, "SPLIT_WORTH", float("inf"))
     module = Heads()
     if model == "layers":
         del module.raw
@@ -305,6 +309,15 @@ def test_pieces_are_timed_as_a_step_runs_them(world, monkeypatch, model):
     assert not found.choice.said or "can't be measured" not in found.choice.said[0]
     assert sum(work.weight_gradient for work in found.choice.passes) > 0
     assert profile.of_layers([nn.Linear(16, 16)], torch.randn(8, 16), ())[0]().kept == 8 * 16 * 4
+
+
+def test_numbers_are_made_up_for_expanded_tensors():
+    """A mask that all layers use has its rows in one place."""
+    for like in (torch.ones(1, 4).expand(3, 4), torch.ones(4, 1, dtype=torch.bool).expand(4, 3)):
+        found = profile.made_up(like)
+        assert (found.shape, found.stride()) == (like.shape, like.stride())
+        assert torch.equal(found, like)
+        assert found.requires_grad == like.is_floating_point()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class Graph:
             held = [self._held(nodes[a:b], traced) for a, b in pieces]
             uses = Counter(name for names in held for name in names)
             alone = {id(self.real[name]) for name, count in uses.items() if count == 1}
-            may_wait = alone & seen(self.module)
+            may_wait = alone & seen(self.module).keys()
             self.choice = choose(
                 self.stages,
                 [sum(costs[a:b]) for a, b in pieces],

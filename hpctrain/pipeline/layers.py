@@ -91,7 +91,7 @@ class Layers:
                 self.stages,
                 [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
                 [sum(p.nbytes for p in layer.parameters()) for layer in modules],
-                of_layers(modules, self.value, alone & seen(nn.ModuleList(modules))),
+                of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
                 None if hooked else scales,  # a user's hooks run when the model does
                 shared=len(alone) < len(uses),
             )

@@ -171,7 +171,7 @@ def timed(
     weights = list(weights)
     leaves = [x for x in [*inputs, *weights] if x.requires_grad]
     straight = StraightIntoPlace(nn.Module(), MadeUpPlaces())
-    straight.weights = set(map(id, waiting))
+    straight.weights = {id(weight): weight for weight in waiting}
 
     def once(micro_batch: int) -> tuple[float, float, float]:
         began = time.perf_counter()
@@ -199,6 +199,8 @@ def timed(
         if len(found) > REPEATS and time.perf_counter() - began > ENOUGH_SECONDS:
             break
     forward, joint, *halves = (min(column) for column in zip(*(found[1:] or found)))
+    if not straight.weights:
+        return Work(forward, joint, 0.0, kept, joint)
     return Work(forward, halves[0], halves[1], kept, joint)
 
 
@@ -248,8 +250,12 @@ def made_up(like: torch.Tensor, grad: bool = True) -> torch.Tensor:
 
     Else weights in the scale of torch's own start, near 1 where there is one dimension; zeros for integers.
     """
+    if any(size > 1 and stride == 0 for size, stride in zip(like.shape, like.stride())):  # expanded
+        sizes = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride())]
+        base = made_up(like[tuple(slice(size) for size in sizes)], grad=False)
+        return base.expand(like.shape).detach().requires_grad_(grad and differentiable(like.dtype))
     found = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-    numbers = like.dtype.is_floating_point or like.dtype.is_complex
+    numbers = differentiable(like.dtype)
     if not isinstance(like, FakeTensor) and like.device.type != "meta":
         found.copy_(like.detach())
     elif not numbers:
@@ -259,6 +265,11 @@ def made_up(like: torch.Tensor, grad: bool = True) -> torch.Tensor:
         rows = max(1, found.numel() // max(1, len(found))) if found.ndim > 1 else 1
         found.copy_(drawn.sub_(0.5).mul_(2.0 * rows**-0.5) if found.ndim > 1 else drawn.add_(0.5))
     return found.requires_grad_(grad and numbers)
+
+
+def differentiable(dtype: torch.dtype) -> bool:
+    """Whether numbers of a type have gradients. Pure."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 @contextmanager

@@ -73,6 +73,11 @@ class Writer:
                 program = torch.export.export(self.skeleton, *arguments, strict=False)
         except Exception as error:
             line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+            if "more than 1 value per channel" in line:
+                raise ConfigError(
+                    f"a micro-batch of {samples} samples is too small for the model's BatchNorm ({line}): "
+                    f"set parallel.micro_batches lower; the last batch of an epoch may have few samples"
+                ) from None
             raise ConfigError(
                 f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
                 f"down, so it can't be cut{self._where(error)} ({type(error).__name__}: {line.strip()}); "

@@ -125,7 +125,8 @@ def choose(
             found = fitted(plan, estimates, weights, profile, scales, tried)
         except ConfigError:
             continue
-        simulated.append(f"{plan.schedule} {1e3 * found.seconds:.1f} ms")
+        least = f" (taken if {plan.worth - 1.0:.0%} shorter)"
+        simulated.append(f"{plan.schedule} {1e3 * found.seconds:.1f} ms{least}")
         fits = bool(found.warned) <= bool(best.warned) and found.recompute <= best.recompute
         if fits and found.seconds * plan.worth < best.seconds:
             best = found
@@ -133,7 +134,10 @@ def choose(
         by = ", ".join(simulated)
         best.said.append(f"the schedule is {best.schedule}, simulated with the pieces' times: {by}")
     if at_once:
-        best.said.append(f"weight gradients of {len(at_once)} pieces do not wait: splitting costs more there")
+        best.said.append(
+            f"of {len(pieces)} pieces of the model {len(at_once)} compute all their gradients at once: "
+            f"to let those of the weights wait would take longer"
+        )
     best.at_once, best.shared = at_once, shared
     return best
 
