@@ -16,7 +16,7 @@ from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline import profile, split, weigh
 from hpctrain.pipeline.profile import Work
-from hpctrain.pipeline.schedule import CHOSEN
+from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import Plan, Scales, choose
 from hpctrain.portion import schedules
 
@@ -235,6 +235,15 @@ def test_the_fastest_schedule_is_chosen(world, even):
     kept = {"1f1b": [1] * 4, "zb-h1": [1] * 4, "interleaved": [4] * 8}
     assert chosen(4, 4, whole, kept=kept, limits=[100] * 4).schedule == "1f1b"
     assert chosen(4, 4, whole, kept=kept, limits=[120] * 4).schedule == "interleaved"
+
+
+def test_a_whole_backward_is_not_priced_as_its_halves():
+    """With and without a forward that runs again; where it was not measured, its halves count."""
+    work = Work(1.0, 2.0, 2.5, 0, joint=3.0)
+    for passes, seconds in (([work], 3.0), ([weigh.again(work)], 4.0), ([Work(1.0, 2.0, 2.5, 0)], 4.5)):
+        assert profile.cost_of(passes)(0, Backward(0)) == seconds
+    assert profile.cost_of([work])(0, BackwardInput(0)) == 2.0
+    assert profile.cost_of([work])(0, BackwardWeight(0)) == 2.5
 
 
 @pytest.mark.mpi

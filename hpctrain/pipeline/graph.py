@@ -7,7 +7,6 @@
 A cut may go anywhere but between a tensor and an operator that changes it in place.
 """
 
-from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from hpctrain.pipeline.part import INPUT, Part, begins
 from hpctrain.pipeline.profile import of_operators
 from hpctrain.pipeline.runner import Runner
 from hpctrain.pipeline.trace import Like, Traced, Writer
-from hpctrain.pipeline.weigh import Choice, Scales, choose
+from hpctrain.pipeline.weigh import Choice, Scales, choose, used_once
 
 
 class Graph:
@@ -113,16 +112,15 @@ class Graph:
             costs = [cost(node) for node in nodes]
             pieces = list(zip(starts, [*starts[1:], len(nodes)]))
             held = [self._held(nodes[a:b], traced) for a, b in pieces]
-            uses = Counter(name for names in held for name in names)
-            alone = {id(self.real[name]) for name, count in uses.items() if count == 1}
-            may_wait = alone & seen(self.module).keys()
+            alone, shared = used_once(held)
+            may_wait = {id(self.real[name]) for name in alone} & seen(self.module).keys()
             self.choice = choose(
                 self.stages,
                 [sum(costs[a:b]) for a, b in pieces],
                 self._weights(held),
                 [partial(of_operators, nodes[a:b], traced, self.real, may_wait) for a, b in pieces],
                 scales,
-                shared=len(alone) < len(uses),
+                shared,
             )
             edges = [pieces[start][0] for start, _ in self.choice.parts[1:]]
             self.at_once = {name for at in self.choice.at_once for name in held[at]}

@@ -1,6 +1,5 @@
 """A model whose layers follow one another: a stage runs some of them, one behind the other."""
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from hpctrain.gradient import seen
 from hpctrain.pipeline.part import Env, Part, begins, gave, naming
 from hpctrain.pipeline.profile import of_layers
 from hpctrain.pipeline.trace import Like
-from hpctrain.pipeline.weigh import Choice, Scales, choose
+from hpctrain.pipeline.weigh import Choice, Scales, choose, used_once
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
@@ -85,15 +84,14 @@ class Layers:
             modules = [layer for _, layer in self.layers]
             every = [module for layer in modules for module in layer.modules()]
             hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
-            uses = Counter(t for layer in modules for t in {*layer.parameters(), *layer.buffers()})
-            alone = {id(tensor) for tensor, count in uses.items() if count == 1}
+            alone, shared = used_once([{*map(id, [*m.parameters(), *m.buffers()])} for m in modules])
             self.choice = choose(
                 self.stages,
                 [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
                 [sum(p.nbytes for p in layer.parameters()) for layer in modules],
                 of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
                 None if hooked else scales,  # a user's hooks run when the model does
-                shared=len(alone) < len(uses),
+                shared,
             )
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)

@@ -6,10 +6,11 @@ the best cut, and fits as well. The schedule is the first of those that may be c
 with the measured passes, no other beats by what the other's own messages and memory are worth.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mpi4py import MPI
 
@@ -19,6 +20,7 @@ from hpctrain.pipeline.profile import Profile, Work, cost_of, measure
 from hpctrain.pipeline.schedule import programs
 from hpctrain.pipeline.simulate import simulate
 
+T = TypeVar("T")
 WORTH = 1.1
 """By how much a measured cut must be better than the estimate's."""
 SPLIT_WORTH = 1.1
@@ -140,6 +142,17 @@ def choose(
         )
     best.at_once, best.shared = at_once, shared
     return best
+
+
+def used_once(pieces: Sequence[set[T]]) -> tuple[set[T], bool]:
+    """Give what only one of the pieces uses, and whether anything is used by several. Pure.
+
+    >>> used_once([{"a", "b"}, {"b"}])
+    ({'a'}, True)
+    """
+    uses = Counter(one for piece in pieces for one in piece)
+    found = {one for one, count in uses.items() if count == 1}
+    return found, len(found) < len(uses)
 
 
 def reaches(plan: Plan, scales: Scales, pieces: int) -> bool:
