@@ -94,13 +94,10 @@ def build(
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)
-            own = range(-(-count // topology.replicas))
             schedule = pieces.choice.schedule or schedules(config, synced)[0]
             if config.parallel.schedule == "auto" and trains and not pieces.choice.schedule:
                 LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
-            virtual = pieces.stages // topology.stages
-            found = simulate.check(schedule, topology.stages, own, *pieces.links(), virtual)
-            kept = max(found.kept)
+            kept = most_kept(schedule, topology, pieces, -(-count // topology.replicas))
             ties, optimizer = share_of(config, topology, module, deferred, pieces)
             again = recomputes(config, pieces, synced)
             every = module.named_parameters(remove_duplicate=False)
@@ -141,9 +138,9 @@ def synchronise(module: torch.nn.Module, config: Config, count: int, replicas: i
             LOGGER.warning("averaging.sync_batchnorm does nothing: the model has no BatchNorm")
         if count > 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in module.modules()):
             LOGGER.info(
-                "BatchNorm layers see one micro-batch of %d samples at a time: results depend on "
+                "BatchNorm layers see one micro-batch at a time, of %d samples at most: results depend on "
                 "parallel.micro_batches, %d here",
-                *(config.train.batch // count, count),
+                *(-(-config.train.batch // count), count),
             )
         return False
     if config.averaging.invariant:
@@ -196,6 +193,13 @@ def share_of(
     for parameter in [p for p in optimizer.state if id(p) not in own]:
         del optimizer.state[parameter]
     return ties, optimizer
+
+
+def most_kept(schedule: str, topology: Topology, pieces: Cut, micro_batches: int) -> int:
+    """Prove the schedule for a cut; give the most micro-batches on their way at once on a stage. Pure."""
+    virtual = pieces.stages // topology.stages
+    proof = simulate.check(schedule, topology.stages, range(micro_batches), *pieces.links(), virtual)
+    return max(proof.kept)
 
 
 def mine(stage: int, topology: Topology) -> bool:

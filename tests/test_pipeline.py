@@ -224,22 +224,28 @@ def test_no_schedule_is_chosen_where_none_can_gain(world, build):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("model", ["LargeTied", "LargeTiedGraph"])
-def test_a_copy_of_a_weight_is_multiplied_as_the_weight_is(world, build, model):
+def test_a_copy_of_a_weight_is_multiplied_as_the_weight_is(world, build, model, caplog):
     """Only the sum of a tied weight's gradients has another order: the first loss has the bits of one process."""
     if world.size != 2:
         pytest.skip("two stages use it")
-    job = build(model, 2, micro_batches=4, schedule="auto", cuts=["back"])
+    with caplog.at_level("INFO", LOGGER.name):
+        job = build(model, 2, micro_batches=4, schedule="auto", cuts=["back"])
+    assert "the schedule is 1f1b: no times were measured to choose by" in caplog.messages
     assert [tie.name for tie in job.pipeline.ties] == ["first.weight"]
     assert run(job, 1)[0][0] == alone_like(job, 1)[0][0][0]
     assert compare(job, 2) is None
 
 
 @pytest.mark.mpi
-def test_a_micro_batch_too_small_for_batchnorm_is_named(world, build):
+def test_a_micro_batch_too_small_for_batchnorm_is_named(world, build, caplog):
     if world.size != 2:
         pytest.skip("two stages")
     with pytest.raises(ConfigError, match=r"a micro-batch of 1 samples is too small .*micro_batches lower"):
         build("Normed", 2, micro_batches=8)
+    with caplog.at_level("INFO", LOGGER.name):
+        build("Normed", 2, micro_batches=3)
+    told = "BatchNorm layers see one micro-batch at a time, of 3 samples at most: results depend on"
+    assert any(message.startswith(told) for message in caplog.messages)
 
 
 @pytest.mark.mpi
