@@ -1,6 +1,6 @@
 """Several hosts with a link between them: bytes that cross it, the same bits however they are sent.
 
-Bytes are counted by the kernel on each host's own network interface, headers included.
+Bytes are counted by the kernel on each host's own network interface, without headers.
 """
 
 import json
@@ -72,7 +72,7 @@ def on_one_host(ranks, node_of, steps):
     ("hosts", "node_of"), [("h0:2,h1:2", "0011"), ("h0:2,h1:1,h2:1", "0012"), ("h0:1,h1:1,h2:1", "012")]
 )
 def test_bytes_are_the_fewest_possible_and_bits_do_not_depend_on_how_they_are_sent(vhosts, hosts, node_of):
-    """2·S·(N-1)/N a host, gradients one way and new weights the other; 2 percent for headers and flags."""
+    """2·S·(N-1)/N a host, gradients one way and new weights the other; 2 percent for uneven shares and flags."""
     expected = on_one_host(len(node_of), node_of, 6)
     nodes = len(set(node_of))
     ways = ("after", "between", "thread")
