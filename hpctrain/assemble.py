@@ -145,7 +145,7 @@ class Job:
         if self.pipeline and sys.exc_info()[0] is None:  # freeing is collective
             self.pipeline.close()
         elif self.pipeline:
-            self.pipeline.transport.watch.stop()
+            self.pipeline.transport.stop()
 
 
 def check_classes(config: Config) -> None:

@@ -70,7 +70,7 @@ class StagedEngine(Engine):
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use, its ring for messages too. Local."""
-        return {**super().memory(), "between stages": self.pipeline.transport.ring_bytes}
+        return {**super().memory(), "between stages": self.pipeline.transport.nbytes}
 
     def refresh(self) -> None:
         """Give the owners' new weights to the copies of other stages. Collective (stages)."""

@@ -7,7 +7,7 @@ import torch
 
 from hpctrain.errors import HpctrainError
 from hpctrain.node_memory import NodeMemory
-from hpctrain.pipeline.message import pack
+from hpctrain.pipeline.message import Layout, pack
 from hpctrain.pipeline.slots import FLAGS, Slots
 from hpctrain.pipeline.transport import FORWARD, TIED, PeerFailedError, Transport
 
@@ -158,7 +158,7 @@ def test_a_message_is_taken_whatever_happens(world, transport, puts, monkeypatch
     for v in range(3):
         transport.start(to, FORWARD, pack(to, v, [torch.ones(1000) + v, None], 0))
     with monkeypatch.context() as patched:
-        patched.setattr("hpctrain.pipeline.transport.room_for", no_memory)
+        patched.setattr("hpctrain.pipeline.channel.Buffer", no_memory)
         with pytest.raises(MemoryError, match="none left"):
             transport.receive(source, FORWARD, 0)
     transport.drop(source, FORWARD, 1)
@@ -171,34 +171,145 @@ def test_a_message_is_taken_whatever_happens(world, transport, puts, monkeypatch
     assert None not in puts
 
 
-def no_memory(layout):
+def no_memory(*_):
     raise MemoryError("none left")
 
 
 @pytest.mark.mpi
 def test_a_layout_travels_when_it_changes(world, transport, monkeypatch):
-    """Shapes, constants, True and 1, trees; the same ones again are 40 bytes."""
+    """Shapes, constants, True and 1, trees; then numbers are enough, for four and the last one of others."""
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    lengths, start = [], Transport._start
+    encoded, encode = [], Layout.encode
 
-    def noted(self, values, rank, tag):
-        lengths.append(len(values))
-        start(self, values, rank, tag)
+    def noted(self):
+        encoded.append(self)
+        return encode(self)
 
-    monkeypatch.setattr(Transport, "_start", noted)
+    monkeypatch.setattr(Layout, "encode", noted)
     values = [[torch.ones(2), 1], [torch.zeros(2), 1], [torch.ones(3), 1], [torch.ones(3), True]]
     values += [[torch.ones(3), True], (torch.ones(3), True), (torch.ones(3), float("nan"))]
-    for v, value in enumerate([*values, values[-1]]):
+    values += [values[-1], values[0], (torch.ones(4), 1), values[2], (torch.ones(3), float("nan"))]
+    told = []
+    for v, value in enumerate(values):
+        encoded.clear()
         transport.start(to, FORWARD, pack(to, v, value, v))
-    told = [length > 40 for length in lengths[::2]]
-    assert told == [True, False, True, True, False, True, True, False]
+        told.append(len(encoded))
+    assert told == [1, 0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1]
     for v, value in enumerate(values):
         found, draws = transport.receive(source, FORWARD, v)
         assert (type(found), type(found[1]), draws) == (type(value), type(value[1]), v)
         assert torch.equal(found[0], value[0])
         assert found[1] == value[1] or value[1] != value[1]
-    transport.receive(source, FORWARD, len(values))
     transport.finish()
+
+
+@pytest.fixture
+def apart(transport):
+    """As if the ranks were on nodes of their own."""
+    transport._on_node = {}
+    return transport
+
+
+def large(turn):
+    return torch.arange(40_000.0) + turn
+
+
+def made(transport):
+    """Buffers so far, by who sends and who receives."""
+    ways = (transport._outgoing.values(), transport._incoming.values())
+    return [sum(len(buffers) for way in each for buffers in way.buffers.values()) for each in ways]
+
+
+@pytest.mark.mpi
+def test_between_nodes_nothing_is_made_once_a_layout_has_come_twice(world, apart, monkeypatch):
+    """Four are held at a time, two layouts by turns; then receives are posted before their messages come."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    numbers = []
+    for turn in range(40):
+        if turn == 20:
+            monkeypatch.setattr(Transport, "_start", no_memory)  # what is sent without buffers
+        sent = [large(4 * turn + v)[: None if v % 2 else 30_000].reshape(100, -1).t() for v in range(4)]
+        for v in range(4):
+            apart.start(to, FORWARD, pack(to, v, sent[v], 0))
+        found = [apart.receive(source, FORWARD, v)[0] for v in range(4)]
+        assert all(map(torch.equal, found, sent))
+        assert [x.stride() for x in found] == [x.stride() for x in sent]
+        assert all(map(len, apart._incoming[source, FORWARD]._started.values()))
+        found.clear()
+        apart.finish()
+        world.Barrier()
+        numbers.append(made(apart))
+    assert numbers[-1][0] <= 4
+    assert numbers[-1][1] == numbers[5][1] == 6, "one more of each layout than are held"
+    assert 4 * 3 * 70_000 < apart.nbytes <= 4 * (2 * 70_000 + 3 * 70_000)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("slots", [False, True])
+def test_what_somebody_holds_is_not_written_to(world, transport, slots):
+    """A view, a detached tensor, what autograd keeps, NumPy: each keeps the memory that it looks at."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    if slots:
+        grow(transport, 1 << 22)
+    else:
+        transport._on_node = {}
+    held = []
+    for v in range(12):
+        transport.start(to, FORWARD, pack(to, v, large(v).requires_grad_(), 0))
+        x, _ = transport.receive(source, FORWARD, v)
+        square = x * x
+        ways = (x.detach()[5:7], x.detach().numpy()[5:7], square.sum(), x.detach().view(200, 200).t()[0, :2])
+        held.append((ways[v % 4], x if v % 4 == 2 else None))
+        del x, square
+        transport.finish()
+        world.Barrier()
+    for v, (way, x) in enumerate(held):
+        if x is not None:
+            way.backward()
+            assert torch.equal(x.grad, 2 * large(v))
+        else:
+            assert float(way[1]) - v in (6.0, 200.0)
+
+
+@pytest.mark.mpi
+def test_failures_between_nodes_in_the_steady_state(world, apart, monkeypatch):
+    """One is dropped, one fails, for one there is no memory; what comes then is whole."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    for v in range(4):
+        apart.start(to, FORWARD, pack(to, v, large(v), 0))
+        apart.receive(source, FORWARD, v)
+    held = []
+    for v in range(4, 10):
+        if v == 5:
+            apart.send_failure(to, FORWARD, v)
+        else:
+            apart.start(to, FORWARD, pack(to, v, large(v), 0))
+    held.append(apart.receive(source, FORWARD, 4)[0])
+    with pytest.raises(PeerFailedError):
+        apart.receive(source, FORWARD, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr("hpctrain.pipeline.channel.Buffer.__init__", no_memory)
+        held.append(apart.receive(source, FORWARD, 6)[0])  # the one that was posted
+        with pytest.raises(MemoryError, match="none left"):
+            apart.receive(source, FORWARD, 7)
+    apart.drop(source, FORWARD, 8)
+    held.append(apart.receive(source, FORWARD, 9)[0])
+    assert all(map(torch.equal, held, map(large, (4, 6, 9))))
+    apart.finish()
+
+
+@pytest.mark.mpi
+def test_a_buffer_is_filled_again_only_when_it_has_left(world, apart, monkeypatch):
+    """Nobody receives for a while; MPI asks the receiver before it takes as large a piece."""
+    monkeypatch.setattr("hpctrain.pipeline.transport.PIECE", 1 << 30)
+    apart._piece = 1 << 30
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    for v in range(8):
+        apart.start(to, FORWARD, pack(to, v, large(v).repeat(8), 0))
+    world.Barrier()
+    for v in range(8):
+        assert torch.equal(apart.receive(source, FORWARD, v)[0], large(v).repeat(8))
+    apart.finish()
 
 
 @pytest.mark.mpi

@@ -44,14 +44,20 @@ class Layout:
         leaves, tree = json.loads(text)
         return cls(tuple(map(tuple, leaves)), _pytree.treespec_loads(tree))
 
-    def tree_of(self, memories: list[torch.Tensor], device: str) -> Any:
-        """Make the tree of values, from the memory of its tensors. Local."""
-        leaves, left = [], iter(memories)
+    @property
+    def key(self) -> str:
+        """What is the same for the same layouts only; True and 1 are not the same."""
+        return f"{self.leaves!r} {written(self.tree)}"
+
+    def tree_of(self, flats: Sequence[torch.Tensor], device: str) -> Any:
+        """Make the tree of values, from the bytes of its tensors. Local."""
+        leaves, left = [], iter(flats)
         for leaf in self.leaves:
             if leaf[0] == "c":
                 leaves.append(leaf[1])
             else:
-                tensor = next(left).as_strided(leaf[2], leaf[3]).to(device)
+                flat = next(left).view(getattr(torch, leaf[1]))
+                tensor = flat.as_strided(leaf[2], leaf[3]).to(device)
                 leaves.append(tensor.requires_grad_(leaf[4]))
         return _pytree.tree_unflatten(leaves, self.tree)
 
@@ -128,20 +134,12 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
     return Packed(micro_batch, draws, Layout(tuple(listed), tree), flats)
 
 
-def same(one: Layout | None, other: Layout) -> bool:
-    """Tell whether a layout need not be sent again; True and 1 are not the same. Pure."""
-    return one is not None and repr(one.leaves) == repr(other.leaves) and one.tree == other.tree
-
-
-def room_for(layout: Layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Make memory for each of a layout's tensors, as far behind a line; give it, and its bytes. Local."""
-    memories, flats = [], []
+def bytes_of(layout: Layout) -> list[tuple[int, int]]:
+    """Give the bytes of each of a layout's tensors, and how many bytes behind a line it begins. Pure."""
+    found = []
     for leaf in layout.leaves:
         if leaf[0] == "t":
             _, kind, shape, strides, _, behind = leaf
-            dtype = getattr(torch, kind)
-            first = behind // dtype.itemsize
-            memory = torch.empty(first + span(shape, strides), dtype=dtype)[first:]
-            memories.append(memory)
-            flats.append(memory.view(torch.uint8))
-    return memories, flats
+            size = getattr(torch, kind).itemsize
+            found.append((size * span(shape, strides), behind // size * size))
+    return found

@@ -1,12 +1,13 @@
 """Messages between stages: numbers that say what comes, its layout where that is new, then the tensors.
 
-      numbers  micro-batch, status, draws, offset and flag of the slot where the tensors lie (-1: none)
-      layout   as JSON behind the numbers, where it is not that of the message before (`message.py`)
-      tensors  on one node in a slot of its memory (`slots.py`), else one message each, in pieces that MPI
-               sends at once: larger ones would wait until both ends call MPI, and both compute
+      numbers  micro-batch, number of the layout, draws, how the tensors come, flag of their slot, length of
+               the layout as JSON that follows where it is new (`message.py`)
+      tensors  on one node in a slot of its memory (`slots.py`), else by messages in pieces that MPI sends at
+               once: larger ones would wait until both ends call MPI, and both compute
 
-Nothing is pickled. Sends are started and not waited for; between two ranks messages keep their
-order, and both sides run the micro-batches in the same one. A stage that has failed goes on to send
+Receives are posted before their messages come, by persistent requests into buffers that are kept
+(`channel.py`). Nothing is pickled. Sends are started and not waited for; between two ranks messages keep
+their order, and both sides run the micro-batches in the same one. A stage that has failed goes on to send
 numbers that say so: whoever waits for it learns of it where it waits, and nobody hangs.
 """
 
@@ -15,26 +16,27 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from mpi4py import MPI
-from numpy.typing import NDArray
 
 from hpctrain.errors import HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.pipeline import watch
-from hpctrain.pipeline.message import Layout, Packed, room_for, same, span
+from hpctrain.pipeline.channel import FEW, Bytes, Incoming, Outgoing
+from hpctrain.pipeline.message import Layout, Packed, bytes_of
 from hpctrain.pipeline.slots import Slots
 from hpctrain.pipeline.watch import Watch
 from hpctrain.topology import named
 
-FORWARD, BACKWARD, TIED, KINDS = 0, 2, 4, 6
-"""Tags of the first messages, and their number; the tensors' is one more. TIED: what several stages use."""
-SAME, NEW, FAILED = 0, 1, 2
-"""Status: the layout is that of the message before, or follows, or there is nothing."""
-NUMBERS = 5
+EACH = 2 + FEW
+"""Tags of a channel: numbers, tensors without buffers, tensors in buffers by layout."""
+FORWARD, BACKWARD, TIED, KINDS = 0, EACH, 2 * EACH, 3 * EACH
+"""First tags of channels, and how many there are. TIED: what several stages use."""
+FAILED, MESSAGES, BUFFERS = -3, -2, -1
+"""How the tensors come, where not in a slot at an offset: the stage has failed; by messages, into buffers."""
 FIRST_STEPS = 4
 """Steps after which there may be more to make room for: shapes show in the first ones."""
 MOST = 1 << 30
@@ -66,22 +68,23 @@ class Transport:
         self._slots: Slots | None = None
         self._refused = 0 if plain else MOST << 10
         """Bytes of a ring that are not asked for: so many could not be had."""
-        self._piece = MOST if plain else PIECE
+        self._keeps, self._piece = not plain, MOST if plain else PIECE
         self._bytes: dict[int, int] = {}
         """For this node, by micro-batch of the step or evaluation that runs."""
         self._depth, self._most, self._looks, self._ran = 0, 0, FIRST_STEPS, False
         """Micro-batches on their way; the most bytes so far; calls of `grow` that look; if anything ran."""
-        self._told: dict[tuple[int, int], Layout] = {}
-        self._known: dict[tuple[int, int], Layout] = {}
-        """The last layout that left and came, by rank and tag."""
-        self._sent = deque[tuple[MPI.Request, Any, int]]()
-        """Requests, their memory, to whom."""
+        self._outgoing: dict[tuple[int, int], Outgoing] = {}
+        self._incoming: dict[tuple[int, int], Incoming] = {}
+        """By rank and tag."""
+        self._sent = deque[tuple[Callable[[], bool], Any, int]]()
+        """What tells if they are through, their memory, to whom."""
         self.watch = Watch(pipe)
 
     @property
-    def ring_bytes(self) -> int:
-        """Memory of the node that holds what this rank sends on it."""
-        return self._slots.size if self._slots else 0
+    def nbytes(self) -> int:
+        """Memory that holds what this rank sends and receives."""
+        channels = [*self._outgoing.values(), *self._incoming.values()]
+        return (self._slots.size if self._slots else 0) + sum(channel.nbytes for channel in channels)
 
     def begin(self, depth: int, looks: int = 0) -> None:
         """Start with a step's or an evaluation's micro-batches, `depth` of them on their way at once. Local.
@@ -120,114 +123,153 @@ class Transport:
 
     def start(self, rank: int, tag: int, packed: Packed) -> None:
         """Start to send. Local."""
-        status = SAME if same(self._told.get((rank, tag)), packed.layout) else NEW
-        text = packed.layout.encode() if status == NEW else b""
-        slot = None
-        if rank in self._on_node and packed.flats and tag != TIED:
-            v = packed.micro_batch
-            self._bytes[v] = self._bytes.get(v, 0) + packed.nbytes
-            slot = self._slots.put(packed.flats) if self._slots else None
-        self._told[rank, tag] = packed.layout
-        numbers = np.array([packed.micro_batch, status, packed.draws, *(slot or (-1, -1))], np.int64)
-        self._start(np.frombuffer(numbers.tobytes() + text, np.uint8), rank, tag)
-        if slot is None:
+        way = self._way_to(rank, tag)
+        number, new = way.number(packed.layout)
+        text = packed.layout.encode() if new else b""
+        how, flag = MESSAGES, -1
+        if packed.flats and tag != TIED:
+            if rank in self._on_node:
+                v = packed.micro_batch
+                self._bytes[v] = self._bytes.get(v, 0) + packed.nbytes
+                how, flag = (self._slots and self._slots.put(packed.flats)) or (MESSAGES, -1)
+            elif way.steady(number):
+                how = BUFFERS
+        way.count[number] += 1
+        numbers = [packed.micro_batch, number, packed.draws, how, flag, len(text)]
+        self._note(*way.say(numbers), rank)
+        if text:
+            self._start(np.frombuffer(text, np.uint8), rank, tag + 1)
+        if how == BUFFERS:
+            buffer = way.send(number, packed.flats, partial(self._pieces, rank))
+            self._note(buffer.done, buffer, rank)
+        elif how == MESSAGES:
             for flat in packed.flats:
                 # the model may change it in place while it is on its way; shared weights change later
                 own = flat if tag == TIED else flat.clone()
-                for piece in self._pieces(own, rank):
+                for piece in self._pieces(rank, own.numpy()):
                     self._start(piece, rank, tag + 1)
 
     def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
         """Tell a rank that what it waits for will not come. Local."""
-        numbers = np.array([micro_batch, FAILED, 0, -1, -1], np.int64)
-        self._start(numbers.view(np.uint8), rank, tag)
+        self._note(*self._way_to(rank, tag).say([micro_batch, 0, 0, FAILED, -1, 0]), rank)
 
     def receive(self, rank: int, tag: int, micro_batch: int) -> tuple[Any, int]:
         """Take what a rank sends: the tree, and the count of draws. Waits for it.
 
         Raises PeerFailedError where that rank has failed. Whatever it raises, the message has been taken.
         """
-        layout, draws, offset, flag = self._numbers(rank, tag, micro_batch)
+        way, number, draws, how, flag = self._numbers(rank, tag, micro_batch)
+        wait, layout = partial(self._until, rank), way.layouts[number]
         try:
-            memories, flats = room_for(layout)
+            buffer = way.expected(number, wait) if how == BUFFERS else way.spare(number)
         except BaseException:
-            self._take_nothing(layout, rank, tag, offset, flag)
+            self._take_nothing(way, number, how, flag)
             raise
-        if offset >= 0:
-            assert self._slots is not None
-            self._slots.take(self._on_node[rank], offset, flag, flats)
-        else:
-            for flat in flats:
-                for piece in self._pieces(flat, rank):
+        flats = buffer.lend()
+        if how == MESSAGES:
+            for array in buffer.arrays:
+                for piece in self._pieces(rank, array):
                     self._wait(rank, tag + 1)
                     self.comm.Recv(piece, rank, tag + 1)
-        return layout.tree_of(memories, self.device), draws
+        elif how >= 0:
+            assert self._slots is not None
+            self._slots.take(self._on_node[rank], how, flag, flats)
+        if flats:
+            way.expect(number)
+        return layout.tree_of(flats, self.device), draws
 
     def drop(self, rank: int, tag: int, micro_batch: int) -> None:
         """Take what a rank sends and keep nothing of it. Waits for it."""
-        with suppress(PeerFailedError):
-            layout, _, offset, flag = self._numbers(rank, tag, micro_batch)
-            self._take_nothing(layout, rank, tag, offset, flag)
+        with suppress(PeerFailedError, MemoryError):
+            way, number, _, how, flag = self._numbers(rank, tag, micro_batch)
+            if how == BUFFERS:
+                way.expected(number, partial(self._until, rank))
+            else:
+                self._take_nothing(way, number, how, flag)
 
-    def _numbers(self, rank: int, tag: int, micro_batch: int) -> tuple[Layout, int, int, int]:
-        """Take the first message; give layout, draws, offset and flag of the slot."""
-        status = self._wait(rank, tag)
-        raw = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self.comm.Recv(raw, rank, tag)
-        v, kind, draws, offset, flag = raw[: 8 * NUMBERS].view(np.int64).tolist()
+    def _numbers(self, rank: int, tag: int, micro_batch: int) -> tuple[Incoming, int, int, int, int]:
+        """Take the first message; give channel, layout's number, draws, how the tensors come, flag."""
+        if (rank, tag) not in self._incoming:
+            cut = None if rank in self._on_node else partial(self._pieces, rank)
+            self._incoming[rank, tag] = Incoming(self.comm, rank, tag, self._keeps and tag != TIED, cut)
+        way = self._incoming[rank, tag]
+        v, number, draws, how, flag, length = way.numbers(partial(self._until, rank))
         assert v == micro_batch, f"rank {rank} sent micro-batch {v}, not {micro_batch}"
-        if kind == FAILED:
+        if how == FAILED:
             raise PeerFailedError(f"pipeline rank {rank} failed")
-        if kind == NEW:
-            self._known[rank, tag] = Layout.decode(raw[8 * NUMBERS :].tobytes())
-        return self._known[rank, tag], draws, offset, flag
+        if length:
+            text = np.empty(length, np.uint8)
+            self._wait(rank, tag + 1)
+            self.comm.Recv(text, rank, tag + 1)
+            way.layouts[number] = Layout.decode(text.tobytes())
+        way.count[number] += 1
+        return way, number, draws, how, flag
 
-    def _take_nothing(self, layout: Layout, rank: int, tag: int, offset: int, flag: int) -> None:
+    def _take_nothing(self, way: Incoming, number: int, how: int, flag: int) -> None:
         """Take a message's tensors into memory that holds one piece at most."""
-        if offset >= 0:
+        if how >= 0:
             assert self._slots is not None
-            self._slots.free(self._on_node[rank], flag)
+            self._slots.free(self._on_node[way.rank], flag)
             return
-        for leaf in layout.leaves:
-            left = 0 if leaf[0] == "c" else span(leaf[2], leaf[3]) * getattr(torch, leaf[1]).itemsize
+        tag = way.tag_of(number) if how == BUFFERS else way.tag + 1
+        for left, _ in bytes_of(way.layouts[number]):
             while left > 0:
-                status = self._wait(rank, tag + 1)
+                status = self._wait(way.rank, tag)
                 piece = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-                self.comm.Recv(piece, rank, tag + 1)
+                self.comm.Recv(piece, way.rank, tag)
                 left -= len(piece)
 
-    def _pieces(self, flat: torch.Tensor, rank: int) -> list[NDArray[np.uint8]]:
+    def _way_to(self, rank: int, tag: int) -> Outgoing:
+        if (rank, tag) not in self._outgoing:
+            self._outgoing[rank, tag] = Outgoing(self.comm, rank, tag, self._keeps and tag != TIED)
+        return self._outgoing[rank, tag]
+
+    def _pieces(self, rank: int, array: Bytes) -> list[Bytes]:
         """Cut bytes into messages; on a node MPI has no use for small ones."""
         size = MOST if rank in self._on_node or rank == self.comm.rank else self._piece
-        return [flat[at : at + size].numpy() for at in range(0, len(flat), size)]
+        return [array[at : at + size] for at in range(0, len(array), size)]
 
     def finish(self) -> None:
         """Wait until all that was sent has been taken. Local."""
         if self._sent:
             self.watch.doing("waits until others have taken what it sent")
         while self._sent:
-            request, _, rank = self._sent[0]
-            self._until(request.Test, rank)
+            done, _, rank = self._sent[0]
+            self._until(rank, done)
             self._sent.popleft()
 
+    def stop(self) -> None:
+        """Expect no message any more, answer no question. Local."""
+        self.watch.stop()
+        for way in self._incoming.values():
+            way.close()
+        self._incoming.clear()
+
     def close(self) -> None:
-        """Free the communicators. Collective."""
+        """Free the communicators, where all that was sent has been taken. Collective."""
+        self.stop()
+        for way in self._outgoing.values():
+            way.close()
+        self._outgoing.clear()
         self.watch.close()
         self.comm.Free()
         self.node.Free()
 
-    def _start(self, values: NDArray[np.uint8], rank: int, tag: int) -> None:
-        while len(self._sent) > 64 and self._sent[0][0].Test():
+    def _start(self, values: Bytes, rank: int, tag: int) -> None:
+        self._note(self.comm.Isend([values, MPI.BYTE], rank, tag).Test, values, rank)
+
+    def _note(self, done: Callable[[], bool], memory: Any, rank: int) -> None:
+        while len(self._sent) > 64 and self._sent[0][0]():
             self._sent.popleft()
-        self._sent.append((self.comm.Isend([values, MPI.BYTE], rank, tag), values, rank))
+        self._sent.append((done, memory, rank))
 
     def _wait(self, rank: int, tag: int) -> MPI.Status:
         """Wait for a message."""
         status = MPI.Status()
-        self._until(lambda: self.comm.Iprobe(rank, tag, status), rank)
+        self._until(rank, lambda: self.comm.Iprobe(rank, tag, status))
         return status
 
-    def _until(self, done: Callable[[], bool], rank: int) -> None:
+    def _until(self, rank: int, done: Callable[[], bool]) -> None:
         """Wait, giving the core away: a rank that waits must not slow those that work."""
         for _ in range(YIELDS):
             if done():

@@ -1,0 +1,242 @@
+"""One way from a rank to another, of one tag: which layouts it has carried, and buffers that are kept.
+
+      sender      copies into a buffer that left long ago, and starts its persistent requests
+      receiver    has started those of the next buffer before the message comes, lends the memory out as
+                  tensors, and starts it again once nobody holds them
+
+Both ends number the layouts in the order in which they come. The first `FEW` get buffers when they come a
+third time (whole and uneven micro-batches, of steps and of evaluation); what changes all the time gets
+none, and its memory is made for each message. Numbers that come before the tensors have buffers from the
+first one on.
+"""
+
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from hpctrain.node_memory import LINE
+from hpctrain.pipeline.message import Layout, bytes_of
+
+FEW = 4
+"""Layouts that get buffers. The next number is that of the last one of all others."""
+REPEATED = 2
+"""Messages of one layout without buffers."""
+NUMBERS = 6
+AHEAD = 4
+"""Messages whose numbers are expected at once."""
+
+Bytes = NDArray[np.uint8]
+Cut = Callable[[Bytes], list[Bytes]]
+Wait = Callable[[Callable[[], bool]], None]
+
+
+class Buffer:
+    """Memory for the tensors of a layout, each as far behind a line as it was, and requests that use it."""
+
+    def __init__(self, layout: Layout) -> None:
+        """Make the memory. Local. Raises MemoryError."""
+        self.arrays: list[Bytes] = []
+        """The bytes of each tensor."""
+        for size, behind in bytes_of(layout):
+            raw = np.empty(size + 2 * LINE, np.uint8)
+            first = -raw.ctypes.data % LINE + behind
+            self.arrays.append(raw[first : first + size])
+        self.requests: list[MPI.Prequest] = []
+        self._lent: list[weakref.ref[Any]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(len(array) for array in self.arrays)
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody holds a tensor in it."""
+        return all(lent() is None for lent in self._lent)
+
+    def lend(self) -> list[torch.Tensor]:
+        """Give the bytes of each tensor; the buffer is not free while memory of one is held. Local."""
+        views = [array[:] for array in self.arrays]
+        self._lent = [weakref.ref(view) for view in views]
+        return [torch.from_numpy(view) for view in views]
+
+    def done(self) -> bool:
+        """Whether its requests are through. Local."""
+        return MPI.Prequest.Testall(self.requests)
+
+
+class Way:
+    """What both ends know of the layouts."""
+
+    def __init__(self, comm: MPI.Intracomm, rank: int, tag: int, keeps: bool) -> None:
+        """Take the other end's rank, the tag of the numbers, whether buffers are kept. Local."""
+        self.comm, self.rank, self.tag, self.keeps = comm, rank, tag, keeps
+        self.layouts: dict[int, Layout] = {}
+        self.count = Counter[int]()
+        """Messages of each number so far."""
+        self.buffers: dict[int, deque[Buffer]] = {}
+
+    def steady(self, number: int) -> bool:
+        """Whether the next message of a layout has buffers. Local."""
+        return self.keeps and number < FEW and self.count[number] >= REPEATED
+
+    def tag_of(self, number: int) -> int:
+        """Tag of the tensors in buffers; one above the numbers' is for those without. Local."""
+        return self.tag + 2 + number
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in chain.from_iterable(self.buffers.values()))
+
+
+class Outgoing(Way):
+    """The sender's end."""
+
+    def __init__(self, comm: MPI.Intracomm, rank: int, tag: int, keeps: bool) -> None:
+        """Take where it goes. Local."""
+        super().__init__(comm, rank, tag, keeps)
+        self._number: dict[str, int] = {}
+        self._heads: deque[tuple[NDArray[np.int64], MPI.Prequest]] = deque()
+
+    def number(self, layout: Layout) -> tuple[int, bool]:
+        """Give a layout's number, and whether the other end has to be told what it is. Local."""
+        key = layout.key
+        if key in self._number:
+            return self._number[key], False
+        number = min(len(self._number), FEW)
+        self._number = {known: at for known, at in self._number.items() if at != number}
+        self._number[key], self.layouts[number] = number, layout
+        return number, True
+
+    def say(self, numbers: list[int]) -> tuple[Callable[[], bool], Any]:
+        """Start to send numbers; gives what tells if they are through. Local."""
+        if not self._heads or not self._heads[0][1].Test():
+            array = np.empty(NUMBERS, np.int64)
+            self._heads.appendleft((array, self.comm.Send_init([array, MPI.INT64_T], self.rank, self.tag)))
+        self._heads.rotate(-1)
+        array, request = self._heads[-1]
+        array[:] = numbers
+        request.Start()
+        return request.Test, request
+
+    def send(self, number: int, flats: list[torch.Tensor], cut: Cut) -> Buffer:
+        """Copy a layout's tensors into a buffer that is through, `cut` into messages, and start it. Local."""
+        buffers = self.buffers.setdefault(number, deque())
+        if not buffers or not buffers[0].done():
+            buffer = Buffer(self.layouts[number])
+            for piece in chain.from_iterable(map(cut, buffer.arrays)):
+                buffer.requests.append(self.comm.Send_init([piece, MPI.BYTE], self.rank, self.tag_of(number)))
+            buffers.appendleft(buffer)
+        buffers.rotate(-1)
+        buffer = buffers[-1]
+        for array, flat in zip(buffer.arrays, flats, strict=True):
+            torch.from_numpy(array).copy_(flat)
+        MPI.Prequest.Startall(buffer.requests)
+        return buffer
+
+    def close(self) -> None:
+        """Free the requests. Local."""
+        for request in chain(
+            (request for _, request in self._heads),
+            *(buffer.requests for buffer in chain.from_iterable(self.buffers.values())),
+        ):
+            request.Free()
+
+
+class Incoming(Way):
+    """The receiver's end."""
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        rank: int,
+        tag: int,
+        keeps: bool,
+        cut: Callable[[Bytes], list[Bytes]] | None,
+    ) -> None:
+        """Take where it comes from and how it is `cut` into messages; expect the first numbers. Local.
+
+        `cut` is None on one node, where no messages are expected: what slots hold is copied into buffers.
+        """
+        super().__init__(comm, rank, tag, keeps)
+        self._cut = cut
+        self._started: dict[int, deque[Buffer]] = {}
+        """Buffers whose messages are expected, in the order in which they will come."""
+        self._heads: deque[tuple[NDArray[np.int64], MPI.Prequest]] = deque()
+        for _ in range(AHEAD):
+            array = np.empty(NUMBERS, np.int64)
+            self._heads.append((array, comm.Recv_init([array, MPI.INT64_T], rank, tag)))
+            self._heads[-1][1].Start()
+
+    def numbers(self, wait: Wait) -> list[int]:
+        """Take the numbers that come next. Local."""
+        array, request = self._heads[0]
+        wait(request.Test)
+        found: list[int] = array.tolist()
+        request.Start()
+        self._heads.rotate(-1)
+        return found
+
+    def spare(self, number: int) -> Buffer:
+        """Give a buffer for a message that none expects. Local. Raises MemoryError."""
+        if self._cut or not self.steady(number):
+            return Buffer(self.layouts[number])
+        buffers = self.buffers.setdefault(number, deque())
+        free = next((buffer for buffer in buffers if buffer.free), None)
+        if free is None:
+            free = Buffer(self.layouts[number])
+            buffers.append(free)
+        return free
+
+    def expected(self, number: int, wait: Wait) -> Buffer:
+        """Take the buffer that the next message of a layout comes into. Local. Raises MemoryError."""
+        started = self._started.setdefault(number, deque())
+        if not started:
+            self._start(number)
+        wait(started[0].done)
+        return started.popleft()
+
+    def expect(self, number: int) -> None:
+        """Start all buffers of a steady layout that nobody holds, one at least if there is memory. Local."""
+        if not self._cut or not self.steady(number):
+            return
+        started = self._started.setdefault(number, deque())
+        for buffer in self.buffers.get(number, ()):
+            if buffer.free and buffer not in started:
+                MPI.Prequest.Startall(buffer.requests)
+                started.append(buffer)
+        if not started:
+            with suppress(MemoryError):
+                self._start(number)
+
+    def _start(self, number: int) -> None:
+        assert self._cut is not None
+        buffer = Buffer(self.layouts[number])
+        for piece in chain.from_iterable(map(self._cut, buffer.arrays)):
+            buffer.requests.append(self.comm.Recv_init([piece, MPI.BYTE], self.rank, self.tag_of(number)))
+        self.buffers.setdefault(number, deque()).append(buffer)
+        MPI.Prequest.Startall(buffer.requests)
+        self._started.setdefault(number, deque()).append(buffer)
+
+    def close(self) -> None:
+        """Expect nothing any more; free the requests. Local."""
+        waiting = [request for _, request in self._heads]
+        for buffer in chain.from_iterable(self._started.values()):
+            waiting += buffer.requests
+        for request in waiting:
+            request.Cancel()
+        MPI.Prequest.Waitall(waiting)
+        for request in chain(
+            (request for _, request in self._heads),
+            *(buffer.requests for buffer in chain.from_iterable(self.buffers.values())),
+        ):
+            request.Free()
