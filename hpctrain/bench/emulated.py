@@ -15,6 +15,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from hpctrain.bench.autograd import Autograd
 from hpctrain.pipeline.schedule import SEVERAL, Backward, Instruction, programs
 from hpctrain.pipeline.simulate import Simulation, simulate
 
@@ -65,35 +66,24 @@ def sleepers(whole: bool = False) -> nn.Sequential:
     return nn.Sequential(*[Sleeper(whole) for _ in range(LAYERS)])
 
 
-class Weights:
+class Weights(Autograd):
     """Stands for what computes weight gradients: it sleeps as long as the layers of a stage would."""
 
     def __init__(self, stages: int) -> None:
         """Take the number of stages."""
         self.layers = LAYERS // stages
 
-    def _sleep(self) -> None:
-        for _ in range(self.layers):
-            nap(LAYER)
-
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Nothing is watched."""
-        yield
-
     @contextmanager
     def accumulating(self, micro_batch: int = -1) -> Iterator[None]:
         """Sleep for the weights too where they don't wait."""
         yield
         if micro_batch < 0:
-            self._sleep()
-
-    def begin(self, micro_batches: int, waits: bool = False) -> None:
-        """Nothing waits."""
+            self.weights_of(micro_batch, False)
 
     def weights_of(self, micro_batch: int, last: bool) -> None:
         """Sleep for the weights."""
-        self._sleep()
+        for _ in range(self.layers):
+            nap(LAYER)
 
 
 def stretched(comm: MPI.Intracomm) -> float:

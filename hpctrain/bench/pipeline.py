@@ -2,17 +2,19 @@
 
 ours          1F1B; one stage a rank
 ours_…        GPipe, ZB-H1 and interleaved (two stages a rank), each strict; ours_fast ZB-H1 with weight
-              gradients merged; ours_plain 1F1B, each tensor one MPI message
+              gradients merged; ours_plain 1F1B, each tensor one MPI message; ours_autograd 1F1B, layers and
+              their gradients left to torch
 torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo
-torch_…       the same with ScheduleGPipe, and with two stages a rank ScheduleInterleaved1F1B and
-              ScheduleInterleavedZeroBubble
+torch_…       the same with ScheduleGPipe, with ScheduleInterleavedZeroBubble of one stage a rank
+              (torch_zb), and of two ScheduleInterleaved1F1B, ScheduleZBVZeroBubble and ScheduleDualPipeV
 alone         one process, the whole model, the same micro-batches; the other ranks idle
 bubble        alone ÷ p times (m+p-1)/m: even stages, free messages, cores that do not disturb one another
 limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
-work          the same without the factor, what the slowest stage has to do: work ÷ seconds is utilisation
+autograd_limit  the same with layers and gradients left to torch
+work          `limit` without the factor, what the slowest stage has to do: work ÷ seconds is utilisation
 
-In the emulated cases layers sleep (`emulated.py`), GPipe, fast, plain and torch's zero bubble are left
-out, work is known, and instead of the other bounds and alone stand
+In the emulated cases layers sleep (`emulated.py`), GPipe, fast, plain, autograd and torch's zero bubbles
+are left out, work is known, and instead of the other bounds and alone stand
 
 simulated_…   what the simulator expects of 1F1B, ZB-H1 and interleaved, messages taking no time
 
@@ -20,7 +22,6 @@ No optimizer and no averaging: they are measured by `bench step`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -32,7 +33,10 @@ from torch import nn
 from hpctrain.averaging.averager import Averager
 from hpctrain.batch import Batch
 from hpctrain.bench import emulated
+from hpctrain.bench.autograd import Autograd
 from hpctrain.bench.measure import alternate, each, row
+from hpctrain.bench.stage_cases import CASES, Case
+from hpctrain.bench.torch_stages import TORCH, torch_step
 from hpctrain.data import order
 from hpctrain.data.loader import Step
 from hpctrain.errors import ConfigError
@@ -48,51 +52,11 @@ from hpctrain.topology import Topology
 ROUNDS = 9
 
 
-def mlp() -> nn.Sequential:
-    """Eight layers of 1,024."""
-    layers: list[nn.Module] = []
-    for _ in range(8):
-        layers += [nn.Linear(1024, 1024), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def transformer() -> nn.Sequential:
-    """Eight encoder layers of width 256."""
-    return nn.Sequential(
-        *[nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True) for _ in range(8)]
-    )
-
-
-def cnn() -> nn.Sequential:
-    """Eight convolutions of 32 channels: activations of 2 MiB for a micro-batch of 4."""
-    layers: list[nn.Module] = [nn.Conv2d(4, 32, 3, padding=1), nn.ReLU()]
-    for _ in range(7):
-        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its batch, and the number of micro-batches."""
-
-    make: Callable[[], nn.Sequential]
-    shape: tuple[int, ...]
-    micro_batches: int
-
-    @property
-    def sleeps(self) -> bool:
-        """Whether its layers sleep."""
-        return self.make is emulated.sleepers
-
-
-CASES = {
-    "mlp m=8": Case(mlp, (512, 1024), 8),
-    "mlp m=16": Case(mlp, (512, 1024), 16),
-    "mlp m=32": Case(mlp, (512, 1024), 32),
-    "transformer m=8": Case(transformer, (32, 32, 256), 8),
-    "cnn m=8": Case(cnn, (32, 4, 64, 64), 8),
-    "emulated m=8": Case(emulated.sleepers, (8, 16), 8),
-}
+AWAKE = (
+    *("ours_fast", "ours_plain", "ours_autograd", "ours_gpipe"),
+    *("torch_gpipe", "torch_zb", "torch_zbv", "torch_dualpipev"),
+)
+"""Left out where layers sleep."""
 
 
 def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, Any]]:
@@ -110,54 +74,61 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
     x = torch.randn(case.shape)
     with torch.no_grad():
         y = torch.randn_like(case.make()(x[:1])).expand(len(x), *[-1] * (x.ndim - 1)).contiguous()
-    stages = {
-        "ours": our_step(topology, case, x, y, "1f1b"),
-        "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
-        "ours_zb": our_step(topology, case, x, y, "zb-h1"),
-        "ours_fast": our_step(topology, case, x, y, "zb-h1", fast=True),
-        "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),
-    }
-    if halves(topology, case):
-        stages["ours_interleaved"] = our_step(topology, case, x, y, "interleaved")
-    contenders = {
-        **{name: step for name, (step, _) in stages.items()},
-        "torch_1f1b": torch_step(topology, case, x, y, "Schedule1F1B"),
-        "torch_gpipe": torch_step(topology, case, x, y, "ScheduleGPipe"),
-    }
-    if halves(topology, case):
-        contenders["torch_interleaved"] = torch_step(topology, case, x, y, "ScheduleInterleaved1F1B", 2)
-        contenders["torch_zb"] = torch_step(topology, case, x, y, "ScheduleInterleavedZeroBubble", 2)
+    engines = our_steps(topology, case, x, y)
+    contenders = {engine: step for engine, (step, _) in engines.items()}
+    for peer, (schedule, virtual) in TORCH.items():
+        if virtual == 1 or case.halves(topology.stages):
+            contenders[f"torch_{peer}"] = torch_step(topology, case, x, y, schedule, virtual)
     if case.sleeps:
-        for left_out in ("ours_fast", "ours_plain", "ours_gpipe", "torch_gpipe", "torch_zb"):
-            contenders.pop(left_out, None)
+        contenders = {who: step for who, step in contenders.items() if who not in AWAKE}
     else:
         contenders["alone"] = alone_step(topology, case, x, y)
-        contenders["limit"] = limit_step(topology, stages["ours"][1], case, x)
-    rounds = emulated.ROUNDS if case.sleeps else ROUNDS
-    times = alternate(comm, contenders, rounds)
-    bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
+        contenders["limit"] = limit_step(topology, engines["ours"][1], case, x)
+        contenders["autograd_limit"] = limit_step(topology, engines["ours_autograd"][1], case, x)
+    times = alternate(comm, contenders, emulated.ROUNDS if case.sleeps else ROUNDS)
     if case.sleeps:
-        stretch = emulated.stretched(comm)
-        for ours, schedule in (("1f1b", "1f1b"), ("zb", "zb-h1"), ("interleaved", "interleaved")):
-            if schedule not in SEVERAL or halves(topology, case):
-                found = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
-                times[f"simulated_{ours}"] = [found.seconds] * rounds
-        times["work"] = [emulated.work(topology.stages, case.micro_batches, stretch)] * rounds
+        times |= simulated(topology, case)
     else:
+        bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
         times["work"] = times["limit"]
-        times["limit"] = [seconds * bubble for seconds in times["work"]]
+        for limit in ("limit", "autograd_limit"):
+            times[limit] = [seconds * bubble for seconds in times[limit]]
         times["bubble"] = [seconds / topology.stages * bubble for seconds in times["alone"]]
-    for _, engine in stages.values():
+    for _, engine in engines.values():
         engine.pipeline.close()
         engine.averager.close()
     size = sum(p.numel() for p in case.make().parameters())
     return row(name, comm.size, 4 * size, times)
 
 
-def halves(topology: Topology, case: Case) -> bool:
-    """Whether the model has two stages for each rank. Pure."""
-    layers = sum(1 for layer in case.make() if next(layer.parameters(), None) is not None)
-    return layers >= 2 * topology.stages
+def our_steps(
+    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor
+) -> dict[str, tuple[Callable[[], None], StagedEngine]]:
+    """Make all of ours, with their engines."""
+    found = {
+        "ours": our_step(topology, case, x, y, "1f1b"),
+        "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
+        "ours_zb": our_step(topology, case, x, y, "zb-h1"),
+        "ours_fast": our_step(topology, case, x, y, "zb-h1", fast=True),
+        "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),
+        "ours_autograd": our_step(topology, case, x, y, "1f1b"),
+    }
+    if not case.sleeps:
+        found["ours_autograd"][1].straight = Autograd()  # type: ignore[assignment]
+    if case.halves(topology.stages):
+        found["ours_interleaved"] = our_step(topology, case, x, y, "interleaved")
+    return found
+
+
+def simulated(topology: Topology, case: Case) -> dict[str, list[float]]:
+    """Say what the simulator expects where layers sleep, and the work of a stage. Collective."""
+    found, stretch = {}, emulated.stretched(topology.comms.world)
+    for ours, schedule in (("1f1b", "1f1b"), ("zb", "zb-h1"), ("interleaved", "interleaved")):
+        if schedule not in SEVERAL or case.halves(topology.stages):
+            expected = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
+            found[f"simulated_{ours}"] = expected.seconds
+    found["work"] = emulated.work(topology.stages, case.micro_batches, stretch)
+    return {who: [seconds] * emulated.ROUNDS for who, seconds in found.items()}
 
 
 def our_step(
@@ -202,39 +173,6 @@ def our_step(
         engine.refresh()
 
     return step, engine
-
-
-def torch_step(
-    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, schedule: str, virtual: int = 1
-) -> Callable[[], None]:
-    """Take a step as users of torch's pipelining do, cut where ours is; `virtual` stages a rank."""
-    from torch.distributed import pipelining
-
-    torch.manual_seed(1)
-    model = emulated.sleepers(whole=True) if case.sleeps else case.make()
-    total = virtual * topology.stages
-    cut = split.cut(model, {"x": x[:1]}, False, total, [])
-    assert isinstance(cut, Layers)
-    parts, stages = [], []
-    for number in range(topology.stage, total, topology.stages):
-        first, last = cut.ranges[number]
-        parts.append(nn.Sequential(*[layer for _, layer in cut.layers[first:last]]))
-        stages.append(pipelining.PipelineStage(parts[-1], number, total, torch.device("cpu")))
-    given = stages if virtual > 1 else stages[0]
-    run = getattr(pipelining, schedule)(given, case.micro_batches, loss_fn=nn.functional.mse_loss)
-    ends = topology.stage == topology.stages - 1
-
-    def step() -> None:
-        for parameter in (p for part in parts for p in part.parameters()):
-            parameter.grad = None
-        if topology.stage == 0:
-            run.step(x)
-        elif ends:
-            run.step(target=y, losses=[])
-        else:
-            run.step()
-
-    return step
 
 
 def alone_step(topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:

@@ -43,10 +43,10 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8")
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
-    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved", "ours_plain"}
-    torchs = {"torch_1f1b", "torch_gpipe", "torch_interleaved", "torch_zb"}
+    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved", "ours_plain", "ours_autograd"}
+    torchs = {f"torch_{peer}" for peer in ("1f1b", "gpipe", "zb", "interleaved", "zbv", "dualpipev")}
     seconds = row["seconds"]
-    assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "work"}
+    assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
     assert seconds["bubble"] == pytest.approx(seconds["alone"] / 2 * 9 / 8)
     assert seconds["limit"] == pytest.approx(seconds["work"] * 9 / 8)
     sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8")
