@@ -24,7 +24,7 @@ from hpctrain.log import LOGGER
 from hpctrain.models import build as models
 from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
-from hpctrain.pipeline import simulate, split
+from hpctrain.pipeline import expected, simulate, split
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
 from hpctrain.pipeline.schedule import CHOSEN, SEVERAL
@@ -168,7 +168,7 @@ def share_of(
 
     Only now their tensors are made, where the model was built without memory.
     """
-    for line in model.choice.said:
+    for line in [*model.choice.said, *expected.table(model, model.choice.schedule, topology.stages)]:
         LOGGER.info("%s", line)
     for line in model.choice.warned:
         LOGGER.warning("%s", line)

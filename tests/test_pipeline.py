@@ -825,6 +825,12 @@ def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplo
     assert sum(told["parameters"] for told in row["stages"]) == sum(
         p.numel() for p in build_alone(job).engine.module.parameters()
     )
+    choice = job.pipeline.cut.choice
+    assert [piece["begins"] for piece in row["pieces"]] == choice.names[: len(choice.works)]
+    for (a, b), told in zip(choice.parts, row["stages"]):
+        kept = sum(piece["kept_bytes"] for piece in row["pieces"][a:b])
+        assert told["expected"]["kept_bytes"] == kept < told["expected"]["memory_bytes"]
+        assert told["expected"]["forward_seconds"] > 0
     assert 0 < row["simulated_seconds"] < 2 * row["seconds"]
     assert 0 <= row["simulated_bubble"] < 1
     assert set(row["other_seconds"]) == set(SCHEDULES) - {schedule}

@@ -4,6 +4,7 @@ import resource
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hpctrain import gradient, room
 from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline import profile, split, weigh
+from hpctrain.pipeline import expected, profile, split, weigh
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import Plan, Scales, choose
@@ -180,6 +181,41 @@ def test_memory_moves_the_cut_warns_and_refuses(world, even):
         ConfigError, match="the model does not fit: its 4 layers need 40 bytes, 2 stages have 30"
     ):
         cut([15, 15])
+
+
+@pytest.mark.mpi
+def test_what_is_expected_of_each_stage_is_told(world, even):
+    """Held: 30 MiB a piece with its gradient and optimizer; kept: 5 MiB a piece, of two and of one micro-batch."""
+    mebi = 1 << 20
+    asked = scales(world, limits=[200 * mebi, float("inf")], kept=[2, 1], copies=3.0)
+    asked.micro_batches = 4
+    small, large = (partial(Work, n * 2e-3, n * 3e-3, n * 5e-3, 5 * mebi) for n in (1, 3))
+    choice = choose(2, [1] * 4, [10 * mebi] * 4, [small, small, small, large], asked)
+    assert [one.most for one in choice.needs] == [120 * mebi, 35 * mebi]
+    cut = SimpleNamespace(choice=choice, names=lambda stage: [["a", "b", "c"], ["d"]][stage])
+    _, _, first, second, whole = expected.table(cut, "1f1b", 2)
+    assert first.split() == [
+        "0",
+        "0",
+        "6.00",
+        "9.00",
+        "15.00",
+        "90.0",
+        "2",
+        "x",
+        "15.0",
+        "120.0",
+        "200",
+        "a",
+        "…",
+        "c",
+    ]
+    assert second.split() == ["1", "1", "6.00", "9.00", "15.00", "30.0", "1", "x", "5.0", "35.0", "any", "d"]
+    # even stages: four micro-batches of 30 ms, and a forward and an input gradient, sent first, to wait for
+    assert whole.endswith("passes take 135.0 ms, idle 11%")
+    assert len(choice.works) == 4
+    choice.passes = []
+    assert expected.table(cut, "1f1b", 2) == []
 
 
 @pytest.mark.mpi

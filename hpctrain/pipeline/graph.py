@@ -122,6 +122,7 @@ class Graph:
                 scales,
                 shared,
             )
+            self.choice.names = [path_of(nodes[a]) or nodes[a].name for a, _ in pieces]
             edges = [pieces[start][0] for start, _ in self.choice.parts[1:]]
             self.at_once = {name for at in self.choice.at_once for name in held[at]}
         for i, node in enumerate(nodes):

@@ -93,6 +93,7 @@ class Layers:
                 None if hooked else scales,  # a user's hooks run when the model does
                 shared,
             )
+            self.choice.names = [name for name, _ in self.layers]
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)
         slow = [self.layers[at] for at in self.choice.at_once]

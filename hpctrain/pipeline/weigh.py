@@ -66,6 +66,25 @@ class Scales:
     """"auto", "always" or "never": whether a backward runs in halves; auto: where that is repaid."""
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a stage takes of its rank's memory, in bytes."""
+
+    held: float
+    """Weights, gradients and the optimizer's numbers."""
+    kept: float
+    """From forward to backward of one micro-batch."""
+    times: int
+    """The most micro-batches on their way at once."""
+    limit: float
+    """What the rank may take."""
+
+    @property
+    def most(self) -> float:
+        """At its peak."""
+        return self.held + self.times * self.kept
+
+
 @dataclass
 class Choice:
     """Where stages begin and end, and what is known of them."""
@@ -74,8 +93,14 @@ class Choice:
     """By stage: the first piece, and the one behind the last."""
     passes: list[Work] = field(default_factory=list)
     """By stage: what its pieces cost together; empty where not measured."""
+    needs: list[Need] = field(default_factory=list)
+    """By stage; empty where not measured."""
     pieces: int = 0
     """That can be cut apart; 0 where the user names the cuts."""
+    works: list[Work] = field(default_factory=list)
+    """Of each piece, on a rank of speed 1; empty where not measured."""
+    names: list[str] = field(default_factory=list)
+    """Of each piece: the module that it begins with."""
     recompute: bool = False
     """Whether memory asks for it."""
     said: list[str] = field(default_factory=list)
@@ -86,7 +111,9 @@ class Choice:
     at_once: list[int] = field(default_factory=list)
     """Pieces whose weight gradients are not to wait."""
     seconds: float = 0.0
-    """Of a step, simulated; where there is a schedule to choose."""
+    """Of a step, simulated; 0 where nothing is measured."""
+    idle: float = 0.0
+    """Share of the step in which a rank waits, simulated."""
     shared: bool = False
     """Whether pieces share weights."""
 
@@ -140,7 +167,7 @@ def choose(
             f"of {len(pieces)} pieces of the model {len(at_once)} compute all their gradients at once: "
             f"to let those of the weights wait would take longer"
         )
-    best.at_once, best.shared = at_once, shared
+    best.at_once, best.shared, best.works = at_once, shared, profile.works
     return best
 
 
@@ -203,14 +230,18 @@ def fitted(
     times = once if recompute else plan.kept
     costs = twice if recompute else costs
 
-    def fit(parts: Sequence[tuple[int, int]]) -> bool:
-        return all(
-            sum(memory[a:b]) + count * sum(kept[a:b]) <= limit
+    def need(parts: Sequence[tuple[int, int]]) -> list[Need]:
+        return [
+            Need(sum(memory[a:b]), sum(kept[a:b]), count, limit)
             for (a, b), count, limit in zip(parts, times, limits)
-        )
+        ]
+
+    def fit(parts: Sequence[tuple[int, int]]) -> bool:
+        return all(one.most <= one.limit for one in need(parts))
 
     if tried and len(tried.parts) == stages and tried.recompute == recompute and fit(tried.parts):
-        return with_seconds(replace(tried, schedule=plan.schedule, said=[*tried.said]), plan, scales)
+        same = replace(tried, schedule=plan.schedule, said=[*tried.said], needs=need(tried.parts))
+        return with_seconds(same, plan, scales)
     guess = partition(estimates, stages)
     try:
         best = partition(costs, stages, memory, limits, speeds, kept, times)
@@ -240,15 +271,15 @@ def fitted(
     found = passes(profile, best, speeds)
     if recompute:
         found = [*map(again, found[:-1]), found[-1]]
-    choice = Choice(best, found, len(estimates), recompute, said, warned, schedule=plan.schedule)
+    choice = Choice(best, found, need(best), len(estimates), [], [], recompute, said, warned, plan.schedule)
     return with_seconds(choice, plan, scales)
 
 
 def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:
-    """Add the seconds of a step to a plan's choice, if there are others. Pure."""
-    if len(scales.plans) > 1:
-        every = programs(plan.schedule, len(scales.ranks), range(scales.micro_batches), plan.virtual)
-        choice.seconds = simulate(every, cost_of(choice.passes)).seconds
+    """Add the seconds of a step, and how idle it is, to a plan's choice. Pure."""
+    every = programs(plan.schedule, len(scales.ranks), range(scales.micro_batches), plan.virtual)
+    expected = simulate(every, cost_of(choice.passes))
+    choice.seconds, choice.idle = expected.seconds, expected.bubble
     return choice
 
 

@@ -22,6 +22,10 @@ from hpctrain.pipeline.schedule import (
     programs,
 )
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
+from hpctrain.pipeline.weigh import Choice
+
+UNLIMITED = 1 << 62
+"""Bytes."""
 
 
 @dataclass
@@ -120,6 +124,7 @@ def row(
 ) -> dict[str, Any]:
     """Give what the log's table says, as numbers. Pure."""
     usual = medians(measured)
+    assert job.pipeline is not None
     return {
         "schedule": job.schedule,
         "seconds": round(measured.seconds, 6),
@@ -138,9 +143,33 @@ def row(
                     kind: round(value, 6) for (stage, kind), value in usual.items() if stage == at
                 },
                 "idle": round(1.0 - measured.busy[at % len(ranks)] / measured.seconds, 4),
+                **expected_of(job.pipeline.cut.choice, at),
             }
             for at, virtual, told in in_order(ranks)
         ],
+        "pieces": [
+            {"begins": name, **costs(work)}
+            for name, work in zip(job.pipeline.cut.choice.names, job.pipeline.cut.choice.works)
+        ],
+    }
+
+
+def expected_of(choice: Choice, stage: int) -> dict[str, Any]:
+    """Give what was expected of a stage before the run, if its pieces were measured. Pure."""
+    if not choice.passes:
+        return {}
+    need = choice.needs[stage]
+    memory = {"memory_bytes": int(need.most), "memory_limit_bytes": int(min(need.limit, UNLIMITED))}
+    return {"expected": {**costs(choice.passes[stage]), **memory}}
+
+
+def costs(work: Work) -> dict[str, Any]:
+    """Give what a micro-batch costs, for a row. Pure."""
+    return {
+        "forward_seconds": round(work.forward, 6),
+        "input_gradient_seconds": round(work.input_gradient, 6),
+        "weight_gradient_seconds": round(work.weight_gradient, 6),
+        "kept_bytes": work.kept,
     }
 
 
