@@ -5,8 +5,10 @@
 Dynamic programming over all cuts, O(stages · layers²). Among equal ones the later stages get less.
 """
 
+import math
 from collections.abc import Sequence
-from itertools import accumulate
+
+import numpy as np
 
 from hpctrain.errors import ConfigError
 
@@ -41,26 +43,26 @@ def partition(
             f"the model has {layers} layers that can be cut apart, too few for {stages} stages: "
             f"set parallel.stages (times parallel.virtual_stages, if interleaved) = {layers} or fewer"
         )
-    sums = [0.0, *accumulate(map(float, costs))]
-    held = [0.0, *accumulate(map(float, memory or [0.0] * layers))]
-    lives = [0.0, *accumulate(map(float, activations or [0.0] * layers))]
+    sums = np.cumsum([0.0, *costs])
+    held = np.cumsum([0.0, *(memory or [0.0] * layers)])
+    lives = np.cumsum([0.0, *(activations or [0.0] * layers)])
     times = kept or [1] * stages
-    rates, room = speeds or [1.0] * stages, limits or [float("inf")] * stages
-    nothing = float("inf")
-    best = [0.0] + [nothing] * layers
+    rates, room = speeds or [1.0] * stages, limits or [math.inf] * stages
+    best = np.full(layers + 1, math.inf)
+    best[0] = 0.0
     cuts: list[list[int]] = []
     for stage in range(stages):
-        row, cut = [nothing] * (layers + 1), [0] * (layers + 1)
+        row, cut = np.full(layers + 1, math.inf), [0] * (layers + 1)
         for stop in range(stage + 1, layers + 1):
-            for start in range(stage, stop):
-                if held[stop] - held[start] + times[stage] * (lives[stop] - lives[start]) > room[stage]:
-                    continue
-                slowest = max(best[start], (sums[stop] - sums[start]) / rates[stage])
-                if slowest < nothing and slowest <= row[stop]:
-                    row[stop], cut[stop] = slowest, start
+            starts = slice(stage, stop)
+            need = held[stop] - held[starts] + times[stage] * (lives[stop] - lives[starts])
+            slowest = np.maximum(best[starts], (sums[stop] - sums[starts]) / rates[stage])
+            slowest[need > room[stage]] = math.inf
+            cut[stop] = stop - 1 - int(slowest[::-1].argmin())  # the last of equal ones
+            row[stop] = slowest[cut[stop] - stage]
         best = row
         cuts.append(cut)
-    if best[layers] == nothing:
+    if best[layers] == math.inf:
         need, most = held[-1] + max(times) * lives[-1], sum(room)
         raise ConfigError(
             f"the model does not fit: its {layers} layers need {need:,.0f} bytes, {stages} stages have "
