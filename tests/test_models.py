@@ -23,6 +23,15 @@ class Shapes(nn.Module):
         self.layer = nn.Linear(in_channels, out_features)
 
 
+class Lazy(nn.Module):
+    """One lazy layer has seen its sizes in the constructor, the other has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(2))
+        self.layer[0](torch.zeros(1, 3))
+
+
 def test_shapes_reach_the_constructor_by_name():
     spec = complete("test_models.Shapes", extra=2)
     assert spec.init_args == {
@@ -57,6 +66,7 @@ def test_weights_follow_the_seed_alone():
     [
         ("collections.OrderedDict", "is no torch.nn.Module"),
         ("torch.nn.ReLU", "it has no parameter to train"),
+        ("test_models.Lazy", r"layer\.1 is a LazyLinear, which learns its sizes from the first batch"),
     ],
 )
 def test_what_is_no_model(path, message):

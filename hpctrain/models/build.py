@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from hpctrain import construct
 from hpctrain.config import ClassPath
@@ -98,6 +99,13 @@ def build(spec: ClassPath, seed: int) -> nn.Module:
         torch.random.set_rng_state(state)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model.class_path = {spec.class_path!r} is no torch.nn.Module")
+    for name, layer in module.named_modules():
+        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
+            raise ConfigError(
+                f"model.class_path = {spec.class_path!r}: {name or 'it'} is a {type(layer).__name__}, which "
+                f"learns its sizes from the first batch; optimizer, stages and checkpoints need them before: "
+                f"give them (a constructor may take them from the data, by names like in_features)"
+            )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigError(f"model.class_path = {spec.class_path!r}: it has no parameter to train")
     return module
