@@ -25,11 +25,11 @@ from hpctrain.models import build as models
 from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
 from hpctrain.pipeline import expected, simulate, split
+from hpctrain.pipeline.choice import Plan, Scales
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
 from hpctrain.pipeline.schedule import CHOSEN, SEVERAL
 from hpctrain.pipeline.transport import Transport
-from hpctrain.pipeline.weigh import Plan, Scales
 from hpctrain.room import room
 from hpctrain.task import Task
 from hpctrain.topology import Topology, usable_cores

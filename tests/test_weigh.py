@@ -15,10 +15,11 @@ from hpctrain import gradient, room
 from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline import expected, profile, split, weigh
+from hpctrain.pipeline import expected, fit, profile, split, weigh
+from hpctrain.pipeline.choice import Plan, Scales
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
-from hpctrain.pipeline.weigh import Plan, Scales, choose
+from hpctrain.pipeline.weigh import choose
 from hpctrain.portion import schedules
 
 NAP = 0.03
@@ -231,6 +232,7 @@ def test_memory_asks_for_recomputation(world, even):
     asked.limits = [60, 60]  # nor does one's: the least is taken all the same
     found = choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked)
     assert found.recompute
+    assert [one.times for one in found.needs] == [1, 1]
     assert "memory may run out" in found.warned[0]
     asked.limits = [100, 100]
     assert not choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
@@ -276,7 +278,7 @@ def test_the_fastest_schedule_is_chosen(world, even):
 def test_a_whole_backward_is_not_priced_as_its_halves():
     """With and without a forward that runs again; where it was not measured, its halves count."""
     work = Work(1.0, 2.0, 2.5, 0, joint=3.0)
-    for passes, seconds in (([work], 3.0), ([weigh.again(work)], 4.0), ([Work(1.0, 2.0, 2.5, 0)], 4.5)):
+    for passes, seconds in (([work], 3.0), ([fit.twice(work)], 4.0), ([Work(1.0, 2.0, 2.5, 0)], 4.5)):
         assert profile.cost_of(passes)(0, Backward(0)) == seconds
     assert profile.cost_of([work])(0, BackwardInput(0)) == 2.0
     assert profile.cost_of([work])(0, BackwardWeight(0)) == 2.5

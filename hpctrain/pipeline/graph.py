@@ -16,12 +16,13 @@ from torch import fx, nn
 from hpctrain.draws import draws
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
+from hpctrain.pipeline.choice import Choice, Scales
 from hpctrain.pipeline.operators import changes, cost, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
 from hpctrain.pipeline.profile import of_operators
 from hpctrain.pipeline.runner import Runner
 from hpctrain.pipeline.trace import Like, Traced, Writer
-from hpctrain.pipeline.weigh import Choice, Scales, choose, used_once
+from hpctrain.pipeline.weigh import choose, used_once
 
 
 class Graph:

@@ -10,10 +10,11 @@ from torch.utils import _pytree
 from hpctrain.draws import Draws
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
+from hpctrain.pipeline.choice import Choice, Scales
 from hpctrain.pipeline.part import Env, Part, begins, gave, naming
 from hpctrain.pipeline.profile import of_layers
 from hpctrain.pipeline.trace import Like
-from hpctrain.pipeline.weigh import Choice, Scales, choose, used_once
+from hpctrain.pipeline.weigh import choose, used_once
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:

@@ -90,7 +90,7 @@ PASSES = {"dropout": 5.0, "batch_norm": 3.0, "group_norm": 3.0, "layer_norm": 3.
 def cost(node: fx.Node) -> float:
     """Estimate an operator's work in multiplications and additions, from the shapes alone. Pure.
 
-    The same in every run; `weigh` takes measured times where they say clearly otherwise.
+    The same in every run; `fit.py` takes measured times where they say clearly otherwise.
     """
     out = node.meta.get("val")
     size = float(out.numel()) if isinstance(out, torch.Tensor) else 1.0

@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
+from hpctrain.pipeline.choice import Choice, Scales
 from hpctrain.pipeline.trace import Like
-from hpctrain.pipeline.weigh import Choice, Scales
 
 INPUT = -1
 """The stage of the model's inputs: whoever needs one reads it from the data."""

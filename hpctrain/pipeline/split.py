@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from hpctrain.errors import ConfigError
+from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.layers import Layers, layers_of
 from hpctrain.pipeline.part import Cut
-from hpctrain.pipeline.weigh import Scales
 
 
 def write(module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages: int) -> Cut:

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from hpctrain.assemble import Job
+from hpctrain.pipeline.choice import Choice
 from hpctrain.pipeline.profile import Work, cost_of
 from hpctrain.pipeline.schedule import (
     SCHEDULES,
@@ -22,7 +23,6 @@ from hpctrain.pipeline.schedule import (
     programs,
 )
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
-from hpctrain.pipeline.weigh import Choice
 
 UNLIMITED = 1 << 62
 """Bytes."""

@@ -1,0 +1,157 @@
+"""The best cut for one schedule, by the pieces' times under each rank's memory.
+
+An estimate is the same in every run; a measurement is right about this machine. So the estimate's cut
+stays as long as its slowest stage takes no more than a tenth longer, by the measured times, than that of
+the best cut, and fits as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hpctrain.errors import ConfigError
+from hpctrain.pipeline.balance import partition, slowest
+from hpctrain.pipeline.choice import Choice, Need, Plan, Scales
+from hpctrain.pipeline.profile import Profile, Work, cost_of
+from hpctrain.pipeline.schedule import programs
+from hpctrain.pipeline.simulate import simulate
+
+WORTH = 1.1
+"""By how much a measured cut must be better than the estimate's."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What pieces cost, and what stages can take, for one schedule and one way to run the backward passes."""
+
+    costs: list[float]
+    """Seconds of each piece."""
+    held: list[float]
+    """Bytes of each piece: weights, gradients and the optimizer's numbers."""
+    kept: list[float]
+    """Bytes of each piece from forward to backward of one micro-batch."""
+    times: list[int]
+    """By stage: the most micro-batches on their way at once."""
+    limits: list[float]
+    """By stage, bytes."""
+    speeds: list[float]
+    """By stage."""
+
+    @classmethod
+    def of(
+        cls, plan: Plan, weights: Sequence[float], profile: Profile, scales: Scales, recomputes: bool
+    ) -> "Load":
+        """Take what was measured. Pure."""
+        ranks = len(scales.ranks)
+        stages = ranks * plan.virtual
+        of_rank = [min(profile.speeds[rank] for rank in group) for group in scales.ranks]
+        # what was received and sent stays too where forward runs again, which is little beside a graph
+        return cls(
+            [work.seconds + recomputes * work.forward for work in profile.works],
+            [scales.copies * size for size in weights],
+            [float(work.kept) for work in profile.works],
+            [*[1] * (stages - 1), plan.kept[-1]] if recomputes else plan.kept,
+            [scales.limits[stage % ranks] / plan.virtual for stage in range(stages)],
+            [of_rank[stage % ranks] for stage in range(stages)],
+        )
+
+    def need(self, parts: Sequence[tuple[int, int]]) -> list[Need]:
+        """Say what each stage of a cut takes. Pure."""
+        return [
+            Need(sum(self.held[a:b]), sum(self.kept[a:b]), count, limit)
+            for (a, b), count, limit in zip(parts, self.times, self.limits)
+        ]
+
+    def fits(self, parts: Sequence[tuple[int, int]]) -> bool:
+        """Tell whether every stage of a cut has the memory. Pure."""
+        return all(one.most <= one.limit for one in self.need(parts))
+
+    def slowest(self, parts: Sequence[tuple[int, int]]) -> float:
+        """Seconds of the slowest stage of a cut. Pure."""
+        return slowest(self.costs, parts, self.speeds)
+
+    def best(self) -> list[tuple[int, int]]:
+        """Give the best cut that fits. Pure. Raises ConfigError where there is none."""
+        stages = len(self.speeds)
+        return partition(self.costs, stages, self.held, self.limits, self.speeds, self.kept, self.times)
+
+
+def fitted(
+    plan: Plan,
+    estimates: Sequence[float],
+    weights: Sequence[float],
+    profile: Profile,
+    scales: Scales,
+    tried: Choice | None = None,
+) -> Choice:
+    """Choose the cut for a schedule. Pure. Raises ConfigError where the gradients alone would not fit.
+
+    `tried` is another schedule's, whose cut is the best here too if there are as many stages and it fits.
+    """
+    recompute = scales.recompute == "always"
+    load = Load.of(plan, weights, profile, scales, recompute)
+    stages = len(load.speeds)
+    if tried and len(tried.parts) == stages and tried.recompute == recompute and load.fits(tried.parts):
+        same = replace(tried, schedule=plan.schedule, said=[*tried.said], needs=load.need(tried.parts))
+        return with_seconds(same, plan, scales)
+    said, warned = list[str](), list[str]()
+    try:
+        best = load.best()
+    except ConfigError as error:
+        again = Load.of(plan, weights, profile, scales, True)
+        recompute = recompute or scales.recompute == "auto"
+        try:
+            if scales.recompute != "auto":
+                raise
+            best, load = again.best(), again
+            said.append(f"stages run forward again for backward, as memory asks for it: else {error}")
+        except ConfigError:
+            partition(load.costs, stages, weights, load.limits, load.speeds)
+            warned.append(f"memory may run out: {error}")
+            load = again if recompute else load  # the least that it can take
+            best = partition(load.costs, stages, speeds=load.speeds)
+    guess = partition(estimates, stages)
+    fits = bool(warned) or load.fits(guess)
+    if fits and load.slowest(guess) <= WORTH * load.slowest(best):
+        best = guess
+    else:
+        gain = load.slowest(guess) / load.slowest(best)
+        why = f"the estimate's is {gain:.2f} times as slow" if fits else "the estimate's would not fit"
+        said.append(f"the model is cut by measured times: {why}")
+    if len(set(load.speeds)) > 1:
+        said.append(f"ranks differ: speeds of the stages {', '.join(f'{s:.2f}' for s in load.speeds)}")
+    found = passes(profile, best, load.speeds)
+    if recompute:
+        found = [*map(twice, found[:-1]), found[-1]]
+    choice = Choice(
+        best, found, load.need(best), len(estimates), recompute=recompute, said=said, warned=warned,
+        schedule=plan.schedule,
+    )  # fmt: skip
+    return with_seconds(choice, plan, scales)
+
+
+def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:
+    """Add the seconds of a step, and how idle it is, to a plan's choice. Pure."""
+    every = programs(plan.schedule, len(scales.ranks), range(scales.micro_batches), plan.virtual)
+    expected = simulate(every, cost_of(choice.passes))
+    choice.seconds, choice.idle = expected.seconds, expected.bubble
+    return choice
+
+
+def twice(work: Work) -> Work:
+    """Give what a stage costs that runs its forward twice. Pure."""
+    joint = work.forward + work.joint if work.joint else 0.0
+    return replace(work, input_gradient=work.forward + work.input_gradient, joint=joint)
+
+
+def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[float]) -> list[Work]:
+    """Add up by stage, at its speed. Pure."""
+    return [
+        Work(
+            sum(work.forward for work in works),
+            sum(work.input_gradient for work in works),
+            sum(work.weight_gradient for work in works),
+            sum(work.kept for work in works),
+            sum(work.joint for work in works),
+        ).times(1.0 / speed)
+        for works, speed in zip((profile.works[a:b] for a, b in parts), speeds)
+    ]
