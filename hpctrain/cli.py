@@ -292,7 +292,12 @@ def bench(words: list[str]) -> int:
     )
     parser.add_argument("what", choices=["allreduce", "step", "pipeline"])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--case", action="append", help="bytes, or a case's name; may be repeated")
+    parser.add_argument(
+        "--case",
+        action="append",
+        help="which to measure, may be repeated, all by default; of allreduce: bytes; of step: a model's "
+        "name; of pipeline: mlp m=8, mlp m=16, mlp m=32, transformer m=8, cnn m=8, emulated m=8",
+    )
     found = parse_words(parser, words)
 
     def work(world: "MPI.Intracomm") -> int:

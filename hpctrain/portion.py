@@ -97,7 +97,12 @@ def build(
             schedule = pieces.choice.schedule or schedules(config, synced)[0]
             if config.parallel.schedule == "auto" and trains and not pieces.choice.schedule:
                 LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
-            kept = most_kept(schedule, topology, pieces, -(-count // topology.replicas))
+            own = -(-count // topology.replicas)
+            kept = most_kept(schedule, topology, pieces, own)
+            for line in [*pieces.choice.said, *expected.table(pieces, schedule, own)]:
+                LOGGER.info("%s", line)
+            for line in pieces.choice.warned:
+                LOGGER.warning("%s", line)
             ties, optimizer = share_of(config, topology, module, deferred, pieces)
             again = recomputes(config, pieces, synced)
             every = module.named_parameters(remove_duplicate=False)
@@ -168,10 +173,6 @@ def share_of(
 
     Only now their tensors are made, where the model was built without memory.
     """
-    for line in [*model.choice.said, *expected.table(model, model.choice.schedule, topology.stages)]:
-        LOGGER.info("%s", line)
-    for line in model.choice.warned:
-        LOGGER.warning("%s", line)
     if deferred:
         tensors = dict(every_tensor(module))
         users = users_of(module, model).items()

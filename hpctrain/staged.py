@@ -69,7 +69,7 @@ class StagedEngine(Engine):
         """By virtual stage of this rank."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this rank's memory by use, its ring for messages too. Local."""
+        """Bytes of this rank's memory by use, its ring and buffers for messages too. Local."""
         return {**super().memory(), "between stages": self.pipeline.transport.nbytes}
 
     def refresh(self) -> None:
@@ -281,6 +281,11 @@ class StagedEngine(Engine):
             except SystemExit as error:
                 failure = RankError(f"sys.exit({error.code}) was called in the model or the metrics")
             except Exception as error:
+                if not isinstance(error, HpctrainError):
+                    error.add_note(
+                        f"in evaluation, on samples {batch.samples[0]} to {batch.samples[-1]}, stage "
+                        f"{stage.stage}, rank {self.topology.world_rank}"
+                    )
                 failure = error
             if failure is not None and isinstance(instruction, Send):
                 stage.fail(instruction, part)

@@ -1,15 +1,20 @@
 """Messages between stages: every kind of value arrives as it was, strides included; failures too."""
 
+import time
 from collections import namedtuple
+from functools import partial, partialmethod
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hpctrain.errors import HpctrainError
 from hpctrain.node_memory import NodeMemory
+from hpctrain.pipeline import channel
+from hpctrain.pipeline.channel import Outgoing
 from hpctrain.pipeline.message import Layout, pack
 from hpctrain.pipeline.slots import FLAGS, Slots
-from hpctrain.pipeline.transport import FORWARD, TIED, PeerFailedError, Transport
+from hpctrain.pipeline.transport import FORWARD, KINDS, TIED, PeerFailedError, Transport
 
 Point = namedtuple("Point", "x y")
 BASE = torch.arange(24.0).reshape(2, 3, 4)
@@ -68,7 +73,7 @@ def test_a_tensor_arrives_as_it_was(world, transport, puts, name, slots):
     if slots:
         grow(transport, 1 << 16)
     above, below = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    transport.start(above, FORWARD, pack(above, 3, {"x": sent}, 5))
+    transport.start((above, FORWARD, pack(above, 3, {"x": sent}, 5)))
     found, draws = transport.receive(below, FORWARD, 3)
     transport.finish()
     x = found["x"]
@@ -85,7 +90,7 @@ def test_a_tensor_arrives_as_it_was(world, transport, puts, name, slots):
 def test_trees_of_all_kinds_arrive(world, transport):
     value = {"a": (1, 2.5, None, True, "text"), "b": [torch.ones(2), {"c": torch.zeros(1, dtype=torch.int8)}]}
     to = (world.rank + 1) % world.size
-    transport.start(to, FORWARD, pack(to, 0, value, 0))
+    transport.start((to, FORWARD, pack(to, 0, value, 0)))
     found, _ = transport.receive((world.rank - 1) % world.size, FORWARD, 0)
     transport.finish()
     assert found["a"] == value["a"]
@@ -113,7 +118,7 @@ def test_what_cannot_travel_says_so_before_anything_is_sent(transport):
 @pytest.mark.mpi
 def test_word_of_a_failure_arrives_in_its_turn(world, transport):
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    transport.start(to, FORWARD, pack(to, 0, torch.ones(3), 0))
+    transport.start((to, FORWARD, pack(to, 0, torch.ones(3), 0)))
     transport.send_failure(to, FORWARD, 1)
     assert torch.equal(transport.receive(source, FORWARD, 0)[0], torch.ones(3))
     with pytest.raises(PeerFailedError, match=f"rank {source} failed"):
@@ -133,7 +138,7 @@ def test_large_tensors_are_cut_into_messages(world, transport, monkeypatch):
     monkeypatch.setattr(Transport, "_start", noted)
     sent = torch.arange(5000.0).reshape(50, 100).t()
     to = (world.rank + 1) % world.size
-    transport.start(to, FORWARD, pack(to, 0, sent, 0))
+    transport.start((to, FORWARD, pack(to, 0, sent, 0)))
     assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], sent)
     transport.finish()
     assert lengths[1:] == [1000] * 20
@@ -141,7 +146,7 @@ def test_large_tensors_are_cut_into_messages(world, transport, monkeypatch):
     lengths.clear()
     for v, way in enumerate((transport.receive, transport.drop)):
         sent = torch.arange(40000.0) + v
-        transport.start(to, FORWARD, pack(to, v, sent, 0))
+        transport.start((to, FORWARD, pack(to, v, sent, 0)))
         found = way((world.rank - 1) % world.size, FORWARD, v)
         assert found is None or torch.equal(found[0], sent)
     transport.finish()
@@ -156,7 +161,7 @@ def test_a_message_is_taken_whatever_happens(world, transport, puts, monkeypatch
     if slots:
         grow(transport, 3 * 4096)
     for v in range(3):
-        transport.start(to, FORWARD, pack(to, v, [torch.ones(1000) + v, None], 0))
+        transport.start((to, FORWARD, pack(to, v, [torch.ones(1000) + v, None], 0)))
     with monkeypatch.context() as patched:
         patched.setattr("hpctrain.pipeline.channel.Buffer", no_memory)
         with pytest.raises(MemoryError, match="none left"):
@@ -165,7 +170,7 @@ def test_a_message_is_taken_whatever_happens(world, transport, puts, monkeypatch
     assert torch.equal(transport.receive(source, FORWARD, 2)[0][0], torch.ones(1000) + 2)
     transport.finish()
     world.Barrier()
-    transport.start(to, FORWARD, pack(to, 3, [torch.ones(3000), None], 0))
+    transport.start((to, FORWARD, pack(to, 3, [torch.ones(3000), None], 0)))
     assert torch.equal(transport.receive(source, FORWARD, 3)[0][0], torch.ones(3000))
     transport.finish()
     assert None not in puts
@@ -192,7 +197,7 @@ def test_a_layout_travels_when_it_changes(world, transport, monkeypatch):
     told = []
     for v, value in enumerate(values):
         encoded.clear()
-        transport.start(to, FORWARD, pack(to, v, value, v))
+        transport.start((to, FORWARD, pack(to, v, value, v)))
         told.append(len(encoded))
     assert told == [1, 0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1]
     for v, value in enumerate(values):
@@ -230,7 +235,7 @@ def test_between_nodes_nothing_is_made_once_a_layout_has_come_twice(world, apart
             monkeypatch.setattr(Transport, "_start", no_memory)  # what is sent without buffers
         sent = [large(4 * turn + v)[: None if v % 2 else 30_000].reshape(100, -1).t() for v in range(4)]
         for v in range(4):
-            apart.start(to, FORWARD, pack(to, v, sent[v], 0))
+            apart.start((to, FORWARD, pack(to, v, sent[v], 0)))
         found = [apart.receive(source, FORWARD, v)[0] for v in range(4)]
         assert all(map(torch.equal, found, sent))
         assert [x.stride() for x in found] == [x.stride() for x in sent]
@@ -255,7 +260,7 @@ def test_what_somebody_holds_is_not_written_to(world, transport, slots):
         transport._on_node = {}
     held = []
     for v in range(12):
-        transport.start(to, FORWARD, pack(to, v, large(v).requires_grad_(), 0))
+        transport.start((to, FORWARD, pack(to, v, large(v).requires_grad_(), 0)))
         x, _ = transport.receive(source, FORWARD, v)
         square = x * x
         ways = (x.detach()[5:7], x.detach().numpy()[5:7], square.sum(), x.detach().view(200, 200).t()[0, :2])
@@ -276,14 +281,14 @@ def test_failures_between_nodes_in_the_steady_state(world, apart, monkeypatch):
     """One is dropped, one fails, for one there is no memory; what comes then is whole."""
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     for v in range(4):
-        apart.start(to, FORWARD, pack(to, v, large(v), 0))
+        apart.start((to, FORWARD, pack(to, v, large(v), 0)))
         apart.receive(source, FORWARD, v)
     held = []
-    for v in range(4, 10):
+    for v in range(4, 12):
         if v == 5:
             apart.send_failure(to, FORWARD, v)
         else:
-            apart.start(to, FORWARD, pack(to, v, large(v), 0))
+            apart.start((to, FORWARD, pack(to, v, large(v), 0)))
     held.append(apart.receive(source, FORWARD, 4)[0])
     with pytest.raises(PeerFailedError):
         apart.receive(source, FORWARD, 5)
@@ -292,20 +297,103 @@ def test_failures_between_nodes_in_the_steady_state(world, apart, monkeypatch):
         held.append(apart.receive(source, FORWARD, 6)[0])  # the one that was posted
         with pytest.raises(MemoryError, match="none left"):
             apart.receive(source, FORWARD, 7)
-    apart.drop(source, FORWARD, 8)
+        apart.drop(source, FORWARD, 8)  # none is posted, so by pieces
     held.append(apart.receive(source, FORWARD, 9)[0])
-    assert all(map(torch.equal, held, map(large, (4, 6, 9))))
+    apart.drop(source, FORWARD, 10)  # into the one that was posted
+    held.append(apart.receive(source, FORWARD, 11)[0])
+    assert all(map(torch.equal, held, map(large, (4, 6, 9, 11))))
     apart.finish()
 
 
 @pytest.mark.mpi
-def test_a_buffer_is_filled_again_only_when_it_has_left(world, apart, monkeypatch):
+@pytest.mark.parametrize("steady", [False, True])
+def test_a_sender_without_memory_sends_nothing_of_it(world, apart, monkeypatch, steady):
+    """Not even to the first of two targets; then comes word of its failure, and the next is whole."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    tags = (FORWARD, FORWARD + KINDS)
+    for v in range(4 * steady):
+        apart.start(*((to, tag, pack(to, v, large(v), 0)) for tag in tags))
+        for tag in tags:
+            apart.receive(source, tag, v)
+    apart.finish()
+    calls = []
+
+    def second_fails(call, *arguments):
+        calls.append(1)
+        return call(*arguments) if len(calls) < 2 else no_memory()
+
+    with monkeypatch.context() as patched:
+        if steady:
+            patched.setattr(Outgoing, "fill", partialmethod(partial(second_fails, Outgoing.fill)))
+        else:
+            patched.setattr(Transport, "_pieces", partialmethod(partial(second_fails, Transport._pieces)))
+        with pytest.raises(MemoryError):
+            apart.start(*((to, tag, pack(to, 4, large(4), 0)) for tag in tags))
+    for tag in tags:
+        apart.send_failure(to, tag, 4)
+        apart.start((to, tag, pack(to, 5, large(5), 0)))
+        with pytest.raises(PeerFailedError):
+            apart.receive(source, tag, 4)
+        assert torch.equal(apart.receive(source, tag, 5)[0], large(5))
+    apart.finish()
+
+
+@pytest.mark.mpi
+def test_an_interrupted_wait_ends(world, apart, monkeypatch):
+    """And the message is still there for whoever asks again."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    for v in range(4):
+        apart.start((to, FORWARD, pack(to, v, large(v), 0)))
+        apart.receive(source, FORWARD, v)
+    apart.finish()
+    waits, until = [], Transport._until
+
+    def interrupted(self, rank, done):
+        waits.append(rank)
+        if len(waits) == 2:  # behind the numbers
+            raise KeyboardInterrupt
+        until(self, rank, done)
+
+    apart.start((to, FORWARD, pack(to, 4, large(4), 0)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Transport, "_until", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apart.receive(source, FORWARD, 4)
+    way = apart._incoming[source, FORWARD]
+    found = way.taken(0, lambda done: until(apart, source, done))
+    assert torch.equal(found.lend()[0].view(torch.float32), large(4))
+    apart.finish()
+
+
+@pytest.mark.mpi
+def test_stopping_does_not_wait_for_a_peer_that_is_gone(world, apart, monkeypatch):
+    """What was posted is called off; where MPI can't end it, its memory stays for ever."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    for v in range(4):
+        apart.start((to, FORWARD, pack(to, v, large(v), 0)))
+        apart.receive(source, FORWARD, v)
+    apart.finish()
+    way = apart._incoming[source, FORWARD]
+    never = SimpleNamespace(Prequest=SimpleNamespace(Testall=lambda requests: False))
+    with monkeypatch.context() as patched:
+        patched.setattr(channel, "MPI", never)
+        patched.setattr(channel, "STOP_SECONDS", 0.05)
+        began = time.monotonic()
+        apart.stop()
+        assert time.monotonic() - began < 5
+    assert way in channel.LEFT
+    channel.LEFT.clear()
+    assert not apart._incoming
+    apart._outgoing.clear()
+
+
+@pytest.mark.mpi
+def test_a_buffer_is_filled_again_only_when_it_has_left(world, apart):
     """Nobody receives for a while; MPI asks the receiver before it takes as large a piece."""
-    monkeypatch.setattr("hpctrain.pipeline.transport.PIECE", 1 << 30)
     apart._piece = 1 << 30
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     for v in range(8):
-        apart.start(to, FORWARD, pack(to, v, large(v).repeat(8), 0))
+        apart.start((to, FORWARD, pack(to, v, large(v).repeat(8), 0)))
     world.Barrier()
     for v in range(8):
         assert torch.equal(apart.receive(source, FORWARD, v)[0], large(v).repeat(8))
@@ -321,7 +409,7 @@ def test_slots_are_filled_again_and_again(world, transport, puts):
     for turn in range(60):
         sizes = [(7 * turn + 311 * at) % 700 for at in range(4)]
         for at, size in enumerate(sizes):
-            transport.start(to, FORWARD, pack(to, at, (numbers[:size] + turn, numbers[at]), 0))
+            transport.start((to, FORWARD, pack(to, at, (numbers[:size] + turn, numbers[at]), 0)))
         world.Barrier()
         for at, size in enumerate(sizes):
             (found, single), _ = transport.receive(source, FORWARD, at)
@@ -340,7 +428,7 @@ def test_no_more_slots_than_flags(world, transport, puts):
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     grow(transport, 1 << 20)
     for v in range(FLAGS + 3):
-        transport.start(to, FORWARD, pack(to, v, torch.tensor(v), 0))
+        transport.start((to, FORWARD, pack(to, v, torch.tensor(v), 0)))
     world.Barrier()
     assert all(int(transport.receive(source, FORWARD, v)[0]) == v for v in range(FLAGS + 3))
     transport.finish()
@@ -360,11 +448,11 @@ def test_room_on_the_node_follows_what_a_micro_batch_sends(world, transport, put
         transport.begin(3)
         for v in range(2):
             for _ in range(2):
-                transport.start(to, FORWARD, pack(to, v, torch.ones(rows, 16), 0))
+                transport.start((to, FORWARD, pack(to, v, torch.ones(rows, 16), 0)))
         for v in range(2):
             for _ in range(2):
                 transport.receive(source, FORWARD, v)
-        transport.start(to, TIED, pack(to, 0, torch.ones(1000), 0))
+        transport.start((to, TIED, pack(to, 0, torch.ones(1000), 0)))
         transport.receive(source, TIED, 0)
         transport.finish()
         transport.grow()
@@ -376,7 +464,7 @@ def test_room_on_the_node_follows_what_a_micro_batch_sends(world, transport, put
         for _ in range(3):
             grow(transport, 1)
         transport.begin(9)
-        transport.start(to, FORWARD, pack(to, 0, torch.ones(1000), 0))
+        transport.start((to, FORWARD, pack(to, 0, torch.ones(1000), 0)))
         transport.receive(source, FORWARD, 0)
         transport.finish()
         transport.grow()  # no look is left
@@ -399,7 +487,7 @@ def test_without_shared_memory_messages_carry_all(world, transport, monkeypatch,
         grow(transport, 3 << 20)
     assert world.size == 1 or transport._slots.size == 1 << 12
     to = (world.rank + 1) % world.size
-    transport.start(to, FORWARD, pack(to, 0, torch.ones(5), 0))
+    transport.start((to, FORWARD, pack(to, 0, torch.ones(5), 0)))
     assert torch.equal(transport.receive((world.rank - 1) % world.size, FORWARD, 0)[0], torch.ones(5))
     transport.finish()
     told = [record.getMessage() for record in caplog.records]

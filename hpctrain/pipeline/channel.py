@@ -10,6 +10,7 @@ none, and its memory is made for each message. Numbers that come before the tens
 first one on.
 """
 
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
@@ -32,6 +33,11 @@ REPEATED = 2
 NUMBERS = 6
 AHEAD = 4
 """Messages whose numbers are expected at once."""
+
+STOP_SECONDS = 1.0
+"""How long to wait for receives that are called off: one that has begun ends when its sender goes on."""
+LEFT: list[Any] = []
+"""What MPI may still write to or read from, of jobs that failed."""
 
 Bytes = NDArray[np.uint8]
 Cut = Callable[[Bytes], list[Bytes]]
@@ -67,6 +73,11 @@ class Buffer:
         views = [array[:] for array in self.arrays]
         self._lent = [weakref.ref(view) for view in views]
         return [torch.from_numpy(view) for view in views]
+
+    def start(self) -> None:
+        """Start its requests, in order: alike pieces of one message are told apart by it alone. Local."""
+        for request in self.requests:
+            request.Start()  # MPI may start those of a Startall in any order
 
     def done(self) -> bool:
         """Whether its requests are through. Local."""
@@ -109,13 +120,15 @@ class Outgoing(Way):
 
     def number(self, layout: Layout) -> tuple[int, bool]:
         """Give a layout's number, and whether the other end has to be told what it is. Local."""
-        key = layout.key
-        if key in self._number:
-            return self._number[key], False
-        number = min(len(self._number), FEW)
-        self._number = {known: at for known, at in self._number.items() if at != number}
-        self._number[key], self.layouts[number] = number, layout
-        return number, True
+        number = self._number.get(layout.key)
+        return (min(len(self._number), FEW), True) if number is None else (number, False)
+
+    def note(self, number: int, layout: Layout) -> None:
+        """Note that a message of a layout leaves. Local."""
+        if self._number.get(layout.key) != number:
+            self._number = {known: at for known, at in self._number.items() if at != number}
+            self._number[layout.key], self.layouts[number] = number, layout
+        self.count[number] += 1
 
     def say(self, numbers: list[int]) -> tuple[Callable[[], bool], Any]:
         """Start to send numbers; gives what tells if they are through. Local."""
@@ -128,8 +141,11 @@ class Outgoing(Way):
         request.Start()
         return request.Test, request
 
-    def send(self, number: int, flats: list[torch.Tensor], cut: Cut) -> Buffer:
-        """Copy a layout's tensors into a buffer that is through, `cut` into messages, and start it. Local."""
+    def fill(self, number: int, flats: list[torch.Tensor], cut: Cut) -> Buffer:
+        """Copy a layout's tensors into a buffer that is through, `cut` into messages. Local.
+
+        Raises MemoryError.
+        """
         buffers = self.buffers.setdefault(number, deque())
         if not buffers or not buffers[0].done():
             buffer = Buffer(self.layouts[number])
@@ -140,7 +156,6 @@ class Outgoing(Way):
         buffer = buffers[-1]
         for array, flat in zip(buffer.arrays, flats, strict=True):
             torch.from_numpy(array).copy_(flat)
-        MPI.Prequest.Startall(buffer.requests)
         return buffer
 
     def close(self) -> None:
@@ -197,11 +212,18 @@ class Incoming(Way):
             buffers.append(free)
         return free
 
-    def expected(self, number: int, wait: Wait) -> Buffer:
-        """Take the buffer that the next message of a layout comes into. Local. Raises MemoryError."""
-        started = self._started.setdefault(number, deque())
-        if not started:
+    def posted(self, number: int) -> bool:
+        """Whether a buffer is there for the next message of a layout. Local."""
+        return bool(self._started.get(number))
+
+    def post(self, number: int) -> None:
+        """Have a buffer for the next message of a layout. Local. Raises MemoryError."""
+        if not self.posted(number):
             self._start(number)
+
+    def taken(self, number: int, wait: Wait) -> Buffer:
+        """Take the posted buffer into which the next message of a layout comes. Local."""
+        started = self._started[number]
         wait(started[0].done)
         return started.popleft()
 
@@ -212,11 +234,10 @@ class Incoming(Way):
         started = self._started.setdefault(number, deque())
         for buffer in self.buffers.get(number, ()):
             if buffer.free and buffer not in started:
-                MPI.Prequest.Startall(buffer.requests)
+                buffer.start()
                 started.append(buffer)
-        if not started:
-            with suppress(MemoryError):
-                self._start(number)
+        with suppress(MemoryError):
+            self.post(number)
 
     def _start(self, number: int) -> None:
         assert self._cut is not None
@@ -224,17 +245,22 @@ class Incoming(Way):
         for piece in chain.from_iterable(map(self._cut, buffer.arrays)):
             buffer.requests.append(self.comm.Recv_init([piece, MPI.BYTE], self.rank, self.tag_of(number)))
         self.buffers.setdefault(number, deque()).append(buffer)
-        MPI.Prequest.Startall(buffer.requests)
+        buffer.start()
         self._started.setdefault(number, deque()).append(buffer)
 
     def close(self) -> None:
-        """Expect nothing any more; free the requests. Local."""
+        """Expect nothing any more; free the requests, or leave them to MPI for ever. Local."""
         waiting = [request for _, request in self._heads]
         for buffer in chain.from_iterable(self._started.values()):
             waiting += buffer.requests
         for request in waiting:
             request.Cancel()
-        MPI.Prequest.Waitall(waiting)
+        until = time.monotonic() + STOP_SECONDS
+        while not MPI.Prequest.Testall(waiting):
+            if time.monotonic() > until:
+                LEFT.append(self)
+                return
+            time.sleep(STOP_SECONDS / 100)
         for request in chain(
             (request for _, request in self._heads),
             *(buffer.requests for buffer in chain.from_iterable(self.buffers.values())),

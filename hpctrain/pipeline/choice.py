@@ -59,7 +59,7 @@ class Need:
     times: int
     """The most micro-batches on their way at once."""
     limit: float
-    """What the rank may take."""
+    """What the stage may take: its share of its rank's."""
 
     @property
     def most(self) -> float:
@@ -83,6 +83,10 @@ class Choice:
     """Of each piece, on a rank of speed 1; empty where not measured."""
     names: list[str] = field(default_factory=list)
     """Of each piece: the module that it begins with."""
+    weights: list[float] = field(default_factory=list)
+    """Of each piece: bytes; what several use is the first one's."""
+    ranks: list[list[int]] = field(default_factory=list)
+    """As in `Scales`; empty where not measured."""
     recompute: bool = False
     """Whether memory asks for it."""
     said: list[str] = field(default_factory=list)
@@ -94,7 +98,5 @@ class Choice:
     """Pieces whose weight gradients are not to wait."""
     seconds: float = 0.0
     """Of a step, simulated; 0 where nothing is measured."""
-    idle: float = 0.0
-    """Share of the step in which a rank waits, simulated."""
     shared: bool = False
     """Whether pieces share weights."""

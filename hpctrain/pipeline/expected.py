@@ -3,33 +3,61 @@
 from collections.abc import Sequence
 
 from hpctrain.pipeline.part import Cut
+from hpctrain.pipeline.profile import cost_of
+from hpctrain.pipeline.schedule import programs
+from hpctrain.pipeline.simulate import simulate
 
 MEBI = 1 << 20
+HEADS = (
+    *("stage", "ranks", "forward ms", "input gradient ms", "weight gradient ms"),
+    *("weights MiB", "kept MiB", "memory MiB", "of MiB"),
+)
 
 
-def table(cut: Cut, schedule: str, ranks: int) -> list[str]:
-    """Lines for the log, a row a stage; none where the pieces were not measured. Pure."""
+def table(cut: Cut, schedule: str, micro_batches: int) -> list[str]:
+    """Lines for the log, a row a stage; none where the pieces were not measured. Pure.
+
+    `micro_batches` are those of a replica.
+    """
     choice = cut.choice
     if not choice.passes:
         return []
-    lines = [
+    ranks = len(choice.ranks)
+    rows = [list(HEADS)]
+    for stage, (work, need) in enumerate(zip(choice.passes, choice.needs)):
+        times = (work.forward, work.input_gradient, work.weight_gradient)
+        rows.append(
+            [
+                *(str(stage), several(choice.ranks[stage % ranks])),
+                *(f"{1e3 * seconds:.2f}" for seconds in times),
+                *(f"{need.held / MEBI:.1f}", f"{need.times} x {need.kept / MEBI:.1f}"),
+                *(f"{need.most / MEBI:.1f}", size(need.limit)),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    names = ["modules", *(" … ".join(ends(cut.names(stage))) for stage in range(cut.stages))]
+    every = programs(schedule, ranks, range(micro_batches), cut.stages // ranks)
+    links, back = cut.links()
+    found = simulate(every, cost_of(choice.passes), links, back=back)
+    return [
         "expected of each stage and micro-batch, from pieces measured alone; weights with gradients and "
         "optimizer, memory at its peak:",
-        "stage  rank  forward ms  input gradient ms  weight gradient ms  weights MiB      kept MiB  "
-        "memory MiB    of MiB  modules",
-    ]
-    for stage, (work, need) in enumerate(zip(choice.passes, choice.needs)):
-        kept = f"{need.times} x {need.kept / MEBI:.1f}"
-        lines.append(
-            f"{stage:5}  {stage % ranks:4}  {1e3 * work.forward:10.2f}  {1e3 * work.input_gradient:17.2f}  "
-            f"{1e3 * work.weight_gradient:18.2f}  {need.held / MEBI:11.1f}  {kept:>12}  "
-            f"{need.most / MEBI:10.1f}  {size(need.limit):>8}  {ends(cut.names(stage))}"
-        )
-    lines.append(
+        *(f"{line}  {name}" for line, name in zip(lines, names)),
         f"{schedule} simulated with them and free messages: a step's passes take "
-        f"{1e3 * choice.seconds:.1f} ms, idle {choice.idle:.0%}"
-    )
-    return lines
+        f"{1e3 * found.seconds:.1f} ms, idle {found.bubble:.0%}",
+    ]
+
+
+def several(ranks: Sequence[int]) -> str:
+    """Write the ranks that run a stage.
+
+    >>> several([0]), several([0, 2]), several(range(0, 12, 2))
+    ('0', '0,2', '0,2,…,10')
+    """
+    if len(ranks) > 3:
+        return f"{ranks[0]},{ranks[1]},…,{ranks[-1]}"
+    return ",".join(map(str, ranks))
 
 
 def size(limit: float) -> str:
@@ -41,10 +69,10 @@ def size(limit: float) -> str:
     return "any" if limit == float("inf") else f"{limit / MEBI:,.0f}"
 
 
-def ends(names: Sequence[str]) -> str:
-    """Write the first and the last name.
+def ends(names: Sequence[str]) -> list[str]:
+    """Give the first and the last one, if there are any.
 
     >>> ends(["a", "b", "c"]), ends(["a"]), ends([])
-    ('a … c', 'a', '')
+    (['a', 'c'], ['a'], [])
     """
-    return " … ".join(dict.fromkeys([*names[:1], *names[-1:]]))
+    return list(dict.fromkeys([*names[:1], *names[-1:]]))

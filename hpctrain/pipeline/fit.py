@@ -130,10 +130,9 @@ def fitted(
 
 
 def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:
-    """Add the seconds of a step, and how idle it is, to a plan's choice. Pure."""
+    """Add the seconds of a step to a plan's choice, each stage's messages going to the next. Pure."""
     every = programs(plan.schedule, len(scales.ranks), range(scales.micro_batches), plan.virtual)
-    expected = simulate(every, cost_of(choice.passes))
-    choice.seconds, choice.idle = expected.seconds, expected.bubble
+    choice.seconds = simulate(every, cost_of(choice.passes)).seconds
     return choice
 
 

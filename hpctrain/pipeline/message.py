@@ -46,7 +46,7 @@ class Layout:
 
     @property
     def key(self) -> str:
-        """What is the same for the same layouts only; True and 1 are not the same."""
+        """What is the same for the same layouts only; True and 1 are other values."""
         return f"{self.leaves!r} {written(self.tree)}"
 
     def tree_of(self, flats: Sequence[torch.Tensor], device: str) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from hpctrain.errors import ConfigError
@@ -16,7 +17,7 @@ from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.trace import Like
-from hpctrain.pipeline.transport import TIED, Transport
+from hpctrain.pipeline.transport import KINDS, TIED, Transport
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Pipeline:
         self.rank, self.ranks = transport.comm.rank, transport.comm.size
         self.virtual = cut.stages // self.ranks
         numbers = [at * self.ranks + self.rank for at in range(self.virtual)]
+        highest, most = KINDS * self.virtual**2 - 1, int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0)
+        if highest > most:
+            raise ConfigError(
+                f"{self.virtual} stages a rank need message tags up to {highest:,}, and this MPI has "
+                f"{most:,}: take fewer (parallel.virtual_stages)"
+            )
         self.stages = [Stage(cut, number, transport, recomputes) for number in numbers]
 
     @property
@@ -103,7 +110,7 @@ class Pipeline:
                     if gradient is not None:
                         add(tie.tensor, gradient)  # type: ignore[arg-type]
             elif self.rank in tie.others:
-                self.transport.start(tie.owner, TIED, pack(tie.owner, number, tie.tensor.grad, 0))
+                self.transport.start((tie.owner, TIED, pack(tie.owner, number, tie.tensor.grad, 0)))
                 self.transport.finish()
                 tie.tensor.grad = None
 
@@ -114,7 +121,7 @@ class Pipeline:
         for number, tie in enumerate(self.ties):
             if self.rank == tie.owner:
                 for other in tie.others:
-                    self.transport.start(other, TIED, pack(other, number, tie.tensor.detach(), 0))
+                    self.transport.start((other, TIED, pack(other, number, tie.tensor.detach(), 0)))
             elif self.rank in tie.others:
                 tie.tensor.copy_(self.transport.receive(tie.owner, TIED, number)[0])
         self.transport.finish()

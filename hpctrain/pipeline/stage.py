@@ -150,8 +150,7 @@ class Stage:
             target: pack(target, v, {name: kept.found[name] for name in names}, kept.draws)
             for target, names in part.gives.items()
         }
-        for target, ready in packed.items():
-            self.transport.start(*self.to(target, FORWARD), ready)
+        self.transport.start(*((*self.to(target, FORWARD), ready) for target, ready in packed.items()))
 
     # -- backward ----------------------------------------------------------------------------
 
@@ -216,8 +215,7 @@ class Stage:
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
             gradients = [kept.returned.get(id(leaf)) for leaf in leaves]
             packed[target] = pack(target, v, gradients, 0)
-        for target, ready in packed.items():
-            self.transport.start(*self.to(target, BACKWARD), ready)
+        self.transport.start(*((*self.to(target, BACKWARD), ready) for target, ready in packed.items()))
 
     def forget(self, v: int) -> None:
         """Let go of a micro-batch's activations. Local."""

@@ -6,7 +6,7 @@
                once: larger ones would wait until both ends call MPI, and both compute
 
 Receives are posted before their messages come, by persistent requests into buffers that are kept
-(`channel.py`). Nothing is pickled. Sends are started and not waited for; between two ranks messages keep
+(`channel.py`). No message is pickled. Sends are started and not waited for; between two ranks messages keep
 their order, and both sides run the micro-batches in the same one. A stage that has failed goes on to send
 numbers that say so: whoever waits for it learns of it where it waits, and nobody hangs.
 """
@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from mpi4py import MPI
 from hpctrain.errors import HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.pipeline import watch
-from hpctrain.pipeline.channel import FEW, Bytes, Incoming, Outgoing
+from hpctrain.pipeline.channel import FEW, LEFT, Buffer, Bytes, Incoming, Outgoing
 from hpctrain.pipeline.message import Layout, Packed, bytes_of
 from hpctrain.pipeline.slots import Slots
 from hpctrain.pipeline.watch import Watch
@@ -51,6 +52,23 @@ STOPPED_SECONDS = 5.0
 
 class PeerFailedError(HpctrainError):
     """Another stage failed; its own error is the one to show."""
+
+
+@dataclass
+class Ready:
+    """A message that needs nothing any more to leave."""
+
+    way: Outgoing
+    packed: Packed
+    number: int
+    """Of its layout."""
+    text: bytes
+    """The layout, where it is new."""
+    how: int = MESSAGES
+    flag: int = -1
+    buffer: Buffer | None = None
+    pieces: list[Bytes] = field(default_factory=list)
+    """Of tensors without a buffer."""
 
 
 class Transport:
@@ -121,33 +139,44 @@ class Transport:
             with suppress(OSError):
                 self._slots = Slots(self.node, old) if old else None
 
-    def start(self, rank: int, tag: int, packed: Packed) -> None:
-        """Start to send. Local."""
+    def start(self, *messages: tuple[int, int, Packed]) -> None:
+        """Start to send, to a rank with a tag each. Local.
+
+        Whatever it raises (MemoryError, for one), nothing has left.
+        """
+        for ready in [self._ready(*message) for message in messages]:
+            self._leave(ready)
+
+    def _ready(self, rank: int, tag: int, packed: Packed) -> "Ready":
         way = self._way_to(rank, tag)
         number, new = way.number(packed.layout)
-        text = packed.layout.encode() if new else b""
-        how, flag = MESSAGES, -1
+        ready = Ready(way, packed, number, packed.layout.encode() if new else b"")
         if packed.flats and tag != TIED:
             if rank in self._on_node:
                 v = packed.micro_batch
                 self._bytes[v] = self._bytes.get(v, 0) + packed.nbytes
-                how, flag = (self._slots and self._slots.put(packed.flats)) or (MESSAGES, -1)
+                slot = self._slots.put(packed.flats) if self._slots else None
+                ready.how, ready.flag = slot or (MESSAGES, -1)
             elif way.steady(number):
-                how = BUFFERS
-        way.count[number] += 1
-        numbers = [packed.micro_batch, number, packed.draws, how, flag, len(text)]
-        self._note(*way.say(numbers), rank)
-        if text:
-            self._start(np.frombuffer(text, np.uint8), rank, tag + 1)
-        if how == BUFFERS:
-            buffer = way.send(number, packed.flats, partial(self._pieces, rank))
-            self._note(buffer.done, buffer, rank)
-        elif how == MESSAGES:
-            for flat in packed.flats:
-                # the model may change it in place while it is on its way; shared weights change later
-                own = flat if tag == TIED else flat.clone()
-                for piece in self._pieces(rank, own.numpy()):
-                    self._start(piece, rank, tag + 1)
+                ready.how, ready.buffer = BUFFERS, way.fill(number, packed.flats, partial(self._pieces, rank))
+        if ready.how == MESSAGES:
+            # the model may change it in place while it is on its way; shared weights change later
+            own = packed.flats if tag == TIED else [flat.clone() for flat in packed.flats]
+            ready.pieces = [piece for flat in own for piece in self._pieces(rank, flat.numpy())]
+        return ready
+
+    def _leave(self, ready: "Ready") -> None:
+        way, packed = ready.way, ready.packed
+        way.note(ready.number, packed.layout)
+        numbers = [packed.micro_batch, ready.number, packed.draws, ready.how, ready.flag, len(ready.text)]
+        self._note(*way.say(numbers), way.rank)
+        if ready.text:
+            self._start(np.frombuffer(ready.text, np.uint8), way.rank, way.tag + 1)
+        if ready.buffer is not None:
+            ready.buffer.start()
+            self._note(ready.buffer.done, ready.buffer, way.rank)
+        for piece in ready.pieces:
+            self._start(piece, way.rank, way.tag + 1)
 
     def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
         """Tell a rank that what it waits for will not come. Local."""
@@ -161,10 +190,15 @@ class Transport:
         way, number, draws, how, flag = self._numbers(rank, tag, micro_batch)
         wait, layout = partial(self._until, rank), way.layouts[number]
         try:
-            buffer = way.expected(number, wait) if how == BUFFERS else way.spare(number)
+            if how == BUFFERS:
+                way.post(number)
+            else:
+                buffer = way.spare(number)
         except BaseException:
             self._take_nothing(way, number, how, flag)
             raise
+        if how == BUFFERS:
+            buffer = way.taken(number, wait)
         flats = buffer.lend()
         if how == MESSAGES:
             for array in buffer.arrays:
@@ -180,10 +214,10 @@ class Transport:
 
     def drop(self, rank: int, tag: int, micro_batch: int) -> None:
         """Take what a rank sends and keep nothing of it. Waits for it."""
-        with suppress(PeerFailedError, MemoryError):
+        with suppress(PeerFailedError):
             way, number, _, how, flag = self._numbers(rank, tag, micro_batch)
-            if how == BUFFERS:
-                way.expected(number, partial(self._until, rank))
+            if how == BUFFERS and way.posted(number):
+                way.taken(number, partial(self._until, rank))
             else:
                 self._take_nothing(way, number, how, flag)
 
@@ -239,15 +273,21 @@ class Transport:
             self._sent.popleft()
 
     def stop(self) -> None:
-        """Expect no message any more, answer no question. Local."""
+        """Expect no message any more, answer no question; what is on its way stays so. Local."""
         self.watch.stop()
+        LEFT.extend([*self._sent, *self._outgoing.values()])
+        self._sent.clear()
+        self._outgoing.clear()
+        self._call_off()
+
+    def _call_off(self) -> None:
         for way in self._incoming.values():
             way.close()
         self._incoming.clear()
 
     def close(self) -> None:
         """Free the communicators, where all that was sent has been taken. Collective."""
-        self.stop()
+        self._call_off()
         for way in self._outgoing.values():
             way.close()
         self._outgoing.clear()

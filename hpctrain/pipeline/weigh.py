@@ -69,7 +69,8 @@ def choose(
             f"of {len(pieces)} pieces of the model {len(at_once)} compute all their gradients at once: "
             f"to let those of the weights wait would take longer"
         )
-    best.at_once, best.shared, best.works = at_once, shared, profile.works
+    best.at_once, best.shared, best.ranks = at_once, shared, scales.ranks
+    best.works, best.weights = profile.works, list(weights)
     return best
 
 

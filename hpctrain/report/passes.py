@@ -5,6 +5,7 @@ expected    the same with the pieces' times that the cut was chosen by
 others      the other schedules, simulated so
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -23,9 +24,6 @@ from hpctrain.pipeline.schedule import (
     programs,
 )
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
-
-UNLIMITED = 1 << 62
-"""Bytes."""
 
 
 @dataclass
@@ -125,6 +123,7 @@ def row(
     """Give what the log's table says, as numbers. Pure."""
     usual = medians(measured)
     assert job.pipeline is not None
+    choice = job.pipeline.cut.choice
     return {
         "schedule": job.schedule,
         "seconds": round(measured.seconds, 6),
@@ -143,13 +142,13 @@ def row(
                     kind: round(value, 6) for (stage, kind), value in usual.items() if stage == at
                 },
                 "idle": round(1.0 - measured.busy[at % len(ranks)] / measured.seconds, 4),
-                **expected_of(job.pipeline.cut.choice, at),
+                **expected_of(choice, at),
             }
             for at, virtual, told in in_order(ranks)
         ],
         "pieces": [
-            {"begins": name, **costs(work)}
-            for name, work in zip(job.pipeline.cut.choice.names, job.pipeline.cut.choice.works)
+            {"begins": name, "weight_bytes": int(size), **costs(work)}
+            for name, size, work in zip(choice.names, choice.weights, choice.works)
         ],
     }
 
@@ -159,7 +158,8 @@ def expected_of(choice: Choice, stage: int) -> dict[str, Any]:
     if not choice.passes:
         return {}
     need = choice.needs[stage]
-    memory = {"memory_bytes": int(need.most), "memory_limit_bytes": int(min(need.limit, UNLIMITED))}
+    limit = None if need.limit == math.inf else int(need.limit)
+    memory = {"memory_bytes": int(need.most), "memory_limit_bytes": limit}
     return {"expected": {**costs(choice.passes[stage]), **memory}}
 
 

@@ -1,5 +1,6 @@
 """Pictures of a run: the loss and the metric against the baselines, and one sample on maps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,22 +93,24 @@ def maps(found: "Maps", path: Path) -> None:
     save(figure, path)
 
 
-def timeline(measured: "Simulation", simulated: "Simulation", title: str, path: Path) -> None:
-    """Draw the passes of a step, a row a rank, as measured above and as simulated below, on one axis."""
+def timeline(found: "Mapping[str, Simulation]", title: str, path: Path) -> None:
+    """Draw the passes of a step, a row a rank: as measured, and below as simulated, on one axis of time."""
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    ranks = len(measured.busy)
+    first = next(iter(found.values()))
+    ranks, rows = len(first.busy), len(found)
     figure, axes = pyplot.subplots(
-        2, 1, figsize=(11, 2.2 + 0.7 * ranks), constrained_layout=True, sharex=True, sharey=True
-    )
-    for axis, name, found in zip(axes, ("measured", "simulated"), (measured, simulated)):
-        for span in found.spans:
+        rows, 1, figsize=(11, 1.1 + rows * (0.6 + 0.35 * ranks)), constrained_layout=True,
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for axis, (name, one) in zip(axes[:, 0], found.items()):
+        for span in one.spans:
             kind = type(span.instruction).__name__
             where = 1e3 * span.start, 1e3 * (span.end - span.start)
             row = span.stage % ranks
             axis.broken_barh([where], (row - 0.4, 0.8), color=COLOURS[kind], edgecolor="white", lw=0.5)
-            if span.end - span.start > 0.02 * measured.seconds:
+            if span.end - span.start > 0.02 * first.seconds:
                 axis.text(
                     sum(where) - where[1] / 2,
                     row,
@@ -119,11 +122,11 @@ def timeline(measured: "Simulation", simulated: "Simulation", title: str, path: 
         axis.set(
             ylabel="pipeline rank",
             yticks=range(ranks),
-            title=f"{title}, {name}: {1e3 * found.seconds:.0f} ms, idle {found.bubble:.0%}",
+            title=f"{title}, {name}: {1e3 * one.seconds:.0f} ms, idle {one.bubble:.0%}",
         )
-    axes[0].invert_yaxis()
-    axes[1].set_xlabel("time (ms); the numbers are micro-batches, a ' is the rank's next virtual stage")
-    kinds = {type(span.instruction).__name__ for span in measured.spans}
+    axes[0, 0].invert_yaxis()
+    axes[-1, 0].set_xlabel("time (ms); the numbers are micro-batches, a ' is the rank's next virtual stage")
+    kinds = {type(span.instruction).__name__ for span in first.spans}
     handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     save(figure, path)

@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from hpctrain.assemble import Job
 from hpctrain.log import LOGGER
+from hpctrain.pipeline.expected import ends
 from hpctrain.pipeline.simulate import Span
 from hpctrain.report import pictures
 from hpctrain.report.passes import Told, again, as_simulation, expectation, row, table
@@ -50,7 +51,7 @@ class Timeline:
         engine = self.watched(number)
         if engine is None:
             return
-        modules = [list(dict.fromkeys([*names[:1], *names[-1:]])) for names in engine.pipeline.names()]
+        modules = [ends(names) for names in engine.pipeline.names()]
         topology = self.job.topology
         ahead = seconds_ahead(topology.comms.pipe)
         spans = [Span(s.stage, s.instruction, s.start - ahead, s.end - ahead) for s in engine.unwatch()]
@@ -81,7 +82,10 @@ class Timeline:
         self.run.row("pipeline", step, **row(self.job, ranks, measured, simulated, expected))
         if self.job.config.report.pictures:
             title = f"{self.job.schedule}, step {step}"
-            pictures.timeline(measured, simulated, title, self.run.pictures / "pipeline.png")
+            drawn = {"measured": measured, "simulated with these passes": simulated}
+            if expected:
+                drawn["expected before the cut"] = expected
+            pictures.timeline(drawn, title, self.run.pictures / "pipeline.png")
 
 
 def seconds_ahead(comm: MPI.Intracomm) -> float:
