@@ -99,7 +99,7 @@ def build(
                 LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
             own = -(-count // topology.replicas)
             kept = most_kept(schedule, topology, pieces, own)
-            for line in [*pieces.choice.said, *expected.table(pieces, schedule, own)]:
+            for line in [*pieces.choice.said, *expected.table(pieces, schedule, own, topology.crowded)]:
                 LOGGER.info("%s", line)
             for line in pieces.choice.warned:
                 LOGGER.warning("%s", line)

@@ -402,6 +402,17 @@ class Overflowing(nn.Module):
         return self.second(torch.tanh(self.first(x))) / (x[:, :1] < self.most)
 
 
+class Wrong(nn.Module):
+    """Its second layer does not take what the first one gives."""
+
+    def __init__(self, in_features=6):
+        super().__init__()
+        self.first, self.second = nn.Linear(in_features, 8), nn.Linear(7, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x) + x.sum())
+
+
 class Deciding(Net):
     """Looks at values: no graph can be written down."""
 

@@ -923,6 +923,7 @@ def test_cuts_where_the_user_says(world, build):
         assert (name in job.engine.module.state_dict()) == (world.rank == 1)
     for cuts, text in (
         (["nowhere"], "parallel.cuts: nowhere is not among the layers 0, 1, 2"),
+        (["00"], "among the layers 0, 1, 2.*: did you mean 0\\?"),
         (["0"], "parallel.cuts: 0 does not come behind the cut before it"),
         (["1", "2"], "names 2 cuts, 2 stages need 1"),
     ):
@@ -942,6 +943,12 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
     ):
         build("Deciding", world.size)
     assert "def forward" not in "".join(capsys.readouterr())
+    with pytest.raises(
+        ConfigError,
+        match=r"forward fails on a micro-batch of shape x \(\d+, \d+\), in stages or not: \(Wrong\), stage_models.*"
+        r"`return self.second\(.*` \(RuntimeError: .*\)$",
+    ):
+        build("Wrong", world.size)
     with pytest.raises(
         ConfigError, match=r"Deeper .* cut: layer inner\.1 \(Deciding\), stage_models.py:\d+: `"
     ):

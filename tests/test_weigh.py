@@ -205,7 +205,7 @@ def test_what_is_expected_of_each_stage_is_told(world, even):
     assert whole.endswith("passes take 135.0 ms, idle 11%")
     assert len(choice.works) == 4
     choice.passes = []
-    assert expected.table(cut, "1f1b", 4) == []
+    assert expected.table(cut, "1f1b", 4) == ["stage 0: a … c", "stage 1: d"]
 
 
 @pytest.mark.mpi
@@ -381,6 +381,15 @@ def test_what_cannot_be_measured_is_estimated_on_all_ranks(world):
     def fails():
         raise ValueError("not with these numbers")
 
+    def refuses():
+        raise MemoryError("no 5 bytes")
+
+    told = choose(2, [1] * 4, [0] * 4, [*works(1, 1, 9), refuses], scales(world))
+    assert told.warned == [
+        "the cut is by estimate, as pieces can't be measured alone (MemoryError: no 5 bytes): memory is short, "
+        "and nothing says if it suffices"
+    ]
+    assert not told.said
     pieces = [*works(1, 1, 9), fails]
     found = choose(2, [1] * 4, [0] * 4, pieces, scales(world))
     assert found.parts == [(0, 2), (2, 4)]

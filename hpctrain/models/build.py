@@ -12,6 +12,7 @@ else by position in the order of `data.inputs`.
 """
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def without_memory(spec: ClassPath, seed: int) -> tuple[nn.Module, Deferred | No
     """
     deferred = Deferred()
     try:
-        with deferred:
+        with deferred, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by its copying
             module = build(spec, seed)
         deferred.complete(module)
         return module, deferred, ""

@@ -14,14 +14,14 @@ HEADS = (
 )
 
 
-def table(cut: Cut, schedule: str, micro_batches: int) -> list[str]:
-    """Lines for the log, a row a stage; none where the pieces were not measured. Pure.
+def table(cut: Cut, schedule: str, micro_batches: int, crowded: bool = False) -> list[str]:
+    """Lines for the log, a row a stage; without times where the pieces were not measured. Pure.
 
-    `micro_batches` are those of a replica.
+    `micro_batches` are those of a replica; `crowded`: ranks share cores.
     """
     choice = cut.choice
     if not choice.passes:
-        return []
+        return [f"stage {stage}: {' … '.join(ends(cut.names(stage)))}" for stage in range(cut.stages)]
     ranks = len(choice.ranks)
     rows = [list(HEADS)]
     for stage, (work, need) in enumerate(zip(choice.passes, choice.needs)):
@@ -41,11 +41,13 @@ def table(cut: Cut, schedule: str, micro_batches: int) -> list[str]:
     links, back = cut.links()
     found = simulate(every, cost_of(choice.passes), links, back=back)
     return [
-        "expected of each stage and micro-batch, from pieces measured alone; weights with gradients and "
-        "optimizer, memory at its peak:",
+        "expected of each stage, from pieces measured alone: the times of a micro-batch; weights with "
+        "gradients and optimizer + what so many micro-batches keep for backward = memory, batches and "
+        "messages left out",
         *(f"{line}  {name}" for line, name in zip(lines, names)),
         f"{schedule} simulated with them and free messages: a step's passes take "
-        f"{1e3 * found.seconds:.1f} ms, idle {found.bubble:.0%}",
+        f"{1e3 * found.seconds:.1f} ms, idle {found.bubble:.0%}"
+        f"{'; the ranks share cores, and take longer' if crowded else ''}",
     ]
 
 

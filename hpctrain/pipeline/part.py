@@ -1,9 +1,11 @@
 """What a stage does in one forward, and what a model in stages offers, however it was cut."""
 
+import difflib
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import torch
@@ -138,8 +140,13 @@ def begins(cuts: list[str], owners: list[str], what: str) -> list[tuple[int, int
     for name in cuts:
         at = next((i for i, o in enumerate(owners) if o == name or o.startswith(name + ".")), -1)
         if at <= edges[-1]:
-            known = list(dict.fromkeys(owners))
+            known = [owner for owner in dict.fromkeys(owners) if owner]
+            levels = [accumulate(owner.split("."), "{}.{}".format) for owner in known]
+            near = difflib.get_close_matches(name, dict.fromkeys(chain(*levels)), 1) if at < 0 else []
             why = "is not among" if at < 0 else "does not come behind the cut before it among"
-            raise ConfigError(f"parallel.cuts: {name} {why} the {what} {', '.join(known[:12])}")
+            raise ConfigError(
+                f"parallel.cuts: {name} {why} the {what} {', '.join(known[:12])}"
+                f"{', …' if len(known) > 12 else ''}{f': did you mean {near[0]}?' if near else ''}"
+            )
         edges.append(at)
     return list(zip(edges, [*edges[1:], len(owners)]))

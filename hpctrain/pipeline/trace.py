@@ -23,6 +23,9 @@ from hpctrain.pipeline.operators import path_of
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
 
+ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+"""What a model raises that is wrong in itself."""
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -78,10 +81,17 @@ class Writer:
                     f"a micro-batch of {samples} samples is too small for the model's BatchNorm ({line}): "
                     f"set parallel.micro_batches lower; the last batch of an epoch may have few samples"
                 ) from None
+            cause = f"{self._where(error)} ({type(error).__name__}: {line.strip()})"
+            if self._fails_anyway(error, arguments):
+                shapes = ", ".join(f"{name} {(samples, *shape)}" for name, (shape, _) in like.items())
+                raise ConfigError(
+                    f"the model's forward fails on a micro-batch of shape {shapes}, in stages or not{cause}"
+                ) from None
+            lost = isinstance(error, NotImplementedError)  # a part of the backward, no branch
+            instead = "" if lost else "write a branch on a tensor's numbers as torch.where, "
             raise ConfigError(
                 f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
-                f"down, so it can't be cut{self._where(error)} ({type(error).__name__}: {line.strip()}); "
-                f"write a branch on a tensor's numbers as torch.where, make the model an nn.Sequential, or "
+                f"down, so it can't be cut{cause}; {instead}make the model an nn.Sequential, or "
                 f"give it a method layers() that lists submodules which follow one another"
             ) from None
         signature = program.graph_signature
@@ -125,6 +135,18 @@ class Writer:
                 f"or make it an nn.Sequential, or give it a method layers() that lists submodules which "
                 f"follow one another"
             )
+
+    def _fails_anyway(self, error: Exception, arguments: tuple[Any, dict[str, Any]]) -> bool:
+        """Whether a forward that is not written down fails alike: not for what stages ask for. Local."""
+        if type(error) not in ORDINARY:  # torch has types of its own for numbers that it does not know
+            return False
+        try:
+            with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+                warnings.simplefilter("ignore")
+                self.skeleton(*arguments[0], **arguments[1])
+        except Exception as other:
+            return type(other) is type(error)
+        return False
 
     def _where(self, error: Exception) -> str:
         """Say at which layer and line of the user's code the writing down ended. Local."""

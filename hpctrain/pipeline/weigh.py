@@ -37,10 +37,12 @@ def choose(
         return Choice(partition(estimates, stages), pieces=len(pieces))
     profile = measure(scales.comm, pieces, scales.around, scales.turn)
     if isinstance(profile, str):
+        why, memory = f"the cut is by estimate, as pieces can't be measured alone ({profile})", short(profile)
         return Choice(
             partition(estimates, stages),
             pieces=len(pieces),
-            said=[f"the cut is by estimate, as pieces can't be measured alone ({profile})"],
+            said=[] if memory else [why],
+            warned=[f"{why}: memory is short, and nothing says if it suffices"] if memory else [],
         )
     at_once = too_dear(profile.works, scales) if scales.splits == "auto" else []
     whole = range(len(pieces)) if scales.splits == "never" else at_once
@@ -105,3 +107,8 @@ def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
         if work.joint and halves > SPLIT_WORTH * work.joint and lost > gaps * work.weight_gradient:
             found.append(at)
     return found
+
+
+def short(reason: str) -> bool:
+    """Tell whether the reason is that there is no memory. Pure."""
+    return "allocate" in reason or reason.startswith("MemoryError")

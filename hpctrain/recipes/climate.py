@@ -135,7 +135,8 @@ class Downscaling(Task):
         """Six channels: bicubic, ridge, climatology, month (two), latitude."""
         month = self.month[samples]
         angle = 2.0 * np.pi * month[:, None, None] / 12.0
-        climatology = (self.climatology - self.climatology.mean()) / self.climatology.std()
+        spread = self.climatology.std() or 1.0  # nothing is fitted yet where only shapes are asked for
+        climatology = (self.climatology - self.climatology.mean()) / spread
         height = np.sin(np.deg2rad(self.latitude))[:, None]
         bicubic = refine(coarse, self.box, "bicubic")
         parts = [bicubic, guess, climatology[month], np.sin(angle), np.cos(angle), height]

@@ -1,0 +1,46 @@
+"""What `bench pipeline` measures is what it says: the same gradients by each, autograd's by autograd alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpctrain.bench import pipeline as bench
+from hpctrain.bench.autograd import Autograd
+from hpctrain.bench.stage_cases import Case
+from hpctrain.gradient import StraightIntoPlace
+from hpctrain.topology import Topology
+
+
+def small():
+    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+
+
+@pytest.mark.mpi
+def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
+    if world.size == 1:
+        pytest.skip("one rank has no stages")
+    if world.size == 3:
+        pytest.skip("eight layers have no even stages on three ranks")
+    entered = []
+    forward = StraightIntoPlace.forward
+    monkeypatch.setattr(StraightIntoPlace, "forward", lambda self: entered.append(1) or forward(self))
+    with Topology.build(world, world.size, device="cpu") as topology:
+        case = Case(small, (16, 64), 8)
+        torch.manual_seed(3)
+        x, y = torch.randn(case.shape), torch.randn(case.shape)
+        found = {}
+        for name, (step, engine) in bench.our_steps(topology, case, x, y).items():
+            entered.clear()
+            step()
+            assert isinstance(engine.straight, Autograd) == (name == "ours_autograd") == (not entered)
+            places = [p.grad.clone() for p in engine.module.parameters()]
+            assert all(place.abs().max() > 0 for place in places)
+            found[name] = places
+            engine.pipeline.close()
+            engine.averager.close()
+    for name, places in found.items():
+        if name != "ours_interleaved":  # has other layers on a rank
+            # sums of 16 rows in other orders: fast merges products, autograd adds them
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(places, found["ours"])), (
+                name
+            )
