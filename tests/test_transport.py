@@ -182,7 +182,7 @@ def no_memory(*_):
 
 @pytest.mark.mpi
 def test_a_layout_travels_when_it_changes(world, transport, monkeypatch):
-    """Shapes, constants, True and 1, trees; then numbers are enough, for four and the last one of others."""
+    """Shapes, constants, True and 1, trees; then numbers are enough, for four that repeat and the last other one."""
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     encoded, encode = [], Layout.encode
 
@@ -194,12 +194,13 @@ def test_a_layout_travels_when_it_changes(world, transport, monkeypatch):
     values = [[torch.ones(2), 1], [torch.zeros(2), 1], [torch.ones(3), 1], [torch.ones(3), True]]
     values += [[torch.ones(3), True], (torch.ones(3), True), (torch.ones(3), float("nan"))]
     values += [values[-1], values[0], (torch.ones(4), 1), values[2], (torch.ones(3), float("nan"))]
+    values += [[torch.ones(5), 1], [torch.ones(6), 1], [torch.ones(6), 1], values[3]]  # no numbers are left
     told = []
     for v, value in enumerate(values):
         encoded.clear()
         transport.start((to, FORWARD, pack(to, v, value, v)))
         told.append(len(encoded))
-    assert told == [1, 0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1]
+    assert told == [1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 0]
     for v, value in enumerate(values):
         found, draws = transport.receive(source, FORWARD, v)
         assert (type(found), type(found[1]), draws) == (type(value), type(value[1]), v)
@@ -229,6 +230,7 @@ def made(transport):
 def test_between_nodes_nothing_is_made_once_a_layout_has_come_twice(world, apart, monkeypatch):
     """Four are held at a time, two layouts by turns; then receives are posted before their messages come."""
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    apart.begin(4)
     numbers = []
     for turn in range(40):
         if turn == 20:
@@ -274,6 +276,33 @@ def test_what_somebody_holds_is_not_written_to(world, transport, slots):
             assert torch.equal(x.grad, 2 * large(v))
         else:
             assert float(way[1]) - v in (6.0, 200.0)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("slots", [False, True])
+def test_buffers_that_were_held_for_long_are_let_go(world, transport, slots):
+    """Of twenty that somebody held, as many stay as may be on their way, and what is posted."""
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    if slots:
+        grow(transport, 1 << 22)
+    else:
+        transport._on_node = {}
+    transport.begin(3)
+    held = []
+    for v in range(40):
+        transport.start((to, FORWARD, pack(to, v, large(v), 0)))
+        held.append(transport.receive(source, FORWARD, v)[0])
+        if v >= 20:
+            held.clear()
+        transport.finish()
+        if v == 19:
+            assert all(torch.equal(x, large(n)) for n, x in enumerate(held))
+            if not slots or world.size > 1:
+                assert made(transport)[1] > 15
+    assert made(transport)[1] <= 5
+    started = transport._incoming[source, FORWARD]._started
+    assert all(len(one) <= 2 for one in started.values())
+    world.Barrier()
 
 
 @pytest.mark.mpi

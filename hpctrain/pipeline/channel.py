@@ -4,10 +4,10 @@
       receiver    has started those of the next buffer before the message comes, lends the memory out as
                   tensors, and starts it again once nobody holds them
 
-Both ends number the layouts in the order in which they come. The first `FEW` get buffers when they come a
-third time (whole and uneven micro-batches, of steps and of evaluation); what changes all the time gets
-none, and its memory is made for each message. Numbers that come before the tensors have buffers from the
-first one on.
+The sender numbers the layouts. The first `FEW` that come a second time get numbers of their own, and
+buffers from the third time on (whole and uneven micro-batches, of steps and of evaluation); what changes all
+the time gets none, and its memory is made for each message. Numbers that come before the tensors have
+buffers from the first one on.
 """
 
 import time
@@ -28,8 +28,10 @@ from hpctrain.pipeline.message import Layout, bytes_of
 
 FEW = 4
 """Layouts that get buffers. The next number is that of the last one of all others."""
-REPEATED = 2
-"""Messages of one layout without buffers."""
+REMEMBERED = 256
+"""Layouts that have come, of which the sender knows it."""
+POSTED = 2
+"""Buffers of a layout that are posted at once: MPI looks through all that are for each message."""
 NUMBERS = 6
 AHEAD = 4
 """Messages whose numbers are expected at once."""
@@ -79,6 +81,11 @@ class Buffer:
         for request in self.requests:
             request.Start()  # MPI may start those of a Startall in any order
 
+    def close(self) -> None:
+        """Free its requests, none of which runs. Local."""
+        for request in self.requests:
+            request.Free()
+
     def done(self) -> bool:
         """Whether its requests are through. Local."""
         return MPI.Prequest.Testall(self.requests)
@@ -97,7 +104,7 @@ class Way:
 
     def steady(self, number: int) -> bool:
         """Whether the next message of a layout has buffers. Local."""
-        return self.keeps and number < FEW and self.count[number] >= REPEATED
+        return self.keeps and number < FEW and self.count[number] > 0
 
     def tag_of(self, number: int) -> int:
         """Tag of the tensors in buffers; one above the numbers' is for those without. Local."""
@@ -116,18 +123,27 @@ class Outgoing(Way):
         """Take where it goes. Local."""
         super().__init__(comm, rank, tag, keeps)
         self._number: dict[str, int] = {}
+        self._seen: dict[str, None] = {}
+        """Layouts, the last one at the end."""
         self._heads: deque[tuple[NDArray[np.int64], MPI.Prequest]] = deque()
 
     def number(self, layout: Layout) -> tuple[int, bool]:
         """Give a layout's number, and whether the other end has to be told what it is. Local."""
         number = self._number.get(layout.key)
-        return (min(len(self._number), FEW), True) if number is None else (number, False)
+        again = layout.key in self._seen and len(self.layouts.keys() - {FEW}) < FEW
+        if number is None or (number == FEW and again):
+            return (len(self.layouts.keys() - {FEW}) if again else FEW), True
+        return number, False
 
     def note(self, number: int, layout: Layout) -> None:
         """Note that a message of a layout leaves. Local."""
         if self._number.get(layout.key) != number:
             self._number = {known: at for known, at in self._number.items() if at != number}
             self._number[layout.key], self.layouts[number] = number, layout
+        self._seen.pop(layout.key, None)
+        self._seen[layout.key] = None
+        if len(self._seen) > REMEMBERED:
+            del self._seen[next(iter(self._seen))]
         self.count[number] += 1
 
     def say(self, numbers: list[int]) -> tuple[Callable[[], bool], Any]:
@@ -160,11 +176,10 @@ class Outgoing(Way):
 
     def close(self) -> None:
         """Free the requests. Local."""
-        for request in chain(
-            (request for _, request in self._heads),
-            *(buffer.requests for buffer in chain.from_iterable(self.buffers.values())),
-        ):
+        for _, request in self._heads:
             request.Free()
+        for buffer in chain.from_iterable(self.buffers.values()):
+            buffer.close()
 
 
 class Incoming(Way):
@@ -227,17 +242,24 @@ class Incoming(Way):
         wait(started[0].done)
         return started.popleft()
 
-    def expect(self, number: int) -> None:
-        """Start all buffers of a steady layout that nobody holds, one at least if there is memory. Local."""
-        if not self._cut or not self.steady(number):
+    def expect(self, number: int, most: int) -> None:
+        """Post buffers of a steady layout that nobody holds, one at least if there is memory. Local.
+
+        More than `most`, of something that was held for long, are not kept.
+        """
+        if not self.steady(number):
             return
-        started = self._started.setdefault(number, deque())
-        for buffer in self.buffers.get(number, ()):
-            if buffer.free and buffer not in started:
+        buffers, started = self.buffers.get(number, deque()), self._started.setdefault(number, deque())
+        for buffer in [buffer for buffer in buffers if buffer.free and buffer not in started]:
+            if self._cut and len(started) < POSTED:
                 buffer.start()
                 started.append(buffer)
-        with suppress(MemoryError):
-            self.post(number)
+            elif len(buffers) > most:
+                buffers.remove(buffer)
+                buffer.close()
+        if self._cut:
+            with suppress(MemoryError):
+                self.post(number)
 
     def _start(self, number: int) -> None:
         assert self._cut is not None
@@ -261,8 +283,7 @@ class Incoming(Way):
                 LEFT.append(self)
                 return
             time.sleep(STOP_SECONDS / 100)
-        for request in chain(
-            (request for _, request in self._heads),
-            *(buffer.requests for buffer in chain.from_iterable(self.buffers.values())),
-        ):
+        for _, request in self._heads:
             request.Free()
+        for buffer in chain.from_iterable(self.buffers.values()):
+            buffer.close()

@@ -26,7 +26,7 @@ from mpi4py import MPI
 from hpctrain.errors import HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.pipeline import watch
-from hpctrain.pipeline.channel import FEW, LEFT, Buffer, Bytes, Incoming, Outgoing
+from hpctrain.pipeline.channel import FEW, LEFT, POSTED, Buffer, Bytes, Incoming, Outgoing
 from hpctrain.pipeline.message import Layout, Packed, bytes_of
 from hpctrain.pipeline.slots import Slots
 from hpctrain.pipeline.watch import Watch
@@ -91,6 +91,8 @@ class Transport:
         """For this node, by micro-batch of the step or evaluation that runs."""
         self._depth, self._most, self._looks, self._ran = 0, 0, FIRST_STEPS, False
         """Micro-batches on their way; the most bytes so far; calls of `grow` that look; if anything ran."""
+        self._deepest = 0
+        """The most micro-batches on their way so far."""
         self._outgoing: dict[tuple[int, int], Outgoing] = {}
         self._incoming: dict[tuple[int, int], Incoming] = {}
         """By rank and tag."""
@@ -112,6 +114,7 @@ class Transport:
         self._most = max(self._most, self._depth * max(self._bytes.values(), default=0))
         self._bytes.clear()
         self._depth, self._looks, self._ran = depth, max(looks, self._looks), True
+        self._deepest = max(depth, self._deepest)
 
     def grow(self) -> None:
         """Have room on the node for what was sent so far, if there are looks left. Collective (the node).
@@ -209,7 +212,7 @@ class Transport:
             assert self._slots is not None
             self._slots.take(self._on_node[rank], how, flag, flats)
         if flats:
-            way.expect(number)
+            way.expect(number, self._deepest + POSTED)
         return layout.tree_of(flats, self.device), draws
 
     def drop(self, rank: int, tag: int, micro_batch: int) -> None:
