@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: without an argument the suite at 1, 2, 3 and 4 ranks and what starts mpirun itself.
 # Usage: tests/run.sh [cluster | long]
-# Each run has a time limit of its own; coverage of 1 and 2 ranks and of half of what starts mpirun is combined and must
+# Each run has a time limit of its own; coverage of 1 and 2 ranks and of some of what starts mpirun is combined and must
 # reach 90%: the rest runs the same lines, and being watched takes a fifth longer.
 # Exit: 0 all passed; else the first failure's status.
 set -euo pipefail
@@ -50,8 +50,8 @@ case ${1:-} in
     for ranks in 2 4; do third_party models "$ranks" -m "not long"; done
     echo "== what starts mpirun itself"
     plain=(--override-ini "addopts=--strict-markers -p no:cacheprovider")
-    unwatched=(tests/launch/test_docs.py tests/launch/test_resume.py tests/launch/test_stages.py)
-    limited 1500 python -m pytest --color=no "${unwatched[@]}" "${plain[@]}" # they run what the others run
+    unwatched=(tests/launch/test_{bench,docs,resume,stages,train}.py)
+    limited 1800 python -m pytest --color=no "${unwatched[@]}" "${plain[@]}" # they run what the others run
     limited 1500 coverage run -m pytest --color=no tests/launch "${unwatched[@]/#/--ignore=}" "${plain[@]}"
     coverage combine -q
     coverage report --skip-covered --fail-under=90

@@ -35,7 +35,6 @@ POSTED = 2
 NUMBERS = 6
 AHEAD = 4
 """Messages whose numbers are expected at once."""
-
 STOP_SECONDS = 1.0
 """How long to wait for receives that are called off: one that has begun ends when its sender goes on."""
 LEFT: list[Any] = []
@@ -185,14 +184,7 @@ class Outgoing(Way):
 class Incoming(Way):
     """The receiver's end."""
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        rank: int,
-        tag: int,
-        keeps: bool,
-        cut: Callable[[Bytes], list[Bytes]] | None,
-    ) -> None:
+    def __init__(self, comm: MPI.Intracomm, rank: int, tag: int, keeps: bool, cut: "Cut | None") -> None:
         """Take where it comes from and how it is `cut` into messages; expect the first numbers. Local.
 
         `cut` is None on one node, where no messages are expected: what slots hold is copied into buffers.

@@ -149,7 +149,7 @@ def test_a_language_model_in_stages(launcher, tmp_path):
     assert 0.5 * stages["simulated_seconds"] < stages["seconds"] < 10
     assert "simulated with the pieces' times: 1f1b" in ended.out
     assert f"{stages['schedule']} simulated with them and free messages: a step's passes take" in ended.out
-    assert sum(bool(re.search(r"\| +[01] +[01] .* \d x .* …", line)) for line in ended.out.split("\n")) == 2
+    assert sum(bool(re.search(r"\| +[01] +\d,\d .* \d x .* …", line)) for line in ended.out.split("\n")) == 2
     assert len(stages["pieces"]) > 10
     assert f"; {stages['schedule']} simulated with these passes and free messages" in ended.out
     assert (run / "pictures" / "pipeline.png").stat().st_size > 10_000
