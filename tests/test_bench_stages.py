@@ -4,15 +4,23 @@ import pytest
 import torch
 from torch import nn
 
+from hpctrain import cli
 from hpctrain.bench import pipeline as bench
 from hpctrain.bench.autograd import Autograd
-from hpctrain.bench.stage_cases import Case
+from hpctrain.bench.stage_cases import CASES, Case
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.topology import Topology
 
 
 def small():
     return nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+
+
+def test_help_names_every_case(capsys):
+    with pytest.raises(SystemExit):
+        cli.bench(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(name in told for name in CASES)
 
 
 @pytest.mark.mpi

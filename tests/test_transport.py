@@ -220,6 +220,14 @@ def large(turn):
     return torch.arange(40_000.0) + turn
 
 
+def warm(transport, to, source):
+    """Four messages of one layout: it has buffers then."""
+    for v in range(4):
+        transport.start((to, FORWARD, pack(to, v, large(v), 0)))
+        transport.receive(source, FORWARD, v)
+    transport.finish()
+
+
 def made(transport):
     """Buffers so far, by who sends and who receives."""
     ways = (transport._outgoing.values(), transport._incoming.values())
@@ -309,9 +317,7 @@ def test_buffers_that_were_held_for_long_are_let_go(world, transport, slots):
 def test_failures_between_nodes_in_the_steady_state(world, apart, monkeypatch):
     """One is dropped, one fails, for one there is no memory; what comes then is whole."""
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    for v in range(4):
-        apart.start((to, FORWARD, pack(to, v, large(v), 0)))
-        apart.receive(source, FORWARD, v)
+    warm(apart, to, source)
     held = []
     for v in range(4, 12):
         if v == 5:
@@ -371,10 +377,7 @@ def test_a_sender_without_memory_sends_nothing_of_it(world, apart, monkeypatch, 
 def test_an_interrupted_wait_ends(world, apart, monkeypatch):
     """And the message is still there for whoever asks again."""
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    for v in range(4):
-        apart.start((to, FORWARD, pack(to, v, large(v), 0)))
-        apart.receive(source, FORWARD, v)
-    apart.finish()
+    warm(apart, to, source)
     waits, until = [], Transport._until
 
     def interrupted(self, rank, done):
@@ -398,10 +401,7 @@ def test_an_interrupted_wait_ends(world, apart, monkeypatch):
 def test_stopping_does_not_wait_for_a_peer_that_is_gone(world, apart, monkeypatch):
     """What was posted is called off; where MPI can't end it, its memory stays for ever."""
     to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    for v in range(4):
-        apart.start((to, FORWARD, pack(to, v, large(v), 0)))
-        apart.receive(source, FORWARD, v)
-    apart.finish()
+    warm(apart, to, source)
     way = apart._incoming[source, FORWARD]
     never = SimpleNamespace(Prequest=SimpleNamespace(Testall=lambda requests: False))
     with monkeypatch.context() as patched:

@@ -184,7 +184,7 @@ class Outgoing(Way):
 class Incoming(Way):
     """The receiver's end."""
 
-    def __init__(self, comm: MPI.Intracomm, rank: int, tag: int, keeps: bool, cut: "Cut | None") -> None:
+    def __init__(self, comm: MPI.Intracomm, rank: int, tag: int, keeps: bool, cut: Cut | None) -> None:
         """Take where it comes from and how it is `cut` into messages; expect the first numbers. Local.
 
         `cut` is None on one node, where no messages are expected: what slots hold is copied into buffers.
