@@ -99,10 +99,7 @@ def build(
                 LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
             own = -(-count // topology.replicas)
             kept = most_kept(schedule, topology, pieces, own)
-            for line in [*pieces.choice.said, *expected.table(pieces, schedule, own, topology.crowded)]:
-                LOGGER.info("%s", line)
-            for line in pieces.choice.warned:
-                LOGGER.warning("%s", line)
+            say(topology, pieces, schedule, own)
             ties, optimizer = share_of(config, topology, module, deferred, pieces)
             again = recomputes(config, pieces, synced)
             every = module.named_parameters(remove_duplicate=False)
@@ -194,6 +191,17 @@ def share_of(
     for parameter in [p for p in optimizer.state if id(p) not in own]:
         del optimizer.state[parameter]
     return ties, optimizer
+
+
+def say(topology: Topology, pieces: Cut, schedule: str, micro_batches: int) -> None:
+    """Log what was chosen, and what is expected of it with so many micro-batches a replica. Local."""
+    told = [*pieces.choice.said]
+    if topology.world_rank == 0:  # whose log it is
+        told += expected.table(pieces, schedule, micro_batches, topology.crowded)
+    for line in told:
+        LOGGER.info("%s", line)
+    for line in pieces.choice.warned:
+        LOGGER.warning("%s", line)
 
 
 def most_kept(schedule: str, topology: Topology, pieces: Cut, micro_batches: int) -> int:

@@ -904,6 +904,10 @@ def test_evaluation_that_fails_on_one_stage_ends_on_all(world, build, monkeypatc
         with pytest.raises(HpctrainError, match="trouble") as raised:
             job.engine.evaluate(batches(), measure)
         assert re.findall(r"rank \d of \d", str(raised.value)) == [f"rank {failing} of {world.size}"]
+        if where != "reading":
+            stage = 0 if where == "model" else stages - 1
+            told = rf"in evaluation, on samples (\d+) to \1, stage {stage}, rank {failing}"
+            assert re.search(told, str(raised.value))
         monkeypatch.undo()
         sums = job.engine.evaluate(job.split_batches("train"), job.task.measure)  # and all goes on
         assert sums["loss"][1] > 0
