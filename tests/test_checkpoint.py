@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,3 +232,35 @@ def test_complex_numbers(world, shared_tmp, dtype):
     part = torch.zeros(5, dtype=dtype)
     found.fill(Piece("w", (3, 4), 2, 7, part))
     assert torch.equal(part, tensor.reshape(-1)[2:7])
+
+
+def most_resident(reset: bool) -> int:
+    """Bytes of this process that were in memory at once, at most, since it was last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell")
+def test_a_save_needs_no_second_copy(world, tmp_path):
+    """Weights and moments take nearly all the memory there is, and lie in one stretch."""
+    flat = torch.rand(2**26)
+    shape, size = (4, 2**24), 2**24
+    parts = torch.split(flat, size)
+    pieces = [Piece("w", shape, at * size, (at + 1) * size, part) for at, part in enumerate(parts)]
+    before = most_resident(reset=True)
+    save.save(tmp_path, 1, pieces, {}, world)
+    assert most_resident(reset=False) - before < flat.nbytes / 2
+    assert torch.equal(load.open_checkpoint(tmp_path / "step-00000001").read("w").view(-1), flat)
+
+
+def test_tensors_that_lie_over_one_another(world, tmp_path):
+    flat = torch.arange(12.0)
+    save.save(tmp_path, 1, [whole("a", flat[:8]), whole("b", flat[4:]), whole("c", flat)], {}, world)
+    stored = load.open_checkpoint(tmp_path / "step-00000001")
+    assert [stored.read(name).tolist() for name in "abc"] == [
+        flat[:8].tolist(),
+        flat[4:].tolist(),
+        flat.tolist(),
+    ]

@@ -96,7 +96,10 @@ def write_share(path: Path, pieces: list[Piece]) -> list[dict[str, Any]]:
             }
         )
     try:
-        save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
+        try:
+            save_file(tensors, path)  # from where they lie: a copy of all would not fit beside a large model
+        except RuntimeError:  # some lie over one another, which the format has no word for
+            save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
         sync_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}: free space or set train.run_folder") from None
