@@ -3,6 +3,7 @@
 With `train.py` the only place that knows all rooms.
 """
 
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from hpctrain import construct
+from hpctrain import construct, launch
 from hpctrain import portion as portions
 from hpctrain.averaging import groups, schedules
 from hpctrain.averaging.averager import Averager
@@ -265,6 +266,7 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
         train.seed,
         maker(task, portion.pipeline),
     )
+    launch.keep_memory(os.environ)  # of steps; not the holes that building leaves
     # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
     kept = replace(config.parallel, micro_batches="auto" if portion.synced else count)
     resolved = replace(config, model=portion.model, parallel=kept)

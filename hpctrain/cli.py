@@ -130,7 +130,6 @@ def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> 
     start_children_early(pictures and launch.speaks(os.environ))
     cuda_probe.look()
     launch.share_cores()
-    launch.keep_memory(os.environ)
     from mpi4py import MPI
 
     from hpctrain import abort

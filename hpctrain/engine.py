@@ -35,7 +35,7 @@ from hpctrain.keys import key
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
 from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
-from hpctrain.room import room
+from hpctrain.room import ran_out, room
 from hpctrain.topology import Topology
 from hpctrain.wire import raise_together
 
@@ -182,7 +182,7 @@ class Engine:
             return RankError(f"sys.exit({error.code}) was called in the model or the loss")
         except Exception as error:
             where = instruction.micro_batch if instruction else "none"
-            error.add_note(f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}")
+            note(error, f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}")
             return error
         return None
 
@@ -285,6 +285,16 @@ class Engine:
             failure = error
         raise_together(self.topology.comms.world, failure)
         return sum_over(self.topology.comms.world, sums)
+
+
+def note(error: Exception, place: str) -> None:
+    """Add where an error came up, and what to do where there was no memory. Local."""
+    error.add_note(place)
+    if ran_out(error):
+        error.add_note(
+            "no memory is left: take more parallel.stages or parallel.micro_batches, a smaller train.batch, "
+            "parallel.recompute = always, fewer ranks a node, or nodes with more memory"
+        )
 
 
 def precision(autocast: str, device: str) -> AbstractContextManager[Any]:

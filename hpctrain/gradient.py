@@ -140,6 +140,13 @@ class StraightIntoPlace(TorchFunctionMode):
         self._owed.clear()
         self.laid.begin(micro_batches, waits)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Memory that what waits for `weights_of` holds."""
+        works = (entry.work for waiting in self._waiting.values() for entry in waiting)
+        every = (tensor.untyped_storage() for work in works for tensor in (work.g, work.x))
+        return sum({storage.data_ptr(): storage.nbytes() for storage in every}.values())
+
     @torch.no_grad()
     def weights_of(self, micro_batch: int, last: bool) -> None:
         """Compute the products that wait for a micro-batch or one before it; with `last` all. Local.

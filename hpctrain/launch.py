@@ -4,11 +4,11 @@ A process that was meant to be one of N but was started by a launcher that its M
 understand becomes a world of its own: N trainings of one rank each, silently. That is refused.
 """
 
-import ctypes
 import os
 from collections.abc import Iterable, Mapping
 
 from hpctrain.errors import ConfigError
+from hpctrain.room import LIBRARY, give_back
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt's parameters, in malloc.h."""
@@ -86,18 +86,17 @@ def keep_memory(environment: Mapping[str, str]) -> None:
     """Let memory that is freed stay with this process, for the next step, unless the user has a word on it.
 
     The C library gives the end of its heap back whenever that is free; a step frees its activations there,
-    and the kernel would fill the next step's with zeros, page by page (`man mallopt`). Nothing happens where
-    the C library is not glibc. Local.
+    and the kernel would fill the next step's with zeros, page by page (`man mallopt`). What was freed before
+    goes back. Nothing happens where the C library is not glibc. Local.
     """
     tuned = "glibc.malloc" in environment.get("GLIBC_TUNABLES", "")
     if tuned or any(name.startswith("MALLOC_") for name in environment):
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(MMAP_THRESHOLD, LARGEST)
+    mallopt = getattr(LIBRARY, "mallopt", None)
+    if mallopt:
+        give_back()
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_THRESHOLD, LARGEST)
 
 
 def local_ranks(environment: Mapping[str, str]) -> tuple[int, int]:

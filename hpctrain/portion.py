@@ -6,6 +6,7 @@
 Everything that is decided here is decided alike on all ranks: names and shapes are compared first.
 """
 
+import math
 import platform
 import re
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from mpi4py import MPI
 
+from hpctrain import network
 from hpctrain.averaging import groups, sync_norm
 from hpctrain.batch import broadcast
 from hpctrain.config import ClassPath, Config
+from hpctrain.data.loader import AHEAD
 from hpctrain.engine import precision
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
@@ -25,15 +28,18 @@ from hpctrain.models import build as models
 from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
 from hpctrain.pipeline import expected, simulate, split
-from hpctrain.pipeline.choice import Plan, Scales
+from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
 from hpctrain.pipeline.schedule import CHOSEN, SEVERAL
 from hpctrain.pipeline.transport import Transport
-from hpctrain.room import room
+from hpctrain.room import give_back, ran_out, room
 from hpctrain.task import Task
 from hpctrain.topology import Topology, usable_cores
 from hpctrain.wire import together
+
+OTHERS = 128 << 20
+"""Bytes of a rank that are left for what nothing here counts: libraries, and holes between what lives."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def build(
             inputs = example()
             split.need(config.parallel.cuts, stages)
             pieces = split.write(module, inputs, models.by_name(module, list(inputs)), stages)
-        scales = scales_of(config, topology, count, synced) if trains else None
+        scales = scales_of(config, topology, count, synced, inputs) if trains else None
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)
@@ -121,7 +127,7 @@ def told_of_memory(topology: Topology) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if not ran_out(error):
             raise
         asked = re.search(r"allocate ([0-9]+) bytes", str(error))
         more = f" for {int(asked[1]) / 2**20:,.0f} MiB more" if asked else ""
@@ -195,10 +201,9 @@ def share_of(
 
 def say(topology: Topology, pieces: Cut, schedule: str, micro_batches: int) -> None:
     """Log what was chosen, and what is expected of it with so many micro-batches a replica. Local."""
-    told = [*pieces.choice.said]
-    if topology.world_rank == 0:  # whose log it is
-        told += expected.table(pieces, schedule, micro_batches, topology.crowded)
-    for line in told:
+    if topology.world_rank:  # the log is the first one's
+        return
+    for line in [*pieces.choice.said, *expected.table(pieces, schedule, micro_batches, topology.crowded)]:
         LOGGER.info("%s", line)
     for line in pieces.choice.warned:
         LOGGER.warning("%s", line)
@@ -227,14 +232,22 @@ def recomputes(config: Config, model: Cut, synced: bool) -> bool:
     return not synced and (asked == "always" or (asked == "auto" and model.choice.recompute))
 
 
-def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> Scales | None:
-    """Say by what a cut is to be chosen; None where nothing is measured. Collective."""
+def scales_of(
+    config: Config, topology: Topology, count: int, synced: bool, inputs: dict[str, torch.Tensor]
+) -> Scales | None:
+    """Say by what a cut is to be chosen; None where nothing is measured. Collective.
+
+    `inputs`: of a micro-batch.
+    """
     world = topology.comms.world
     if topology.device != "cpu" or config.parallel.cuts:
         return None
     node = topology.comms.node
-    told = world.allgather((topology.stage, room(node.size)))
-    ranks = [[rank for rank, (stage, _) in enumerate(told) if stage == at] for at in range(topology.stages)]
+    own = -(-count // topology.replicas)
+    # inputs and targets, about as much again, of the steps that are read ahead and of the one that runs
+    read = 2 * (AHEAD + 1) * own * sum(x.nbytes for x in inputs.values())
+    at_stage = world.allgather(topology.stage)
+    ranks = [[rank for rank, stage in enumerate(at_stage) if stage == at] for at in range(topology.stages)]
     neighbours = node.allgather((topology.stage, usable_cores()))
     cores = set[int]().union(*(own for _, own in neighbours))
     turns = world.allreduce(-(-node.size // len(cores)) if topology.crowded else 1, op=MPI.MAX)
@@ -242,16 +255,21 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
     sharing = sum(stage == topology.stage for stage, _ in neighbours)
     shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
     copies = world.allreduce(1.0 + shared, op=MPI.MAX)
-    own = -(-count // topology.replicas)
+
+    def limits() -> list[float]:
+        give_back()  # what measuring took
+        left = max(0.0, room(node.size) - OTHERS - read)
+        return [left if stage == topology.stage else math.inf for stage in range(topology.stages)]
+
     plans = []
-    for schedule in schedules(config, synced, topology.nodes):
+    for schedule in schedules(config, synced):
         virtual = config.parallel.virtual_stages if schedule in SEVERAL else 1
         dry = simulate.check(schedule, topology.stages, range(own), virtual=virtual)
-        plans.append(Plan(schedule, virtual, dry.kept, CHOSEN.get(schedule, 1.0)))
+        plans.append(Plan(schedule, virtual, dry.lives, CHOSEN.get(schedule, 1.0)))
     return Scales(
         world,
         ranks,
-        [min(told[rank][1] for rank in group) for group in ranks],
+        limits,
         plans,
         own,
         copies,
@@ -259,14 +277,30 @@ def scales_of(config: Config, topology: Topology, count: int, synced: bool) -> S
         (node.rank % turns, turns),
         "never" if synced else config.parallel.recompute,
         splits(config),
+        wires_of(topology),
     )
 
 
-def schedules(config: Config, synced: bool, nodes: int = 1) -> list[str]:
-    """List the schedules to choose from, on so many nodes. Pure.
+def wires_of(topology: Topology) -> list[Wire]:
+    """Measure what messages take from each rank of a pipeline to the next, the last one's to the first.
+
+    On a node nothing; between nodes the worst of them. Collective.
+    """
+    world, pipe = topology.comms.world, topology.comms.pipe
+    nodes = pipe.allgather(topology.node)
+    if not world.allreduce(len(set(nodes)) > 1, op=MPI.LOR):
+        return []
+    latency, bandwidth = network.measure(world, pipe)
+    between = [node != nodes[(rank + 1) % pipe.size] for rank, node in enumerate(nodes)]
+    spans = [any(of) for of in zip(*world.allgather(between))]  # in any replica
+    return [Wire(latency, 1.0 / bandwidth) if far else Wire() for far in spans]
+
+
+def schedules(config: Config, synced: bool) -> list[str]:
+    """List the schedules to choose from. Pure.
 
     Fast gradients have other bits by each, so their schedule is fixed. With SyncBatchNorm a replica has one
-    micro-batch, with `invariant` no backward is split, and what a network adds to interleaved is not known.
+    micro-batch, with `invariant` no backward is split.
     """
     if config.parallel.schedule != "auto":
         return [config.parallel.schedule]
@@ -274,7 +308,7 @@ def schedules(config: Config, synced: bool, nodes: int = 1) -> list[str]:
         return ["1f1b"]
     if config.parallel.gradients == "fast":
         return ["zb-h1"]
-    return [name for name in CHOSEN if nodes == 1 or name not in SEVERAL]
+    return [*CHOSEN]
 
 
 def splits(config: Config) -> str:

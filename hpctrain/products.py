@@ -160,12 +160,18 @@ class Laid:
         if first or rows == 1:
             return False
         if rows not in self._agrees:
-            x, other = (made_up(n, standing.shape[1]) for n in (rows, len(standing)))
-            wanted = _kernel(x, other if self.for_y else other.t().contiguous().t(), bias)
-            self._lay(other if self.for_y else other.t().contiguous())
             self._state = ()
-            self._agrees[rows] = torch.equal(_kernel(x, self._laid, bias), wanted)
+            try:
+                self._agrees[rows] = self._compare(rows, standing, bias)
+            except RuntimeError:  # torch's word for memory that the system refuses
+                self._agrees[rows] = False
         return self._agrees[rows]
+
+    def _compare(self, rows: int, standing: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        x, other = (made_up(n, standing.shape[1]) for n in (rows, len(standing)))
+        wanted = _kernel(x, other if self.for_y else other.t().contiguous().t(), bias)
+        self._lay(other if self.for_y else other.t().contiguous())
+        return torch.equal(_kernel(x, self._laid, bias), wanted)
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Give the weight as it is now, laid. Local."""

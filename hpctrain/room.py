@@ -1,11 +1,13 @@
 """Bytes of memory that this process may still take, as far as the system says."""
 
+import ctypes
 import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+LIBRARY = ctypes.CDLL(None)
 MEMINFO, STATUS, OWN_GROUP = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/proc/self/cgroup")
 
 
@@ -17,6 +19,11 @@ def room(processes: int) -> float:
     """
     shared = min([*of_machine(), *of_groups()], default=float("inf")) / processes
     return min([shared, *of_process()])
+
+
+def ran_out(error: BaseException) -> bool:
+    """Tell whether there was no memory for something: torch has no kind of error for it. Pure."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def of_machine() -> Iterator[float]:
@@ -50,6 +57,13 @@ def of_process() -> Iterator[float]:
         if soft != resource.RLIM_INFINITY:
             taken = os.sysconf("SC_PAGE_SIZE") * used[field] if used else 0
             yield max(0.0, float(soft - taken))
+
+
+def give_back() -> None:
+    """Give pages of freed memory back to the kernel; their addresses stay. Nothing without glibc."""
+    trim = getattr(LIBRARY, "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def lines(path: Path) -> list[str]:

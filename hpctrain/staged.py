@@ -17,7 +17,7 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
 from hpctrain.draws import set_generators
-from hpctrain.engine import EVALUATION, Engine, resident_bytes, to_float
+from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
 from hpctrain.errors import HpctrainError, RankError
 from hpctrain.keys import key
 from hpctrain.pipeline.part import Part
@@ -122,9 +122,8 @@ class StagedEngine(Engine):
             except Exception as error:
                 if isinstance(instruction, (Backward, BackwardInput)):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
-                error.add_note(
-                    f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {self.topology.world_rank}"
-                )
+                rank = self.topology.world_rank
+                note(error, f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {rank}")
                 failure = error
             if failure is not None and isinstance(instruction, (Send, SendGradient)):
                 stage.fail(instruction, part)  # nothing of it has left; a receive took all

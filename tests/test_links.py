@@ -5,12 +5,13 @@ import math
 import pytest
 from mpi4py import MPI
 
+from hpctrain import network
 from hpctrain.averaging import links
 
 
 @pytest.mark.mpi
 def test_the_link_is_measured_alike_on_all_ranks(world):
-    latency, bandwidth = links.measure(world, world)
+    latency, bandwidth = network.measure(world, world)
     assert (latency > 0) == (world.size > 1)
     assert bandwidth > 0
     assert len(set(world.allgather((latency, bandwidth)))) == 1
@@ -21,7 +22,7 @@ def test_a_rank_without_a_lane_learns_what_the_others_measure(world):
     """The larger node's spare rank: the last one here."""
     spare = world.size > 2 and world.rank == world.size - 1
     lane = world.Split(MPI.UNDEFINED if spare else 0, world.rank)
-    found = links.measure(world, lane)
+    found = network.measure(world, lane)
     assert len(set(world.allgather(found))) == 1
     assert (found[0] > 0) == (world.size > 1)
 

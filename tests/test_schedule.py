@@ -162,7 +162,7 @@ def test_skips_to_later_stages_are_waited_for():
 
 def test_the_wire_and_slow_stages_count():
     quick = simulate(programs("1f1b", 2, 4), halved).seconds
-    assert simulate(programs("1f1b", 2, 4), halved, wire=0.5).seconds > quick
+    assert simulate(programs("1f1b", 2, 4), halved, wire=lambda *_: 0.5).seconds > quick
     slow = simulate(programs("1f1b", 2, 4), lambda stage, i: (1.0 + stage) * unsplit(stage, i))
     assert slow.busy == [8.0, 16.0]
     assert slow.seconds == pytest.approx(1.0 + 16.0 + 1.0)
@@ -183,9 +183,9 @@ def test_a_partition_is_the_best_of_all(stages):
             best = time if best is None else min(best, time)
     if best is None:
         with pytest.raises(ConfigError, match="the model does not fit: its 7 layers need 29 bytes"):
-            partition(costs, stages, memory, limits, speeds)
+            partition(costs, stages, [[memory]] * stages, limits, speeds)
         return
-    parts = partition(costs, stages, memory, limits, speeds)
+    parts = partition(costs, stages, [[memory]] * stages, limits, speeds)
     assert parts[0][0] == 0
     assert parts[-1][1] == len(costs)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))

@@ -17,7 +17,7 @@ from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline import expected, fit, profile, split, weigh
-from hpctrain.pipeline.choice import Plan, Scales
+from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
@@ -81,8 +81,13 @@ def even(monkeypatch):
 def scales(world, stages=2, limits=None, kept=None, copies=4.0):
     ranks = [list(range(stage, world.size, stages)) or [0] for stage in range(stages)]
     unlimited = [float("inf")] * stages
-    plans = [Plan("1f1b", 1, kept or [1] * stages)]
-    return Scales(world, ranks, limits or unlimited, plans, 4, copies)
+    plans = [Plan("1f1b", 1, lives(kept or [1] * stages))]
+    return Scales(world, ranks, lambda: limits or unlimited, plans, 4, copies)
+
+
+def lives(kept):
+    """By stage so many micro-batches between forward and backward, and none whose weight gradients wait."""
+    return [[(count, 0)] for count in kept]
 
 
 def works(*seconds, kept=0):
@@ -94,7 +99,8 @@ def with_plans(world, ranks, micro_batches, kept, limits=None):
     found = scales(world, ranks, limits)
     found.micro_batches = micro_batches
     found.plans = [
-        Plan(name, 2 if name == "interleaved" else 1, kept[name], worth) for name, worth in CHOSEN.items()
+        Plan(name, 2 if name == "interleaved" else 1, lives(kept[name]), worth)
+        for name, worth in CHOSEN.items()
     ]
     return found
 
@@ -191,15 +197,18 @@ def test_what_is_expected_of_each_stage_is_told(world, even):
     mebi = 1 << 20
     asked = scales(world, limits=[200 * mebi, float("inf")], kept=[2, 1], copies=3.0)
     asked.micro_batches = 4
-    small, large = (partial(Work, n * 2e-3, n * 3e-3, n * 5e-3, 5 * mebi) for n in (1, 3))
+    small, large = (
+        partial(Work, n * 2e-3, n * 3e-3, n * 5e-3, 5 * mebi, moment=n * mebi, gives=mebi // 4)
+        for n in (1, 3)
+    )
     choice = choose(2, [1] * 4, [10 * mebi] * 4, [small, small, small, large], asked)
-    assert [one.most for one in choice.needs] == [120 * mebi, 35 * mebi]
+    assert [one.most for one in choice.needs] == [122 * mebi, 39 * mebi]  # a pass, messages at one end
     links, names = {0: [1], 1: []}, [["a", "b", "c"], ["d"]]
     cut = SimpleNamespace(choice=choice, stages=2, names=names.__getitem__, links=lambda: (links, links))
     _, _, *rows, whole = expected.table(cut, "1f1b", 4)
     assert [re.split("  +", row.strip()) for row in rows] == [
-        ["0", expected.several(asked.ranks[0]), *["6.00", "9.00", "15.00", "90.0"], "2 x 15.0", "120.0", "200", "a … c"],
-        ["1", expected.several(asked.ranks[1]), *["6.00", "9.00", "15.00", "30.0"], "1 x 5.0", "35.0", "any", "d"],
+        ["0", expected.several(asked.ranks[0]), *["6.00", "9.00", "15.00", "0.25", "90.0"], "2 x 15.0", "2.0", "122.0", "200", "a … c"],
+        ["1", expected.several(asked.ranks[1]), *["6.00", "9.00", "15.00", "0.25", "30.0"], "1 x 5.0", "4.0", "39.0", "any", "d"],
     ]  # fmt: skip
     # even stages: four micro-batches of 30 ms, and a forward and an input gradient, sent first, to wait for
     assert whole.endswith("passes take 135.0 ms, idle 11%")
@@ -218,12 +227,12 @@ def test_memory_asks_for_recomputation(world, even):
     assert (found.recompute, found.parts, found.warned) == (True, [(0, 2), (2, 4)], [])
     assert found.said[0].startswith("stages run forward again for backward, as memory asks for it")
     assert [work.input_gradient for work in found.passes] == [2.0, 0.0]  # the last one keeps its graph
-    asked.limits = [60, 60]  # nor does one's: the least is taken all the same
+    asked.limits = lambda: [60, 60]  # nor does one's: the least is taken all the same
     found = choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked)
     assert found.recompute
     assert [one.times for one in found.needs] == [1, 1]
     assert "memory may run out" in found.warned[0]
-    asked.limits = [100, 100]
+    asked.limits = lambda: [100, 100]
     assert not choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
 
 
@@ -360,7 +369,6 @@ def test_numbers_are_made_up_for_expanded_tensors():
     ("asked", "expected"),
     [
         ({}, ["1f1b", "zb-h1", "interleaved"]),
-        ({"nodes": 2}, ["1f1b", "zb-h1"]),
         ({"synced": True}, ["1f1b"]),
         ({"invariant": True}, ["1f1b"]),
         ({"gradients": "fast"}, ["zb-h1"]),
@@ -373,7 +381,7 @@ def test_schedules_to_choose_from(asked, expected):
     config.averaging.invariant = asked.get("invariant", False)
     config.parallel.gradients = asked.get("gradients", "strict")
     config.parallel.schedule = asked.get("schedule", "auto")
-    assert schedules(config, asked.get("synced", False), asked.get("nodes", 1)) == expected
+    assert schedules(config, asked.get("synced", False)) == expected
 
 
 @pytest.mark.mpi
@@ -429,3 +437,122 @@ def test_room_is_what_the_system_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "own")
     assert sorted(room.of_groups()) == [900, 3_400]
     assert room.room(2) == 450
+
+
+@pytest.mark.mpi
+def test_weight_gradients_that_wait_take_memory(world, even):
+    """Four pieces of 40 bytes that keep 5, and 8 while their weight gradients wait."""
+
+    def needs(lives):
+        asked = scales(world, limits=[500, 500])
+        asked.plans = [Plan("zb-h1", 1, lives)]
+        pieces = [lambda: Work(1.0, 1.0, 1.0, 5, late=8)] * 4
+        return [one.most for one in choose(2, [1] * 4, [10] * 4, pieces, asked).needs]
+
+    assert needs([[(2, 0)], [(1, 0)]]) == [100, 90]
+    assert needs([[(2, 0), (1, 1)], [(1, 0), (0, 2)]]) == [80 + 26, 80 + 32]
+
+
+def layer(rows=64, width=512):
+    module = nn.Linear(width, width, bias=False)
+    ids = {id(module.weight)}
+    return profile.of_layers([module], torch.randn(rows, width), ids)[0], rows * width * 4
+
+
+def test_what_a_piece_holds_is_counted():
+    """A product keeps what it is given; its weight's gradient waits with that and the gradient of its output."""
+    measure, size = layer()
+    work = measure()
+    assert (work.kept, work.late, work.gives) == (size, 2 * size, size)
+    assert size <= work.moment <= 4 * size  # its output, a gradient of ones
+    assert work.whole.late == 0
+    double = nn.Sequential(nn.Linear(512, 512), nn.Sigmoid(), nn.Linear(512, 512), nn.Sigmoid())
+    found = profile.of_layers([double], torch.randn(64, 512), ())[0]()
+    assert found.kept == 3 * size  # what each product is given, and the output
+
+
+def test_memory_of_a_body_is_followed():
+    size = 4 << 10
+    with profile.Living() as living:
+        first = torch.zeros(1 << 10)
+        view = first.view(32, 32)
+        second = first + 1.0
+        del first
+        assert (living.now, living.most) == (2 * size, 2 * size)  # the view's memory is the first one's
+        del view
+        assert living.now == size
+        second.add_(1.0)
+        assert (living.now, living.most) == (size, 2 * size)
+
+
+WIRE = Wire(1e-3, 1e-6)
+
+
+def spread(world, wires, stages=2, micro_batches=4):
+    found = scales(world, stages)
+    found.wires, found.micro_batches = wires, micro_batches
+    return found
+
+
+@pytest.mark.mpi
+def test_slow_messages_move_the_cut(world, even):
+    """Even pieces of 3 s; 12 MB behind the second one take 12 s, 1 MB behind the others 1 s."""
+    pieces = [
+        lambda gives=gives: Work(1.0, 1.0, 1.0, 0, gives=gives) for gives in (10**6, 12 * 10**6, 10**6, 0)
+    ]
+    assert choose(2, [1] * 4, [0] * 4, pieces, spread(world, [])).parts == [(0, 2), (2, 4)]
+    found = choose(2, [1] * 4, [0] * 4, pieces, spread(world, [WIRE, WIRE]))
+    assert found.parts in ([(0, 1), (1, 4)], [(0, 3), (3, 4)])
+    assert found.wire(0, 1) == found.wire(1, 0) == pytest.approx(1.001)
+    links = {0: [1], 1: []}
+    names = [["a"], ["b"]]
+    cut = SimpleNamespace(choice=found, stages=2, names=names.__getitem__, links=lambda: (links, links))
+    assert "messages between nodes at 1 MB/s, 1,000 µs each" in expected.table(cut, "1f1b", 4)[-1]
+    only_back = [Wire(), WIRE]  # from the last rank to the first: interleaved alone uses it
+    assert choose(2, [1] * 4, [0] * 4, pieces, spread(world, only_back)).parts == [(0, 2), (2, 4)]
+
+
+@pytest.mark.mpi
+def test_slow_messages_keep_stages_few(world, even):
+    """Interleaved sends as often again; on a node it is chosen here, over a slow network it is not."""
+
+    def chosen(seconds):
+        asked = with_plans(world, 4, 4, {n: [4] * 4 * (1 + (n == "interleaved")) for n in CHOSEN})
+        asked.wires = [Wire(seconds, 0.0)] * 4
+        return choose(4, [1] * 8, [0] * 8, [lambda: Work(1.0, 2.0, 0.0, 0, gives=1)] * 8, asked).schedule
+
+    assert chosen(0.0) == "interleaved"
+    assert chosen(1.5) == "1f1b"
+
+
+class Skipping(nn.Module):
+    """What the first layer gives is wanted at the end, too; the second one halves its width."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 8)])
+
+    def forward(self, x):
+        first = self.lines[0](x)
+        return self.lines[2](self.lines[1](first)) + first
+
+
+@pytest.mark.mpi
+def test_bytes_that_cross_a_cut(world, even):
+    """Of a skip at each cut that it passes, of the outputs none, of the model's inputs none."""
+    found = split.cut(Skipping(), {"x": torch.randn(5, 8)}, False, 2, [], scales(world))
+    assert [work.gives for work in found.choice.works] == [5 * 8 * 4, 5 * (4 + 8) * 4, 0]
+
+
+@pytest.mark.mpi
+def test_pieces_run_on_the_first_batch(world, even, monkeypatch):
+    """Numbers of an embedding choose its rows; made-up zeros would all be the same one."""
+    given = []
+    real = nn.functional.embedding
+    monkeypatch.setattr(nn.functional, "embedding", lambda x, *a, **b: given.append(x) or real(x, *a, **b))
+    model = nn.ModuleDict({"table": nn.Embedding(50, 8), "line": nn.Linear(8, 8)})
+    model.forward = lambda x: model["line"](model["table"](x))
+    x = torch.arange(12).view(3, 4)
+    split.cut(model, {"x": x}, False, 2, [], scales(world))
+    seen = world.allgather([tensor.tolist() for tensor in given if type(tensor) is torch.Tensor])
+    assert x.tolist() in [tensor for of_rank in seen for tensor in of_rank]

@@ -185,18 +185,23 @@ class Averager:
 
     def close(self) -> None:
         """Take the hooks off the user's parameters and give them memory of their own. Local."""
+        failing = sys.exc_info()[0] is not None
         if self.overlap:
             self.overlap.close()
         for layer in self.module.modules():
             if isinstance(layer, SyncBatchNorm):
                 layer.meeting = None
-        if self.sync and sys.exc_info()[0] is None:  # freeing is collective
+        if self.sync and not failing:  # freeing is collective
             self.sync.close()
         self.places.close()
         self.running.close()
         for parameter in self.named.values():
             parameter.grad = None
-            parameter.data = parameter.data.clone()
+            try:
+                parameter.data = parameter.data.clone()
+            except RuntimeError:
+                if not failing:  # else there is no memory, and the error on its way is the one to show
+                    raise
         self.weights = []
         self.medium.close()
 

@@ -16,6 +16,7 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from hpctrain import network
 from hpctrain.averaging import links
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.across import Across, Bucket, unit_type
@@ -85,7 +86,7 @@ class Node:
 
     def _cut_buckets(self) -> None:
         """Cut the spaces as the measured link asks for."""
-        latency, bandwidth = links.measure(self.comm, self.lane)
+        latency, bandwidth = network.measure(self.comm, self.lane)
         total = sum(space.nbytes for space in self.spaces)
         size = links.bucket_bytes(total, self.place.parts, latency, bandwidth)
         for space in self.spaces:

@@ -1,7 +1,10 @@
 """`hpctrain bench`: choose what is measured, give it as a table or as JSON."""
 
+import os
+
 from mpi4py import MPI
 
+from hpctrain import launch
 from hpctrain.bench import allreduce, measure, pipeline, step
 from hpctrain.errors import ConfigError, nearest
 from hpctrain.topology import Topology
@@ -9,6 +12,7 @@ from hpctrain.topology import Topology
 
 def bench(what: str, cases: list[str] | None, as_json: bool, comm: MPI.Intracomm) -> str:
     """Measure on the ranks of `comm`; give the text. Collective."""
+    launch.keep_memory(os.environ)
     stages = comm.size if what == "pipeline" else 1
     with Topology.build(comm, stages, device="cpu") as topology:
         if what == "allreduce":

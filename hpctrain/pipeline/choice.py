@@ -1,5 +1,6 @@
 """What a cut is chosen by, and what was chosen."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,24 @@ class Plan:
     schedule: str
     virtual: int
     """Stages of a rank."""
-    kept: list[int]
-    """By stage: the most micro-batches on their way at once."""
+    lives: list[list[tuple[int, int]]]
+    """By stage, as `simulate` finds them."""
     worth: float = 1.0
     """By how much its simulated step must be shorter than that of the plans before it."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What messages from one rank to another take; nothing on a node."""
+
+    latency: float = 0.0
+    """Seconds."""
+    per_byte: float = 0.0
+    """Seconds."""
+
+    def seconds(self, size: float) -> float:
+        """Give those of a message of so many bytes."""
+        return self.latency + self.per_byte * size
 
 
 @dataclass
@@ -30,8 +45,8 @@ class Scales:
     """All ranks."""
     ranks: list[list[int]]
     """By rank of a pipeline: those of `comm` that run its stages."""
-    limits: list[float]
-    """By rank of a pipeline: the bytes that its stages may take."""
+    limits: Callable[[], list[float]]
+    """Gives, by rank of a pipeline, the bytes that its stages may take, as far as this rank knows."""
     plans: list[Plan]
     """The schedules to choose from; the first one has the fewest stages."""
     micro_batches: int
@@ -46,6 +61,8 @@ class Scales:
     """"auto", "always" or "never": whether stages but the last let forward's graphs go."""
     splits: str = "auto"
     """"auto", "always" or "never": whether a backward runs in halves; auto: where that is repaid."""
+    wires: list[Wire] = field(default_factory=list)
+    """By rank of a pipeline: to the next one, from the last one to the first; empty: free messages."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +74,16 @@ class Need:
     kept: float
     """From forward to backward of one micro-batch."""
     times: int
-    """The most micro-batches on their way at once."""
+    """The most micro-batches at once between forward and backward."""
+    more: float
+    """What waits with weight gradients, messages, and what a pass takes for itself."""
     limit: float
     """What the stage may take: its share of its rank's."""
 
     @property
     def most(self) -> float:
         """At its peak."""
-        return self.held + self.times * self.kept
+        return self.held + self.times * self.kept + self.more
 
 
 @dataclass
@@ -98,5 +117,14 @@ class Choice:
     """Pieces whose weight gradients are not to wait."""
     seconds: float = 0.0
     """Of a step, simulated; 0 where nothing is measured."""
+    wires: list[Wire] = field(default_factory=list)
+    """By stage, to the next one; empty where not measured."""
     shared: bool = False
     """Whether pieces share weights."""
+
+    def wire(self, stage: int, other: int) -> float:
+        """Seconds of a message between neighbours, either way; of others they are part. Pure."""
+        if abs(stage - other) > 1 or not self.wires:
+            return 0.0
+        first = min(stage, other)
+        return self.wires[first].seconds(self.passes[first].gives)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from hpctrain.pipeline.choice import Choice
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.profile import cost_of
 from hpctrain.pipeline.schedule import programs
@@ -10,7 +11,7 @@ from hpctrain.pipeline.simulate import simulate
 MEBI = 1 << 20
 HEADS = (
     *("stage", "ranks", "forward ms", "input gradient ms", "weight gradient ms"),
-    *("weights MiB", "kept MiB", "memory MiB", "of MiB"),
+    *("sends MiB", "weights MiB", "kept MiB", "more MiB", "memory MiB", "of MiB"),
 )
 
 
@@ -30,8 +31,9 @@ def table(cut: Cut, schedule: str, micro_batches: int, crowded: bool = False) ->
             [
                 *(str(stage), several(choice.ranks[stage % ranks])),
                 *(f"{1e3 * seconds:.2f}" for seconds in times),
+                f"{work.gives / MEBI:.2f}",
                 *(f"{need.held / MEBI:.1f}", f"{need.times} x {need.kept / MEBI:.1f}"),
-                *(f"{need.most / MEBI:.1f}", size(need.limit)),
+                *(f"{need.more / MEBI:.1f}", f"{need.most / MEBI:.1f}", size(need.limit)),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -39,16 +41,25 @@ def table(cut: Cut, schedule: str, micro_batches: int, crowded: bool = False) ->
     names = ["modules", *(" … ".join(ends(cut.names(stage))) for stage in range(cut.stages))]
     every = programs(schedule, ranks, range(micro_batches), cut.stages // ranks)
     links, back = cut.links()
-    found = simulate(every, cost_of(choice.passes), links, back=back)
+    found = simulate(every, cost_of(choice.passes), links, choice.wire, back)
     return [
-        "expected of each stage, from pieces measured alone: the times of a micro-batch; weights with "
-        "gradients and optimizer + what so many micro-batches keep for backward = memory, batches and "
-        "messages left out",
+        "expected of each stage, from pieces measured alone: the times of a micro-batch, and what stages "
+        "behind get of it; weights with gradients and optimizer + what so many micro-batches keep for "
+        "backward + more (what weight gradients wait with, messages, what a pass takes for itself) = memory",
         *(f"{line}  {name}" for line, name in zip(lines, names)),
-        f"{schedule} simulated with them and free messages: a step's passes take "
+        f"{schedule} simulated with them and {messages(choice)}: a step's passes take "
         f"{1e3 * found.seconds:.1f} ms, idle {found.bubble:.0%}"
         f"{'; the ranks share cores, and take longer' if crowded else ''}",
     ]
+
+
+def messages(choice: Choice) -> str:
+    """Say what messages take in the simulation. Pure."""
+    slow = [wire for wire in choice.wires if wire.per_byte]
+    if not slow:
+        return "free messages"
+    worst = max(slow, key=lambda wire: wire.per_byte)
+    return f"messages between nodes at {1e-6 / worst.per_byte:,.0f} MB/s, {1e6 * worst.latency:,.0f} µs each"
 
 
 def several(ranks: Sequence[int]) -> str:

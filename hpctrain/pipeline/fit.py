@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition, slowest
-from hpctrain.pipeline.choice import Choice, Need, Plan, Scales
+from hpctrain.pipeline.choice import Choice, Need, Plan, Scales, Wire
 from hpctrain.pipeline.profile import Profile, Work, cost_of
 from hpctrain.pipeline.schedule import programs
 from hpctrain.pipeline.simulate import simulate
 
 WORTH = 1.1
 """By how much a measured cut must be better than the estimate's."""
+MESSAGES = 4
+"""Messages that a stage has memory for at either end: two that leave, two that come."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,16 @@ class Load:
     """Seconds of each piece."""
     held: list[float]
     """Bytes of each piece: weights, gradients and the optimizer's numbers."""
-    kept: list[float]
-    """Bytes of each piece from forward to backward of one micro-batch."""
-    times: list[int]
-    """By stage: the most micro-batches on their way at once."""
+    works: list[Work]
+    """Of each piece."""
+    lives: list[list[tuple[int, int]]]
+    """By stage, as in `Plan`."""
     limits: list[float]
     """By stage, bytes."""
     speeds: list[float]
     """By stage."""
+    wires: list[Wire]
+    """By stage, to the next one."""
 
     @classmethod
     def of(
@@ -45,21 +49,43 @@ class Load:
         stages = ranks * plan.virtual
         of_rank = [min(profile.speeds[rank] for rank in group) for group in scales.ranks]
         # what was received and sent stays too where forward runs again, which is little beside a graph
+        lives = [[(min(a, 1), b) for a, b in pairs] for pairs in plan.lives[:-1]]
         return cls(
             [work.seconds + recomputes * work.forward for work in profile.works],
             [scales.copies * size for size in weights],
-            [float(work.kept) for work in profile.works],
-            [*[1] * (stages - 1), plan.kept[-1]] if recomputes else plan.kept,
-            [scales.limits[stage % ranks] / plan.virtual for stage in range(stages)],
+            profile.works,
+            [*lives, plan.lives[-1]] if recomputes else plan.lives,
+            [profile.limits[stage % ranks] / plan.virtual for stage in range(stages)],
             [of_rank[stage % ranks] for stage in range(stages)],
+            [scales.wires[stage % ranks] if scales.wires else Wire() for stage in range(stages)],
         )
+
+    def bytes_of(self, at: int, kept: int, late: int) -> float:
+        """Bytes of a piece, for so many micro-batches at once as in a pair of `lives`."""
+        return self.held[at] + kept * self.works[at].kept + late * self.works[at].late
+
+    @property
+    def ends(self) -> list[float]:
+        """Bytes of messages where a stage may begin or end, before each piece and behind the last."""
+        return [0.0, *(float(MESSAGES * work.gives) for work in self.works[:-1]), 0.0]
+
+    @property
+    def seconds_of_messages(self) -> list[list[float]]:
+        """By stage but the last: those of a message to the next one, by the piece that it begins with."""
+        sizes = [0, *(work.gives for work in self.works[:-1])]
+        return [[wire.seconds(size) for size in sizes] for wire in self.wires[:-1]]
 
     def need(self, parts: Sequence[tuple[int, int]]) -> list[Need]:
         """Say what each stage of a cut takes. Pure."""
-        return [
-            Need(sum(self.held[a:b]), sum(self.kept[a:b]), count, limit)
-            for (a, b), count, limit in zip(parts, self.times, self.limits)
-        ]
+        found, ends = [], self.ends
+        for (a, b), lives, limit in zip(parts, self.lives, self.limits):
+            held, kept = sum(self.held[a:b]), float(sum(work.kept for work in self.works[a:b]))
+            times = max(count for count, _ in lives)
+            most = max(sum(self.bytes_of(at, *pair) for at in range(a, b)) for pair in lives)
+            moment = max(work.moment for work in self.works[a:b])
+            more = most - held - times * kept + ends[a] + ends[b] + moment
+            found.append(Need(held, kept, times, more, limit))
+        return found
 
     def fits(self, parts: Sequence[tuple[int, int]]) -> bool:
         """Tell whether every stage of a cut has the memory. Pure."""
@@ -67,12 +93,21 @@ class Load:
 
     def slowest(self, parts: Sequence[tuple[int, int]]) -> float:
         """Seconds of the slowest stage of a cut. Pure."""
-        return slowest(self.costs, parts, self.speeds)
+        return slowest(self.costs, parts, self.speeds, self.seconds_of_messages)
 
-    def best(self) -> list[tuple[int, int]]:
-        """Give the best cut that fits. Pure. Raises ConfigError where there is none."""
-        stages = len(self.speeds)
-        return partition(self.costs, stages, self.held, self.limits, self.speeds, self.kept, self.times)
+    def best(self, limited: bool = True) -> list[tuple[int, int]]:
+        """Give the best cut, one that fits if it is to be `limited`. Pure.
+
+        Raises ConfigError where there is none.
+        """
+        stages, wires = len(self.speeds), self.seconds_of_messages
+        if not limited:
+            return partition(self.costs, stages, speeds=self.speeds, wires=wires)
+        every = range(len(self.costs))
+        needs = [[[self.bytes_of(at, *pair) for at in every] for pair in lives] for lives in self.lives]
+        moment = max(work.moment for work in self.works)
+        limits = [limit - moment for limit in self.limits]
+        return partition(self.costs, stages, needs, limits, self.speeds, self.ends, wires)
 
 
 def fitted(
@@ -105,10 +140,10 @@ def fitted(
             best, load = again.best(), again
             said.append(f"stages run forward again for backward, as memory asks for it: else {error}")
         except ConfigError:
-            partition(load.costs, stages, weights, load.limits, load.speeds)
+            partition(load.costs, stages, [[weights]] * stages, load.limits, load.speeds)
             warned.append(f"memory may run out: {error}")
             load = again if recompute else load  # the least that it can take
-            best = partition(load.costs, stages, speeds=load.speeds)
+            best = load.best(limited=False)
     guess = partition(estimates, stages)
     fits = bool(warned) or load.fits(guess)
     if fits and load.slowest(guess) <= WORTH * load.slowest(best):
@@ -131,8 +166,10 @@ def fitted(
 
 def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:
     """Add the seconds of a step to a plan's choice, each stage's messages going to the next. Pure."""
-    every = programs(plan.schedule, len(scales.ranks), range(scales.micro_batches), plan.virtual)
-    choice.seconds = simulate(every, cost_of(choice.passes)).seconds
+    ranks = len(scales.ranks)
+    every = programs(plan.schedule, ranks, range(scales.micro_batches), plan.virtual)
+    choice.wires = [scales.wires[at % ranks] if scales.wires else Wire() for at in range(len(choice.parts))]
+    choice.seconds = simulate(every, cost_of(choice.passes), wire=choice.wire).seconds
     return choice
 
 
@@ -151,6 +188,9 @@ def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[
             sum(work.weight_gradient for work in works),
             sum(work.kept for work in works),
             sum(work.joint for work in works),
+            sum(work.late for work in works),
+            max(work.moment for work in works),
+            works[-1].gives,
         ).times(1.0 / speed)
         for works, speed in zip((profile.works[a:b] for a, b in parts), speeds)
     ]

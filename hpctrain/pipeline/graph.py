@@ -8,10 +8,12 @@ A cut may go anywhere but between a tensor and an operator that changes it in pl
 """
 
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree
 
 from hpctrain.draws import draws
 from hpctrain.errors import ConfigError
@@ -36,7 +38,7 @@ class Graph:
         stages: int,
     ) -> None:
         """Write the forward down for this batch. Local."""
-        self.stages, self.module = stages, module
+        self.stages, self.module, self.inputs = stages, module, inputs
         self.writer = Writer(module, inputs, named, stages)
         first = dict[int, str]()
         everything = [
@@ -55,6 +57,7 @@ class Graph:
         traced = self._first
         self.at_once = set[str]()
         self._place(traced, cuts, scales)
+        self.inputs = {}
         self.stages = len(self.choice.parts)
         self.used: dict[int, set[str]] = {stage: set() for stage in range(self.stages)}
         for node in traced.nodes:
@@ -115,11 +118,15 @@ class Graph:
             held = [self._held(nodes[a:b], traced) for a, b in pieces]
             alone, shared = used_once(held)
             may_wait = {id(self.real[name]) for name in alone} & seen(self.module).keys()
+            bytes_at = crossing(traced)
             self.choice = choose(
                 self.stages,
                 [sum(costs[a:b]) for a, b in pieces],
                 self._weights(held),
-                [partial(of_operators, nodes[a:b], traced, self.real, may_wait) for a, b in pieces],
+                [
+                    partial(of_operators, nodes[a:b], traced, self.real, may_wait, self.inputs, bytes_at[b])
+                    for a, b in pieces
+                ],
                 scales,
                 shared,
             )
@@ -248,6 +255,25 @@ class Graph:
                 count += 1
         part.run = Runner(self.module, self.real.__getitem__, traced, mine, numbers, stage == last)
         return part
+
+
+def crossing(traced: Traced) -> list[int]:
+    """Count the bytes of what operators get from those before them, by number of the operator. Pure.
+
+    The last one is of those behind all: 0, as the model's outputs stay where the last operators are.
+    """
+    nodes = traced.nodes
+    at = {node.name: i for i, node in enumerate(nodes)}
+    starts = [0] * (len(nodes) + 1)
+    for node in nodes:
+        last = max((at[user.name] for user in node.users if user.name in at), default=at[node.name])
+        if node.name in traced.outputs:
+            last = len(nodes) - 1
+        leaves = _pytree.tree_leaves(node.meta.get("val"))
+        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        starts[at[node.name] + 1] += size
+        starts[last + 1] -= size
+    return list(accumulate(starts))
 
 
 def operators(traced: Traced) -> list[tuple[str, Any, list[str]]]:

@@ -1,7 +1,7 @@
-"""What pieces of a model cost, measured on numbers made up in their shapes: seconds, and memory kept.
+"""What pieces of a model cost for a micro-batch of the first batch: seconds, and memory.
 
-      pieces    0 1 2 3 4 5 6 7           each rank measures every n-th, its weights made up as well
-      ranks     0 1 2 3 0 1 2 3           so no rank needs the model, or another piece's outputs
+      pieces    0 1 2 3 4 5 6 7           each rank measures every n-th; weights and what other pieces give
+      ranks     0 1 2 3 0 1 2 3           are made up in their shapes, so no rank needs the model
       yardstick a product of matrices     how fast a rank is; near equals count as equal
 
 The model itself is not run: copies of layers are, so no random stream of it moves on, and no buffer changes.
@@ -10,9 +10,10 @@ What a layer counts outside of itself (in its class, say) is counted there too.
 
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,12 +23,14 @@ from mpi4py import MPI
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.pipeline.operators import called, changes
 from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
 from hpctrain.pipeline.simulate import Cost
 from hpctrain.pipeline.trace import Traced, skeleton
+from hpctrain.room import ran_out
 
 REPEATS, MOST_REPEATS = 3, 12
 """Of each measurement, behind one to warm up; the least of them counts."""
@@ -56,6 +59,12 @@ class Work:
     """Bytes that stay from forward to backward, weights left out."""
     joint: float = 0.0
     """Seconds of a backward as a whole, in which nothing waits; 0 where that was not measured."""
+    late: int = 0
+    """Bytes that wait with the weight gradients, between the halves of a backward."""
+    moment: int = 0
+    """Bytes that a pass takes at once, beside what stays."""
+    gives: int = 0
+    """Bytes of what the pieces behind it get from it and those before it."""
 
     @property
     def seconds(self) -> float:
@@ -65,7 +74,7 @@ class Work:
     @property
     def whole(self) -> "Work":
         """The same work with a backward that is not split."""
-        return Work(self.forward, self.backward, 0.0, self.kept, self.joint)
+        return replace(self, input_gradient=self.backward, weight_gradient=0.0, late=0)
 
     @property
     def backward(self) -> float:
@@ -74,12 +83,12 @@ class Work:
 
     def times(self, factor: float) -> "Work":
         """Give the same work on a rank that takes so many times as long."""
-        return Work(
-            factor * self.forward,
-            factor * self.input_gradient,
-            factor * self.weight_gradient,
-            self.kept,
-            factor * self.joint,
+        return replace(
+            self,
+            forward=factor * self.forward,
+            input_gradient=factor * self.input_gradient,
+            weight_gradient=factor * self.weight_gradient,
+            joint=factor * self.joint,
         )
 
 
@@ -107,20 +116,33 @@ class Profile:
     works: list[Work]
     speeds: list[float]
     """By rank of the communicator; 1 for the fastest."""
+    limits: list[float]
+    """By rank of a pipeline: the bytes that its stages may take."""
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """Why pieces could not be measured."""
+
+    reason: str
+    short: bool
+    """Whether there was no memory for it."""
 
 
 def measure(
     comm: MPI.Intracomm,
     pieces: Sequence[Callable[[], Work]],
     around: AbstractContextManager[Any],
-    turn: tuple[int, int] = (0, 1),
-) -> Profile | str:
+    turn: tuple[int, int],
+    limits: Callable[[], list[float]],
+) -> "Profile | Unmeasured":
     """Measure pieces, spread over the ranks; all ranks get the same, or why there is none. Collective.
 
     `around` is what the passes run under (autocast); `turn`: which of how many turns is this rank's, where
-    ranks outnumber cores and would disturb one another.
+    ranks outnumber cores and would disturb one another; `limits` is asked behind it all, as libraries
+    take memory when they first run: the least of the ranks' answers counts.
     """
-    reason, mine = "", dict[int, Work]()
+    failed, mine = None, dict[int, Work]()
     reference = 0.0
     for number in range(turn[1]):
         try:
@@ -129,21 +151,22 @@ def measure(
                     mine = {at: pieces[at]() for at in range(comm.rank, len(pieces), comm.size)}
                     reference = yardstick()
         except (Exception, SystemExit) as error:  # made-up numbers don't suit every operator
-            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            line = next(iter(str(error).strip().splitlines()), "")
+            failed = Unmeasured(f"{type(error).__name__}: {line}", ran_out(error))
         done = comm.Ibarrier()
         while not done.Test():
             time.sleep(NAP_SECONDS)
-    shares = comm.allgather((reason, mine, reference))
-    reasons: list[str] = [told for told, _, _ in shares if told]
-    if reasons:
-        return reasons[0]
-    fastest = min(took for _, _, took in shares)
-    speeds = [1.0 if took <= ALIKE * fastest else fastest / took for _, _, took in shares]
+    shares = comm.allgather((failed, mine, reference, limits()))
+    failures: list[Unmeasured] = [told for told, *_ in shares if told]
+    if failures:
+        return failures[0]
+    fastest = min(took for _, _, took, _ in shares)
+    speeds = [1.0 if took <= ALIKE * fastest else fastest / took for _, _, took, _ in shares]
     works: list[Work] = [Work(0.0, 0.0, 0.0, 0)] * len(pieces)
-    for (_, share, _), speed in zip(shares, speeds):
+    for (_, share, *_), speed in zip(shares, speeds):
         for at, work in share.items():
             works[at] = work.times(speed)
-    return Profile(works, speeds)
+    return Profile(works, speeds, [min(answers) for answers in zip(*(left for *_, left in shares))])
 
 
 def yardstick() -> float:
@@ -163,20 +186,22 @@ def timed(
     inputs: Iterable[torch.Tensor],
     waiting: Iterable[torch.Tensor],
 ) -> Work:
-    """Time a forward, its backward as a whole, and in two halves. Local.
+    """Time a forward, its backward as a whole, and in two halves; count what they hold. Local.
 
     They run as a step's do, weight gradients straight into places, but that no weight is laid for several
     products. The gradients of `waiting` weights may wait; the others' are with those of the inputs.
     """
-    weights = list(weights)
+    weights, inputs = list(weights), list(inputs)
     leaves = [x for x in [*inputs, *weights] if x.requires_grad]
+    late = 0
     straight = StraightIntoPlace(nn.Module(), MadeUpPlaces())
     straight.weights = {id(weight): weight for weight in waiting}
 
     def once(micro_batch: int) -> tuple[float, float, float]:
+        nonlocal late
         began = time.perf_counter()
         with straight.forward():
-            every = [leaf for leaf in _pytree.tree_leaves(run()) if isinstance(leaf, torch.Tensor)]
+            every = tensors_in(run())
         between = time.perf_counter()
         outputs = [leaf for leaf in every if leaf.requires_grad]
         ones = [torch.ones_like(output) for output in outputs]
@@ -185,10 +210,12 @@ def timed(
             with straight.accumulating(micro_batch):
                 torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
         behind = time.perf_counter()
+        late = max(late, straight.waiting_bytes)
+        half = time.perf_counter()
         straight.weights_of(micro_batch, last=True)
-        return between - began, behind - ready, time.perf_counter() - behind
+        return between - began, behind - ready, time.perf_counter() - half
 
-    kept = bytes_kept(run, weights)
+    kept, made, gives = bytes_kept(run, weights, inputs)
     found: list[tuple[float, ...]] = []
     began = time.perf_counter()
     while len(found) <= MOST_REPEATS:
@@ -199,14 +226,22 @@ def timed(
         if len(found) > REPEATS and time.perf_counter() - began > ENOUGH_SECONDS:
             break
     forward, joint, *halves = (min(column) for column in zip(*(found[1:] or found)))
+    with Living() as living:  # the places of gradients are there by now
+        once(0)
+    moment = max(0, living.most - made)
     if not straight.weights:
-        return Work(forward, joint, 0.0, kept, joint)
-    return Work(forward, halves[0], halves[1], kept, joint)
+        return Work(forward, joint, 0.0, kept, joint, 0, moment, gives)
+    return Work(forward, halves[0], halves[1], kept, joint, late, moment, gives)
 
 
-def bytes_kept(run: Callable[[], Any], weights: Iterable[torch.Tensor]) -> int:
-    """Count what autograd keeps of a forward, weights left out. Local."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in weights}
+def bytes_kept(
+    run: Callable[[], Any], weights: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]
+) -> tuple[int, int, int]:
+    """Count what autograd keeps of a forward, weights left out. Local.
+
+    Gives bytes: all of them, those that were not among the inputs, and those of what it gave.
+    """
+    own = storages(weights)
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -217,8 +252,49 @@ def bytes_kept(run: Callable[[], Any], weights: Iterable[torch.Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         found = run()
-    del found  # until here its memory is not another's
-    return sum(kept.values())
+    given = storages(inputs)  # until its end what was found has memory of its own
+    gives = {id(leaf): leaf for leaf in tensors_in(found)}
+    made = sum(size for at, size in kept.items() if at not in given)
+    return sum(kept.values()), made, sum(leaf.nbytes for leaf in gives.values())
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Give the bytes of tensors' memory, each once, by its place. Local."""
+    every = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in every}
+
+
+class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that the body's operators make while they live."""
+
+    def __init__(self) -> None:
+        """Have seen none yet."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._seen = weakref.WeakKeyDictionary[torch.UntypedStorage, None]()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator; note the memory that was not there before."""
+        before = {leaf.untyped_storage() for leaf in tensors_in((arguments, named))}
+        found = function(*arguments, **(named or {}))
+        for leaf in tensors_in(found):
+            storage = leaf.untyped_storage()
+            if storage not in self._seen and storage not in before:
+                self._seen[storage] = None
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return found
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """List a tree's tensors. Pure."""
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class MadeUpPlaces:
@@ -291,9 +367,18 @@ def may_wait(tensors: Iterable[torch.Tensor], seen: Iterable[int]) -> set[int]:
 
 
 def of_operators(
-    nodes: list[fx.Node], traced: Traced, real: dict[str, torch.Tensor], seen: Iterable[int]
+    nodes: list[fx.Node],
+    traced: Traced,
+    real: dict[str, torch.Tensor],
+    seen: Iterable[int],
+    inputs: dict[str, torch.Tensor],
+    gives: int,
 ) -> Work:
-    """Measure operators that follow one another; `seen`: ids of weights whose gradients may wait. Local."""
+    """Measure operators that follow one another. Local.
+
+    `seen`: ids of weights whose gradients may wait; `inputs`: what the model is given, by name; `gives`:
+    bytes of what operators behind these get from these and those before.
+    """
     inside = {node.name for node in nodes}
     weights: dict[str, torch.Tensor] = {}
     given: dict[str, Any] = {}
@@ -306,11 +391,10 @@ def of_operators(
                 given[a.name] = weights[a.name] = made_up(tensor, tensor.requires_grad)
             elif a.name in traced.constants:
                 given[a.name] = traced.constants[a.name]
+            elif a.name in traced.inputs:
+                given[a.name] = inputs[traced.inputs[a.name]].detach()
             else:
-                grad = a.name not in traced.inputs
-                given[a.name] = _pytree.tree_map_only(
-                    torch.Tensor, partial(made_up, grad=grad), a.meta["val"]
-                )
+                given[a.name] = _pytree.tree_map_only(torch.Tensor, made_up, a.meta["val"])
     in_place = any(changes(node) is not None for node in nodes)  # what is changed must not be a leaf
     moved = [name for name in given if in_place and name not in weights]
 
@@ -323,10 +407,10 @@ def of_operators(
         leaves = [n for n in nodes if not n.users or any(user.name not in inside for user in n.users)]
         return [env[node.name] for node in leaves]
 
-    inputs = [v for name, v in given.items() if name not in weights and isinstance(v, torch.Tensor)]
+    received = [v for name, v in given.items() if name not in weights and isinstance(v, torch.Tensor)]
     own = may_wait((real[traced.held[name]] for name in weights), seen)
     waiting = [w for name, w in weights.items() if id(real[traced.held[name]]) in own]
-    return timed(run, weights.values(), inputs, waiting)
+    return replace(timed(run, weights.values(), received, waiting), gives=gives)
 
 
 def of_layers(layers: Sequence[nn.Module], value: Any, seen: Iterable[int]) -> list[Callable[[], Work]]:
@@ -346,7 +430,7 @@ def of_layers(layers: Sequence[nn.Module], value: Any, seen: Iterable[int]) -> l
                 given[before + 1] = run()
         value = _pytree.tree_map_only(torch.Tensor, lambda t: made_up(t, at > 0), given[at])
         run, numbers = of_layer(layers[at], value)
-        inputs = [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        inputs = tensors_in(value)
         own = may_wait(layers[at].parameters(), seen)
         waiting = [numbers[name] for name, p in layers[at].named_parameters() if id(p) in own]
         return timed(run, numbers.values(), inputs, waiting)

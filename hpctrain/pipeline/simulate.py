@@ -1,14 +1,15 @@
 """Runs a pipeline's programs dry: deadlock, order, bubble, kept activations, picture. Pure.
 
-Every rank walks through its own program at once. A pass takes its cost; a message takes `wire`
-from its send on; a receive waits for it. Who waits for something that nobody will send is a deadlock.
+Every rank walks through its own program at once. A pass takes its cost, a message the time of its wire,
+one behind the other; a receive waits for it. Who waits for something that nobody will send is a deadlock.
 
-      start(pass) = max(end of what stood before it on its rank, arrivals that it waits for)
+      start(pass)      = max(end of what stood before it on its rank, arrivals that it waits for)
+      arrival(message) = max(its send, arrival of the one before it on its way) + wire
 
 Stage s is on rank s % ranks: there are as many stages as ranks, or several times as many (virtual ones).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpctrain.errors import ConfigError, HpctrainError
@@ -57,6 +58,9 @@ class Simulation:
     """By stage: the most micro-batches whose activations are kept at once."""
     busy: list[float] = field(default_factory=list)
     """By rank: seconds of work."""
+    lives: list[list[tuple[int, int]]] = field(default_factory=list)
+    """By stage: how many micro-batches are at once between forward and backward, and between the halves of
+    a backward. Those that others exceed in both are left out."""
 
     @property
     def seconds(self) -> float:
@@ -86,18 +90,21 @@ class Simulation:
 
 Cost = Callable[[int, Instruction], float]
 """Seconds of a pass on a stage."""
+Wire = Callable[[int, int], float]
+"""Seconds of a message from stage to stage: activations to a later one, gradients to an earlier one."""
 
 
 def simulate(
     programs: Sequence[Sequence[Instruction]],
     cost: Cost,
     links: Links | None = None,
-    wire: float = 0.0,
+    wire: Wire | None = None,
     back: Links | None = None,
 ) -> Simulation:
     """Run every rank's program. Raises HpctrainError for a deadlock and for passes out of order.
 
-    `back`: by stage, the later stages that its gradients come from; without it those it gives to.
+    `back`: by stage, the later stages that its gradients come from; without it those it gives to. Without
+    `wire` messages take no time.
     """
     ranks = len(programs)
     virtual = 1 + max((i.virtual for program in programs for i in program), default=0)
@@ -114,7 +121,18 @@ def simulate(
         raise HpctrainError(
             f"stage {left[0][0]} runs micro-batch {left[0][1]} forward and never all of its backward"
         )
+    machine.found.lives = [most(pairs) for pairs in machine.lives]
     return machine.found
+
+
+def most(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Leave out the pairs that another one exceeds or equals in both numbers.
+
+    >>> most([(1, 0), (2, 0), (1, 1), (0, 1)])
+    [(1, 1), (2, 0)]
+    """
+    every = sorted(set(pairs))
+    return [(a, b) for a, b in every if not any(c >= a and d >= b for c, d in every if (c, d) != (a, b))]
 
 
 KINDS: dict[type[Instruction], str] = {Forward: "F", BackwardWeight: "W"}
@@ -130,7 +148,7 @@ class _Machine:
         cost: Cost,
         links: Links,
         back: Links,
-        wire: float,
+        wire: Wire | None,
     ) -> None:
         self.programs, self.cost, self.links, self.back, self.wire = programs, cost, links, back, wire
         self.ranks = len(programs)
@@ -138,8 +156,13 @@ class _Machine:
         self.sources = {s: [o for o in range(stages) if s in links[o]] for s in range(stages)}
         self.targets = {s: [o for o in range(stages) if s in back[o]] for s in range(stages)}
         self.at, self.clock = [0] * self.ranks, [0.0] * self.ranks
-        self.sent: dict[tuple[str, int, int, int], float] = {}
+        self.arrivals: dict[tuple[str, int, int, int], float] = {}
+        self.free: dict[tuple[int, int], float] = {}
+        """By way: when its last message has arrived."""
         self.live: list[set[int]] = [set() for _ in range(stages)]
+        self.late: list[set[int]] = [set() for _ in range(stages)]
+        """Those of them whose weight gradients wait."""
+        self.lives: list[set[tuple[int, int]]] = [set() for _ in range(stages)]
         self.done: list[set[str]] = [set() for _ in range(stages)]
         self.found = Simulation([], [0] * stages, [0.0] * self.ranks)
 
@@ -172,17 +195,22 @@ class _Machine:
                 self.need(stage, instruction, f"B in {v}" if self.back[stage] else "")
                 if isinstance(instruction, Backward):
                     self.live[stage].discard(v)
+                else:
+                    self.late[stage].add(v)
             case BackwardWeight():
                 self.need(stage, instruction, f"B {v}")
                 self.live[stage].discard(v)
+                self.late[stage].discard(v)
             case Send():
                 self.need(stage, instruction, f"F {v}")
-                self.sent.update({("F", stage, s, v): self.clock[rank] for s in self.links[stage]})
+                self.give("F", stage, self.links[stage], v)
                 return True
             case SendGradient():
                 self.need(stage, instruction, f"B {v}")
-                self.sent.update({("B", stage, s, v): self.clock[rank] for s in self.targets[stage]})
+                self.give("B", stage, self.targets[stage], v)
                 return True
+        late = len(self.late[stage])
+        self.lives[stage].add((len(self.live[stage]) - late, late))
         kind = KINDS.get(type(instruction), "B")
         if f"{kind} {v}" in self.done[stage]:
             raise HpctrainError(f"stage {stage} runs {instruction} twice")
@@ -193,11 +221,20 @@ class _Machine:
         self.found.spans.append(Span(stage, instruction, start, start + seconds))
         return True
 
+    def give(self, kind: str, stage: int, others: Sequence[int], v: int) -> None:
+        """Send a micro-batch's messages to other stages, each behind those before it on its way."""
+        clock = self.clock[stage % self.ranks]
+        for other in others:
+            way = stage, other
+            seconds = self.wire(stage, other) if self.wire else 0.0
+            self.free[way] = max(clock, self.free.get(way, 0.0)) + seconds
+            self.arrivals[kind, stage, other, v] = self.free[way]
+
     def take(self, stage: int, messages: list[tuple[str, int, int, int]], mark: str) -> bool:
         """Wait for messages; False where one is not sent yet."""
-        if any(message not in self.sent for message in messages):
+        if any(message not in self.arrivals for message in messages):
             return False
-        arrivals = [self.sent[message] + self.wire for message in messages]
+        arrivals = [self.arrivals[message] for message in messages]
         rank = stage % self.ranks
         self.clock[rank] = max([self.clock[rank], *arrivals])
         self.done[stage].add(mark)

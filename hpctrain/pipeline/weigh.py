@@ -13,7 +13,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition
 from hpctrain.pipeline.choice import Choice, Plan, Scales
 from hpctrain.pipeline.fit import fitted
-from hpctrain.pipeline.profile import Work, measure
+from hpctrain.pipeline.profile import Unmeasured, Work, measure
 
 T = TypeVar("T")
 SPLIT_WORTH = 1.1
@@ -35,9 +35,10 @@ def choose(
     """
     if scales is None:
         return Choice(partition(estimates, stages), pieces=len(pieces))
-    profile = measure(scales.comm, pieces, scales.around, scales.turn)
-    if isinstance(profile, str):
-        why, memory = f"the cut is by estimate, as pieces can't be measured alone ({profile})", short(profile)
+    profile = measure(scales.comm, pieces, scales.around, scales.turn, scales.limits)
+    if isinstance(profile, Unmeasured):
+        why = f"the cut is by estimate, as pieces can't be measured alone ({profile.reason})"
+        memory = profile.short
         return Choice(
             partition(estimates, stages),
             pieces=len(pieces),
@@ -107,8 +108,3 @@ def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
         if work.joint and halves > SPLIT_WORTH * work.joint and lost > gaps * work.weight_gradient:
             found.append(at)
     return found
-
-
-def short(reason: str) -> bool:
-    """Tell whether the reason is that there is no memory. Pure."""
-    return "allocate" in reason or reason.startswith("MemoryError")
