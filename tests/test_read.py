@@ -123,6 +123,48 @@ def test_damaged_chunk_is_an_error_that_names_the_rows(tmp_path):
     assert reader.read_one("x", np.arange(4)).shape == (4, 100)
     with pytest.raises(DataError, match=r"a.h5: x rows 5 to 6 cannot be read"):
         reader.read_one("x", np.array([5, 6]))
+    with pytest.raises(DataError, match=r"a.h5: x rows 5 to 5 cannot be read"):
+        reader.read_one("x", np.array([1, 5, 5]))
+
+
+def test_damage_between_samples_is_not_theirs(tmp_path):
+    """The gap is read for speed alone."""
+    path = tmp_path / "a.h5"
+    x = np.random.default_rng(0).normal(size=(12, 100)).astype(np.float32)
+    with h5py.File(path, "w") as file:
+        made = file.create_dataset("x", data=x, chunks=(4, 100), fletcher32=True)
+        file["y"] = np.ones(12)
+        at = made.id.get_chunk_info(1).byte_offset
+    raw = bytearray(path.read_bytes())
+    raw[at + 10] ^= 0xFF
+    path.write_bytes(bytes(raw))
+    samples = np.array([9, 3, 3, 8])
+    assert np.array_equal(Reader(index_of(str(path))).read_one("x", samples), x[samples])
+
+
+@pytest.mark.parametrize(("gap", "block"), [(0, 1 << 20), (8, 1 << 20), (1 << 20, 1 << 20), (1 << 20, 20)])
+def test_what_lies_close_together_is_read_at_once(tmp_path, monkeypatch, gap, block):
+    """Rows of 4 bytes; the reads that HDF5 is asked for, and the same numbers by any of them."""
+    x = np.arange(200, dtype=np.float32)[:, None]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = file["y"] = x
+    monkeypatch.setattr(reading, "GAP_BYTES", gap)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block)
+    asked = []
+    real = h5py.Dataset.__getitem__
+    monkeypatch.setattr(
+        h5py.Dataset, "__getitem__", lambda s, at, **kw: asked.append(at) or real(s, at, **kw)
+    )
+    samples = np.array([150, 7, 2, 4, 151, 4, 199, 5, 11])
+    found = Reader(index_of(str(tmp_path / "a.h5"))).read_one("x", samples)
+    assert np.array_equal(found, x[samples])
+    spans = {
+        (0, 1 << 20): [(4, 6), (150, 152)],  # single rows go straight to their places
+        (8, 1 << 20): [(2, 8), (150, 152)],
+        (1 << 20, 1 << 20): [(2, 200)],
+        (1 << 20, 20): [(2, 6), (7, 12), (150, 152)],
+    }
+    assert [(at.start, at.stop) for at in asked if at.stop - at.start > 1] == spans[gap, block]
 
 
 def test_a_missing_integer_is_refused(tmp_path):

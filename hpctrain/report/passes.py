@@ -23,7 +23,7 @@ from hpctrain.pipeline.schedule import (
     Forward,
     programs,
 )
-from hpctrain.pipeline.simulate import Cost, Simulation, Span, simulate
+from hpctrain.pipeline.simulate import Cost, Simulation, Span, Wire, simulate
 
 
 @dataclass
@@ -65,12 +65,12 @@ def again(job: Job, measured: Simulation) -> Simulation:
 
 def expectation(job: Job, measured: Simulation) -> Simulation | None:
     """Simulate the step with the pieces' times that the cut was chosen by, if it was by times. Local."""
-    passes = job.pipeline.cut.choice.passes if job.pipeline else []
-    if not passes:
+    choice = job.pipeline.cut.choice if job.pipeline else Choice([])
+    if not choice.passes:
         return None
     ran = {(span.stage, span.instruction) for span in measured.spans}
-    usual = cost_of(passes)
-    return dry(job, lambda stage, i: usual(stage, i) if (stage, i) in ran else 0.0)
+    usual = cost_of(choice.passes)
+    return dry(job, lambda stage, i: usual(stage, i) if (stage, i) in ran else 0.0, choice.wire)
 
 
 def others(job: Job, measured: Simulation) -> dict[str, float]:
@@ -107,14 +107,14 @@ def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int], virtu
     return Work(forward, input_gradient, weight_gradient, 0).times(1.0 / virtual)
 
 
-def dry(job: Job, cost: Cost) -> Simulation:
-    """Simulate a full step of the first replica. Local."""
+def dry(job: Job, cost: Cost, wire: Wire | None = None) -> Simulation:
+    """Simulate a full step of the first replica; messages take the time of a `wire`. Local."""
     mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
     stages = job.topology.stages
     assert job.pipeline is not None
     links, back = job.pipeline.cut.links()
     every = programs(job.schedule, stages, mine, job.pipeline.virtual)
-    return simulate(every, cost, links, back=back)
+    return simulate(every, cost, links, wire, back)
 
 
 def row(
