@@ -179,6 +179,17 @@ class Wave(nn.Module):
         return (x.to(torch.complex64) @ self.turn).abs()
 
 
+class Hungry(nn.Module):
+    """Wants more memory than there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.line(x) + torch.empty(2**50)[0]
+
+
 class Failing(Net):
     """Raises on the sample that `bad` names by its first value."""
 

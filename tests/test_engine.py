@@ -61,6 +61,13 @@ def test_a_users_exception_is_raised_on_all_ranks_with_its_place(topology, files
 
 
 @pytest.mark.mpi
+def test_without_memory_for_a_pass_it_is_said_what_to_do(topology, files):
+    with pytest.raises(RankError, match="at step 0, micro-batch 0") as caught:
+        run(config_of(files, "helpers.Hungry"), topology)
+    assert "no memory is left: take more parallel.stages or parallel.micro_batches" in str(caught.value)
+
+
+@pytest.mark.mpi
 def test_nan_in_a_batch_names_file_dataset_and_row(world, topology, files):
     if world.rank == 0:
         with h5py.File(files.replace("*", "2"), "a") as file:

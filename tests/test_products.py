@@ -226,6 +226,21 @@ def test_memory_that_the_system_refuses_ends_it(monkeypatch):
 
 
 @lays_weights
+def test_without_memory_to_compare_in_a_weight_is_taken_as_it_stands(monkeypatch):
+    """What makes a step faster does not end it."""
+
+    def refuse(rows, width):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    weight, x = torch.randn(512, 512), torch.randn(8, 512)
+    laid = Laid(weight, True)
+    monkeypatch.setattr(products, "made_up", refuse)
+    for _ in range(3):
+        assert torch.equal(products.linear(x, weight, None, laid), products.linear(x, weight, None))
+    assert not laid.useful
+
+
+@lays_weights
 def test_another_layout_of_oneDNN_is_not_guessed_at(monkeypatch):
     weight = torch.randn(128, 128)
     real = torch.ops.mkldnn._reorder_linear_weight
