@@ -561,6 +561,16 @@ def heavy(in_features: int, out_features: int, width: int = 4096) -> nn.Sequenti
     return nn.Sequential(*layers, nn.Linear(width, out_features))
 
 
+def waisted(in_features: int, out_features: int, width: int = 512) -> nn.Sequential:
+    """Ten broad layers and, behind the third, a narrow place."""
+    layers = [nn.Linear(in_features, width), nn.ReLU()]
+    for number in range(10):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+        if number == 2:
+            layers += [nn.Linear(width, 4), nn.Linear(4, width)]
+    return nn.Sequential(*layers, nn.Linear(width, out_features))
+
+
 class Mixing(nn.Module):
     """A linear layer whose weight autograd adds to as well; so many rows that the order of a sum shows."""
 

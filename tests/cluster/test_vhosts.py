@@ -5,10 +5,13 @@ Bytes are counted by the kernel on each host's own network interface, without he
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
@@ -106,6 +109,33 @@ def test_a_run_says_of_every_bucket_when_it_was_full(vhosts, tmp_path):
     moments = [bucket["ready_seconds"]["min"] for bucket in buckets]
     assert min(moments) > 0.0
     assert moments == sorted(moments), "buckets leave in the order in which they are full"
+
+
+def test_a_slow_network_moves_the_cut_to_where_little_crosses_it(vhosts, tmp_path):
+    """512 KiB a message at the middle take 0.1 s at 40 Mbit/s, where a stage computes some 0.02 s; 4 KiB nothing."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"], file["y"] = np.ones((2048, 5), np.float32), np.ones((2048, 2), np.float32)
+    toml = (
+        '[data]\nfiles = "a.h5"\ninputs = "x"\ntargets = "y"\n[model]\nclass_path = "stage_models.waisted"\n'
+    )
+    toml += "[train]\nbatch = 2048\nthreads = 1\n[parallel]\nstages = 2\nmicro_batches = 8\n"
+    (tmp_path / "a.toml").write_text(toml)
+    tests = str(HERE.parent)
+
+    def first_of_stage_1():
+        line = ["env", f"PYTHONPATH={HERE.parent.parent}:{tests}", sys.executable, "-m", "hpctrain", "train"]
+        text = vhosts.script("run", "2", "h0:1,h1:1", *line, str(tmp_path / "a.toml"), "--dry-run")
+        (row,) = re.findall(r"^.*\|? +1 +1 .* (\d+) … \d+$", text, re.M)
+        assert "messages between nodes at " in text, text
+        return int(row)
+
+    try:
+        vhosts.script("shape", "40mbit")
+        slow = first_of_stage_1()
+    finally:
+        vhosts.script("shape", "1gbit")
+    assert slow == 9, "the layer behind the narrow one"
+    assert first_of_stage_1() > slow
 
 
 @pytest.mark.parametrize(
