@@ -53,7 +53,7 @@ class Clock:
     reading: float = 0.0
     computing: float = 0.0
     waiting: float = 0.0
-    """For slower ranks."""
+    """For slower ranks, and for messages of other stages."""
     averaging: float = 0.0
     """Sums and update, waiting set apart."""
 
@@ -93,6 +93,8 @@ class Engine:
         self.straight = StraightIntoPlace(self.module, self.averager.places)
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
         self._read, self._ended, self._stepped = 0.0, 0.0, False
+        self.waited = 0.0
+        """Seconds that the step's passes waited for other stages."""
         self.activation_bytes = 0
         """Pages that the forward of a micro-batch of the first step has added."""
 
@@ -138,8 +140,8 @@ class Engine:
             self.settle()
         averaging = self._ended - computed
         waiting = min(averaging, float(result.times.waiting[self.topology.replica]))
-        self.clock.computing += computed - began
-        self.clock.waiting += waiting
+        self.clock.computing += computed - began - self.waited
+        self.clock.waiting += waiting + self.waited
         self.clock.averaging += averaging - waiting
         if result.errors:
             raise_together(self.topology.comms.world, failure or result.failure)

@@ -99,6 +99,7 @@ class StagedEngine(Engine):
             stage.kept.clear()
         self.straight.begin(len(working), waits=pipeline.rank > 0)
         pipeline.transport.begin(pipeline.kept)
+        waited = pipeline.transport.waited
         given = {v: step.micro_batches[v].inputs if v in step.micro_batches else {} for v in working}
         parts = pipeline.parts({v: (sizes[v], inputs) for v, inputs in given.items()}, True)
         for instruction in program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual):
@@ -132,6 +133,7 @@ class StagedEngine(Engine):
         pipeline.collect(self.averager.add)
         pipeline.transport.finish()
         pipeline.transport.watch.doing()
+        self.waited = pipeline.transport.waited - waited
         return failure
 
     def _execute_staged(

@@ -779,6 +779,24 @@ def test_reading_that_fails_on_one_stage_ends_on_all(world, build):
 
 
 @pytest.mark.mpi
+def test_waiting_for_another_stage_is_no_computing(world, build):
+    """The first stage's forward takes long: the others wait for each micro-batch."""
+    if world.size == 1:
+        pytest.skip("needs two stages")
+    job = build("plain_row", world.size, schedule="1f1b", micro_batches=4)
+    engine, step, nap = job.engine, job.loader.read(0), 0.1
+    engine.step(0, step)
+    real, before = engine._forward_staged, dict(vars(engine.clock))
+    if job.topology.stage == 0:
+        engine._forward_staged = lambda *rest: time.sleep(nap) or real(*rest)
+    engine.step(1, job.loader.read(step.next_position))
+    took = {name: value - before[name] for name, value in vars(engine.clock).items()}
+    slow, fast = ("computing", "waiting") if job.topology.stage == 0 else ("waiting", "computing")
+    assert took[slow] > 3 * nap  # the others work a little meanwhile
+    assert took[fast] < 2 * nap
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplog):
     """The passes of the program, in its order, none before what it waits for; table, row and picture of them."""

@@ -99,6 +99,8 @@ class Transport:
         self._sent = deque[tuple[Callable[[], bool], Any, int]]()
         """What tells if they are through, their memory, to whom."""
         self.watch = Watch(pipe)
+        self.waited = 0.0
+        """Seconds, since the start."""
 
     @property
     def nbytes(self) -> int:
@@ -314,6 +316,15 @@ class Transport:
 
     def _until(self, rank: int, done: Callable[[], bool]) -> None:
         """Wait, giving the core away: a rank that waits must not slow those that work."""
+        if done():
+            return
+        asked = time.monotonic()
+        try:
+            self._wait_long(rank, done)
+        finally:
+            self.waited += time.monotonic() - asked
+
+    def _wait_long(self, rank: int, done: Callable[[], bool]) -> None:
         for _ in range(YIELDS):
             if done():
                 return
