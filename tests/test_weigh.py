@@ -18,6 +18,7 @@ from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline import expected, fit, profile, split, weigh
 from hpctrain.pipeline.choice import Plan, Scales, Wire
+from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
@@ -473,7 +474,7 @@ def test_what_a_piece_holds_is_counted():
 
 def test_memory_of_a_body_is_followed():
     size = 4 << 10
-    with profile.Living() as living:
+    with Living() as living:
         first = torch.zeros(1 << 10)
         view = first.view(32, 32)
         second = first + 1.0

@@ -1,0 +1,72 @@
+"""Bytes that tensors hold: what autograd keeps of a forward, and what lives while a body runs."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def bytes_kept(
+    run: Callable[[], Any], weights: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]
+) -> tuple[int, int, int]:
+    """Count what autograd keeps of a forward, weights left out. Local.
+
+    Gives bytes: all of them, those that were not among the inputs, and those of what it gave.
+    """
+    own = storages(weights)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        found = run()
+    given = storages(inputs)  # until its end what was found has memory of its own
+    gives = {id(leaf): leaf for leaf in tensors_in(found)}
+    made = sum(size for at, size in kept.items() if at not in given)
+    return sum(kept.values()), made, sum(leaf.nbytes for leaf in gives.values())
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Give the bytes of tensors' memory, each once, by its place. Local."""
+    every = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in every}
+
+
+class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that the body's operators make while they live."""
+
+    def __init__(self) -> None:
+        """Have seen none yet."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._seen = weakref.WeakKeyDictionary[torch.UntypedStorage, None]()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator; note the memory that was not there before."""
+        before = {leaf.untyped_storage() for leaf in tensors_in((arguments, named))}
+        found = function(*arguments, **(named or {}))
+        for leaf in tensors_in(found):
+            storage = leaf.untyped_storage()
+            if storage not in self._seen and storage not in before:
+                self._seen[storage] = None
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return found
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """List a tree's tensors. Pure."""
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
