@@ -6,7 +6,6 @@
 Everything that is decided here is decided alike on all ranks: names and shapes are compared first.
 """
 
-import math
 import platform
 import re
 from collections.abc import Callable, Iterator
@@ -16,30 +15,23 @@ from dataclasses import dataclass
 import torch
 from mpi4py import MPI
 
-from hpctrain import network
 from hpctrain.averaging import groups, sync_norm
 from hpctrain.batch import broadcast
 from hpctrain.config import ClassPath, Config
-from hpctrain.data.loader import AHEAD
-from hpctrain.engine import precision
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.models import build as models
 from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
 from hpctrain.pipeline import expected, simulate, split
-from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
-from hpctrain.pipeline.schedule import CHOSEN, SEVERAL
 from hpctrain.pipeline.transport import Transport
-from hpctrain.room import give_back, ran_out, room
+from hpctrain.room import ran_out
+from hpctrain.scales import scales_of, schedules
 from hpctrain.task import Task
-from hpctrain.topology import Topology, usable_cores
+from hpctrain.topology import Topology
 from hpctrain.wire import together
-
-OTHERS = 128 << 20
-"""Bytes of a rank that are left for what nothing here counts: libraries, and holes between what lives."""
 
 
 @dataclass(frozen=True)
@@ -230,92 +222,6 @@ def recomputes(config: Config, model: Cut, synced: bool) -> bool:
             "replicas at one moment, which can't be had again; leave one of them out"
         )
     return not synced and (asked == "always" or (asked == "auto" and model.choice.recompute))
-
-
-def scales_of(
-    config: Config, topology: Topology, count: int, synced: bool, inputs: dict[str, torch.Tensor]
-) -> Scales | None:
-    """Say by what a cut is to be chosen; None where nothing is measured. Collective.
-
-    `inputs`: of a micro-batch.
-    """
-    world = topology.comms.world
-    if topology.device != "cpu" or config.parallel.cuts:
-        return None
-    node = topology.comms.node
-    own = -(-count // topology.replicas)
-    # inputs and targets, about as much again, of the steps that are read ahead and of the one that runs
-    read = 2 * (AHEAD + 1) * own * sum(x.nbytes for x in inputs.values())
-    at_stage = world.allgather(topology.stage)
-    ranks = [[rank for rank, stage in enumerate(at_stage) if stage == at] for at in range(topology.stages)]
-    neighbours = node.allgather((topology.stage, usable_cores()))
-    cores = set[int]().union(*(own for _, own in neighbours))
-    turns = world.allreduce(-(-node.size // len(cores)) if topology.crowded else 1, op=MPI.MAX)
-    # a node has one copy of a stage's weights and of the optimizer's numbers, each rank its gradients
-    sharing = sum(stage == topology.stage for stage, _ in neighbours)
-    shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
-    copies = world.allreduce(1.0 + shared, op=MPI.MAX)
-
-    def limits() -> list[float]:
-        give_back()  # what measuring took
-        left = max(0.0, room(node.size) - OTHERS - read)
-        return [left if stage == topology.stage else math.inf for stage in range(topology.stages)]
-
-    plans = []
-    for schedule in schedules(config, synced):
-        virtual = config.parallel.virtual_stages if schedule in SEVERAL else 1
-        dry = simulate.check(schedule, topology.stages, range(own), virtual=virtual)
-        plans.append(Plan(schedule, virtual, dry.lives, CHOSEN.get(schedule, 1.0)))
-    return Scales(
-        world,
-        ranks,
-        limits,
-        plans,
-        own,
-        copies,
-        precision(config.train.autocast, topology.device),
-        (node.rank % turns, turns),
-        "never" if synced else config.parallel.recompute,
-        splits(config),
-        wires_of(topology),
-    )
-
-
-def wires_of(topology: Topology) -> list[Wire]:
-    """Measure what messages take from each rank of a pipeline to the next, the last one's to the first.
-
-    On a node nothing; between nodes the worst of them. Collective.
-    """
-    world, pipe = topology.comms.world, topology.comms.pipe
-    nodes = pipe.allgather(topology.node)
-    if not world.allreduce(len(set(nodes)) > 1, op=MPI.LOR):
-        return []
-    latency, bandwidth = network.measure(world, pipe)
-    between = [node != nodes[(rank + 1) % pipe.size] for rank, node in enumerate(nodes)]
-    spans = [any(of) for of in zip(*world.allgather(between))]  # in any replica
-    return [Wire(latency, 1.0 / bandwidth) if far else Wire() for far in spans]
-
-
-def schedules(config: Config, synced: bool) -> list[str]:
-    """List the schedules to choose from. Pure.
-
-    Fast gradients have other bits by each, so their schedule is fixed. With SyncBatchNorm a replica has one
-    micro-batch, with `invariant` no backward is split.
-    """
-    if config.parallel.schedule != "auto":
-        return [config.parallel.schedule]
-    if config.averaging.invariant or synced:
-        return ["1f1b"]
-    if config.parallel.gradients == "fast":
-        return ["zb-h1"]
-    return [*CHOSEN]
-
-
-def splits(config: Config) -> str:
-    """Say whether backward passes run in halves (`Scales.splits`). Pure."""
-    if config.averaging.invariant:
-        return "never"
-    return "always" if config.parallel.gradients == "fast" else "auto"  # in fast the bits hang on it
 
 
 def refuse_extra_state(module: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
-from hpctrain.portion import schedules
+from hpctrain.scales import schedules
 
 NAP = 0.03
 
