@@ -176,3 +176,15 @@ def test_a_missing_integer_is_refused(tmp_path):
     assert reader.read_one("x", np.array([0, 2])).tolist() == [[3, 4], [2, 2]]
     with pytest.raises(DataError, match=r"a.h5: x\[1\] holds _FillValue -999: integers can't be missing"):
         reader.read_one("x", np.array([2, 1]))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "gap"), [(None, 512), ((1, 16), 3), ((100, 16), 224), ((1, 4), 0), ((1000, 1), 167)]
+)
+def test_a_gap_counts_its_chunks(tmp_path, chunks, gap):
+    """Rows of 64 bytes; each chunk of a gap costs as 8 KiB do."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=np.ones((1000, 16), np.float32), chunks=chunks)
+        file["y"] = np.ones(1000)
+    reader = Reader(index_of(str(tmp_path / "a.h5")))
+    assert reader._rows(reader.index.variables["x"], np.array([5]))[0] in (gap, gap + 1)

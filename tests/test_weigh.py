@@ -557,3 +557,20 @@ def test_pieces_run_on_the_first_batch(world, even, monkeypatch):
     split.cut(model, {"x": x}, False, 2, [], scales(world))
     seen = world.allgather([tensor.tolist() for tensor in given if type(tensor) is torch.Tensor])
     assert x.tolist() in [tensor for of_rank in seen for tensor in of_rank]
+
+
+@pytest.mark.mpi
+def test_a_greedy_piece_is_its_own_stages_alone(world, even):
+    """60 bytes of weights, and a pass that takes 80 for itself: each fits by itself."""
+    asked = scales(world, limits=[100, 100], copies=1.0)
+    asked.recompute = "auto"
+    pieces = [partial(Work, 1.0, 1.0, 1.0, 0), partial(Work, 1.0, 1.0, 1.0, 0, moment=80)]
+    found = choose(2, [1] * 2, [60, 10], pieces, asked)
+    assert (found.parts, found.recompute, found.warned) == ([(0, 1), (1, 2)], False, [])
+    assert [one.most for one in found.needs] == [60, 90]
+
+
+def test_tensors_without_memory_are_measured_past():
+    """The gradient of a sparse table is no block of memory."""
+    table = nn.Embedding(10, 8, sparse=True)
+    assert profile.of_layers([table], torch.arange(6), ())[0]().gives == 6 * 8 * 4

@@ -6,6 +6,7 @@ lies between them.
 """
 
 import itertools
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -22,6 +23,8 @@ from hpctrain.errors import DataError
 GAP_BYTES = 32 << 10
 """What lies between two samples is read too if it is no more: to ask HDF5 once more takes some
 0.15 ms, in which 1 GB/s brings 150 KB."""
+CHUNK_BYTES, UNPACKED = 8 << 10, 4
+"""What to look up a chunk costs, in bytes; how many times as long its bytes take if they are compressed."""
 BLOCK_BYTES = 8 << 20
 """Bytes with gaps that are read at once, at most."""
 OPEN_FILES = 64
@@ -53,11 +56,24 @@ class Reader:
         in_order = np.argsort(samples, kind="stable")
         ascending = samples[in_order]
         with self._turn:
-            for first, last in runs(ascending, self.index.starts, stored.nbytes // max(1, len(samples))):
+            for first, last in runs(ascending, self.index.starts, *self._rows(variable, ascending)):
                 self._read_run(variable, ascending, in_order, first, last, stored)
         if variable.fill is not None and not variable.floating:
             self._refuse_fill(variable, samples, stored)
         return unpack(variable, stored)
+
+    def _rows(self, variable: Variable, ascending: Ids) -> tuple[int, int]:
+        """Give how many rows a gap may have, and a block with gaps: by the layout in the first one's file."""
+        if not len(ascending):
+            return 0, 1
+        dataset = self._file(self.index.locate(int(ascending[0]))[0])[variable.path]
+        size = cost = max(1, math.prod(variable.shape) * np.dtype(variable.dtype).itemsize)
+        if dataset.chunks:
+            rows, *inner = dataset.chunks
+            bytes_of_one = math.prod(dataset.chunks) * dataset.dtype.itemsize
+            for_one = CHUNK_BYTES + (UNPACKED * bytes_of_one if dataset.compression else 0)
+            cost += for_one * math.prod(-(-n // c) for n, c in zip(dataset.shape[1:], inner)) // rows
+        return GAP_BYTES // cost, max(1, BLOCK_BYTES // size)
 
     def _refuse_fill(self, variable: Variable, samples: Ids, stored: NDArray[Any]) -> None:
         """Integers have no NaN: a missing one would pass as a number."""
@@ -103,22 +119,24 @@ class Reader:
         return self._open[path]
 
 
-def runs(ascending: Ids, starts: tuple[int, ...], size: int) -> list[tuple[int, int]]:
-    """Cut ascending samples of so many bytes into runs that lie close together in one file.
+def runs(ascending: Ids, starts: tuple[int, ...], gap: int, block: int) -> list[tuple[int, int]]:
+    """Cut ascending samples into runs that lie close together in one file.
 
-    >>> runs(np.array([3, 4, 5, 9, 10]), (0, 5, 20), GAP_BYTES)
+    Between neighbours of a run are `gap` rows at most; one with gaps spans `block` rows at most.
+
+    >>> runs(np.array([3, 4, 5, 9, 10]), (0, 5, 20), 2, 100)
     [(0, 2), (2, 3), (3, 5)]
-    >>> runs(np.array([3, 4, 5, 9, 10, 5000]), (0, 5, 9000), 8)
+    >>> runs(np.array([3, 4, 5, 9, 10, 5000]), (0, 5, 9000), 3, 100)
     [(0, 2), (2, 5), (5, 6)]
     """
     if not len(ascending):
         return []
     file = np.searchsorted(starts, ascending, side="right")
-    jump = (np.diff(ascending) - 1) * size > GAP_BYTES
+    jump = np.diff(ascending) - 1 > gap
     edges = np.flatnonzero(jump | (np.diff(file) != 0)) + 1
     bounds = [0]
     for stop in [*edges.tolist(), len(ascending)]:
-        bounds += pieces(ascending, bounds[-1], stop, BLOCK_BYTES // max(1, size))
+        bounds += pieces(ascending, bounds[-1], stop, block)
     return list(itertools.pairwise(bounds))
 
 

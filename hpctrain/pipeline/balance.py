@@ -21,21 +21,24 @@ def partition(
     limits: Sequence[float] | None = None,
     speeds: Sequence[float] | None = None,
     ends: Sequence[float] | None = None,
+    moments: Sequence[float] | None = None,
     wires: Sequence[Sequence[float]] | None = None,
 ) -> list[tuple[int, int]]:
     """Cut layers into contiguous stages, none empty: (start, stop) each.
 
     `costs` of the layers in any unit; `speeds` of the stages, 1 where none are given. By stage `needs` has
     rows of bytes, one a layer: each row must be within the stage's `limits`, with those of its two `ends`,
-    one before each layer and one behind the last. `wires`: by stage but the last, in the unit of the costs,
-    what its messages to the next take where that begins at each of the layers. Raises ConfigError where no
-    cut fits.
+    one before each layer and one behind the last, and the largest of its layers' `moments`. `wires`: by
+    stage but the last, in the unit of the costs, what its messages to the next take where that begins at
+    each of the layers. Raises ConfigError where no cut fits.
 
     >>> partition([1, 1, 1, 1, 4], 2)
     [(0, 4), (4, 5)]
     >>> partition([1, 1, 1, 1], 2, needs=[[[1, 1, 1, 1]]] * 2, limits=[1, 4])
     [(0, 1), (1, 4)]
     >>> partition([1, 1, 1, 1], 2, needs=[[[1] * 4]] * 2, limits=[3, 9], ends=[0, 1, 2, 1, 0])
+    [(0, 1), (1, 4)]
+    >>> partition([1, 1, 1, 1], 2, needs=[[[1] * 4]] * 2, limits=[3, 6], moments=[0, 2, 1, 0])
     [(0, 1), (1, 4)]
     >>> partition([1, 1, 1, 1], 2, speeds=[3, 1])
     [(0, 3), (3, 4)]
@@ -50,7 +53,7 @@ def partition(
         )
     sums = np.cumsum([0.0, *costs])
     held = [[np.cumsum([0.0, *row]) for row in rows] for rows in needs or [[]] * stages]
-    edges = np.array(ends or [0.0] * (layers + 1))
+    edges, most = np.array(ends or [0.0] * (layers + 1)), np.array(moments or [0.0] * layers)
     ways = np.array([[0.0] * layers, *(wires or [[0.0] * layers] * (stages - 1))])
     rates, room = speeds or [1.0] * stages, limits or [math.inf] * stages
     best = np.full(layers + 1, math.inf)
@@ -62,18 +65,19 @@ def partition(
             starts = slice(stage, stop)
             slowest = np.maximum(best[starts], (sums[stop] - sums[starts]) / rates[stage])
             slowest = np.maximum(slowest, ways[stage, starts])
+            once = edges[starts] + edges[stop] + np.maximum.accumulate(most[starts][::-1])[::-1]
             for row_held in held[stage]:
-                need = row_held[stop] - row_held[starts] + edges[starts] + edges[stop]
+                need = row_held[stop] - row_held[starts] + once
                 slowest[need > room[stage]] = math.inf
             cut[stop] = stop - 1 - int(slowest[::-1].argmin())  # the last of equal ones
             row[stop] = slowest[cut[stop] - stage]
         best = row
         cuts.append(cut)
     if best[layers] == math.inf:
-        need, most = max(row[-1] for rows in held for row in rows), sum(room)
+        need, total = max(row[-1] for rows in held for row in rows), sum(room)
         raise ConfigError(
             f"the model does not fit: its {layers} layers need {need:,.0f} bytes, {stages} stages have "
-            f"{most:,.0f}, and no cut between layers suits them: more stages, or smaller layers"
+            f"{total:,.0f}, and no cut between layers suits them: more stages, or smaller layers"
         )
     found, stop = [], layers
     for stage in reversed(range(stages)):

@@ -105,9 +105,8 @@ class Load:
             return partition(self.costs, stages, speeds=self.speeds, wires=wires)
         every = range(len(self.costs))
         needs = [[[self.bytes_of(at, *pair) for at in every] for pair in lives] for lives in self.lives]
-        moment = max(work.moment for work in self.works)
-        limits = [limit - moment for limit in self.limits]
-        return partition(self.costs, stages, needs, limits, self.speeds, self.ends, wires)
+        moments = [float(work.moment) for work in self.works]
+        return partition(self.costs, stages, needs, self.limits, self.speeds, self.ends, moments, wires)
 
 
 def fitted(

@@ -1,7 +1,8 @@
 """Bytes that tensors hold: what autograd keeps of a forward, and what lives while a body runs."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -52,10 +53,9 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator; note the memory that was not there before."""
-        before = {leaf.untyped_storage() for leaf in tensors_in((arguments, named))}
+        before = set(memory_of((arguments, named)))
         found = function(*arguments, **(named or {}))
-        for leaf in tensors_in(found):
-            storage = leaf.untyped_storage()
+        for storage in memory_of(found):
             if storage not in self._seen and storage not in before:
                 self._seen[storage] = None
                 self.now += storage.nbytes()
@@ -65,6 +65,13 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _gone(self, size: int) -> None:
         self.now -= size
+
+
+def memory_of(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Give the memory of a tree's tensors, where they have one: sparse ones do not."""
+    for leaf in tensors_in(tree):
+        with suppress(NotImplementedError):
+            yield leaf.untyped_storage()
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
