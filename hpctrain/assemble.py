@@ -16,7 +16,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from hpctrain import construct, launch
+from hpctrain import construct
 from hpctrain import portion as portions
 from hpctrain.averaging import groups, schedules
 from hpctrain.averaging.averager import Averager
@@ -35,6 +35,7 @@ from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.piece import Piece
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.portion import Portion, told_of_memory
+from hpctrain.room import keep_memory
 from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
 from hpctrain.topology import Topology, processor
@@ -266,7 +267,7 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
         train.seed,
         maker(task, portion.pipeline),
     )
-    launch.keep_memory(os.environ)  # of steps; not the holes that building leaves
+    keep_memory(os.environ)  # of steps; not the holes that building leaves
     # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
     kept = replace(config.parallel, micro_batches="auto" if portion.synced else count)
     resolved = replace(config, model=portion.model, parallel=kept)

@@ -8,12 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from hpctrain.errors import ConfigError
-from hpctrain.room import LIBRARY, give_back
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Numbers of mallopt's parameters, in malloc.h."""
-LARGEST = 32 << 20
-"""Bytes of a block in the heap, at most: the C library takes no more."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -80,23 +75,6 @@ def set_threads(threads: int) -> None:
     """Set the threads of this rank's numerical libraries, before they start, unless the user did."""
     for variable in THREAD_VARIABLES:
         os.environ.setdefault(variable, str(threads))
-
-
-def keep_memory(environment: Mapping[str, str]) -> None:
-    """Let memory that is freed stay with this process, for the next step, unless the user has a word on it.
-
-    The C library gives the end of its heap back whenever that is free; a step frees its activations there,
-    and the kernel would fill the next step's with zeros, page by page (`man mallopt`). What was freed before
-    goes back. Nothing happens where the C library is not glibc. Local.
-    """
-    tuned = "glibc.malloc" in environment.get("GLIBC_TUNABLES", "")
-    if tuned or any(name.startswith("MALLOC_") for name in environment):
-        return
-    mallopt = getattr(LIBRARY, "mallopt", None)
-    if mallopt:
-        give_back()
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(MMAP_THRESHOLD, LARGEST)
 
 
 def local_ranks(environment: Mapping[str, str]) -> tuple[int, int]:

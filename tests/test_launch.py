@@ -1,7 +1,4 @@
 import os
-import platform
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -66,36 +63,3 @@ def test_without_a_gpu_mpi_is_not_given_one(monkeypatch):
     assert not cuda_probe.ask()
     monkeypatch.setattr(cuda_probe, "LIMIT_SECONDS", 0.01)
     assert not cuda_probe.ask()
-
-
-STEPS = """
-import resource
-from hpctrain import launch
-launch.keep_memory({environment})
-for step in range(12):
-    if step == 2:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [bytearray(1 << 20) + b"1" for _ in range(32)]
-    del blocks
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-@pytest.mark.parametrize(
-    ("environment", "keeps"),
-    [
-        ({}, True),
-        ({"MALLOC_ARENA_MAX": "2"}, False),
-        ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}, False),
-    ],
-)
-def test_memory_stays_with_the_process(environment, keeps):
-    """Pages that the kernel brings in a step that takes and frees 32 MiB: 8,192 are in them."""
-    program = STEPS.format(environment=environment)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    found = subprocess.run(
-        [sys.executable, "-c", program], env=clean, check=True, capture_output=True, text=True, timeout=60
-    )
-    pages = int(found.stdout)
-    assert pages < 100 if keeps else pages > 2000

@@ -163,6 +163,12 @@ def test_skips_to_later_stages_are_waited_for():
 def test_the_wire_and_slow_stages_count():
     quick = simulate(programs("1f1b", 2, 4), halved).seconds
     assert simulate(programs("1f1b", 2, 4), halved, wire=lambda *_: 0.5).seconds > quick
+    # four messages of 10 leave the first stage one behind the other, then four gradients come back so
+    queued = simulate(programs("gpipe", 2, 4), lambda *_: 1.0, wire=lambda *_: 10.0)
+    arrived = [
+        span.start for span in queued.spans if span.stage == 1 and isinstance(span.instruction, Forward)
+    ]
+    assert arrived == [11.0, 21.0, 31.0, 41.0]
     slow = simulate(programs("1f1b", 2, 4), lambda stage, i: (1.0 + stage) * unsplit(stage, i))
     assert slow.busy == [8.0, 16.0]
     assert slow.seconds == pytest.approx(1.0 + 16.0 + 1.0)

@@ -1,10 +1,8 @@
 """Where models are cut: by time measured on made-up numbers, under each rank's memory; the model stays as it is."""
 
 import re
-import resource
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from torch import library, nn
 from torch.nn.utils import parametrizations
 
-from hpctrain import gradient, room
+from hpctrain import gradient
 from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
@@ -413,31 +411,6 @@ def test_what_cannot_be_measured_is_estimated_on_all_ranks(world):
 )
 def test_an_optimizers_numbers(name, arguments, copies):
     assert state_copies(Optimizer(f"torch.optim.{name}", arguments)) == pytest.approx(copies, abs=0.01)
-
-
-def test_room_is_what_the_system_leaves(tmp_path, monkeypatch):
-    """Real limits of this process; control groups from files as the kernel writes them."""
-    machine = room.room(1)
-    assert 0 < machine < 1e15
-    assert room.room(4) < 0.5 * machine
-    for limit, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
-        before = resource.getrlimit(limit)
-        pages = int(Path("/proc/self/statm").read_text().split()[field])
-        try:
-            resource.setrlimit(limit, (pages * resource.getpagesize() + 2**28, before[1]))
-            assert 0 <= room.room(1) <= 2**28
-        finally:
-            resource.setrlimit(limit, before)
-    for folder, most, used in ((".", "max", 9), ("slurm", 10_000, 7_000), ("slurm/job", 6_000, 5_500)):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "memory.max").write_text(f"{most}\n")
-        (tmp_path / folder / "memory.current").write_text(f"{used}\n")
-        (tmp_path / folder / "memory.stat").write_text("anon 1\ninactive_file 400\n")
-    (tmp_path / "own").write_text("0::/slurm/job\n")
-    monkeypatch.setattr(room, "CGROUP", tmp_path)
-    monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "own")
-    assert sorted(room.of_groups()) == [900, 3_400]
-    assert room.room(2) == 450
 
 
 @pytest.mark.mpi

@@ -4,15 +4,15 @@ import os
 
 from mpi4py import MPI
 
-from hpctrain import launch
 from hpctrain.bench import allreduce, measure, pipeline, step
 from hpctrain.errors import ConfigError, nearest
+from hpctrain.room import keep_memory
 from hpctrain.topology import Topology
 
 
 def bench(what: str, cases: list[str] | None, as_json: bool, comm: MPI.Intracomm) -> str:
     """Measure on the ranks of `comm`; give the text. Collective."""
-    launch.keep_memory(os.environ)
+    keep_memory(os.environ)
     stages = comm.size if what == "pipeline" else 1
     with Topology.build(comm, stages, device="cpu") as topology:
         if what == "allreduce":

@@ -134,7 +134,7 @@ def measure(
     around: AbstractContextManager[Any],
     turn: tuple[int, int],
     limits: Callable[[], list[float]],
-) -> "Profile | Unmeasured":
+) -> Profile | Unmeasured:
     """Measure pieces, spread over the ranks; all ranks get the same, or why there is none. Collective.
 
     `around` is what the passes run under (autocast); `turn`: which of how many turns is this rank's, where
