@@ -234,6 +234,15 @@ def test_complex_numbers(world, shared_tmp, dtype):
     assert torch.equal(part, tensor.reshape(-1)[2:7])
 
 
+def test_numbers_that_a_tensor_holds_mirrored(world, tmp_path):
+    """Torch notes a conjugate or a sign beside the memory, and turns the numbers when they are read."""
+    mirrored = torch.randn(3, 4, dtype=torch.complex64).conj()
+    save.save(tmp_path, 1, [whole("w", mirrored), whole("part", mirrored.imag)], {}, world)
+    found = load.open_checkpoint(tmp_path / "step-00000001")
+    assert torch.equal(found.read("w"), mirrored)
+    assert torch.equal(found.read("part"), mirrored.imag)
+
+
 def most_resident(reset: bool) -> int:
     """Bytes of this process that were in memory at once, at most, since it was last reset."""
     if reset:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import library, nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain import gradient
 from hpctrain.averaging.groups import state_copies
@@ -167,11 +168,12 @@ def test_a_slow_rank_gets_less(world, monkeypatch):
 
 @pytest.mark.mpi
 def test_memory_moves_the_cut_warns_and_refuses(world, even):
-    """Four layers of 10 bytes of weights, with gradients and optimizer 40, each keeping 5 a micro-batch."""
+    """Four layers of 10 MiB of weights, with gradients and optimizer 40, each keeping 5 a micro-batch."""
+    mebi = 1 << 20
 
     def cut(limits, kept=(1, 1)):
-        with_limits = scales(world, limits=list(limits), kept=list(kept))
-        return choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), with_limits)
+        with_limits = scales(world, limits=[mebi * limit for limit in limits], kept=list(kept))
+        return choose(2, [1] * 4, [10 * mebi] * 4, works(1, 1, 1, 1, kept=5 * mebi), with_limits)
 
     assert cut([90, 90]).parts == [(0, 2), (2, 4)]
     assert not cut([90, 90]).said
@@ -180,13 +182,11 @@ def test_memory_moves_the_cut_warns_and_refuses(world, even):
     assert cut([90, 200], kept=(2, 1)).parts == [(0, 1), (1, 4)]
     assert cut([60, 60]).parts == [(0, 2), (2, 4)]
     assert (
-        "memory may run out: the model does not fit: its 4 layers need 180 bytes, 2 stages have 120"
+        "memory may run out: the model does not fit: its 4 layers need 180.0 MiB, 2 stages have 120.0"
         in cut([60, 60]).warned[0]
     )
     assert not cut([60, 60]).recompute
-    with pytest.raises(
-        ConfigError, match="the model does not fit: its 4 layers need 40 bytes, 2 stages have 30"
-    ):
+    with pytest.raises(ConfigError, match="fit: its 4 layers need 40.0 MiB, 2 stages have 30.0, and no cut"):
         cut([15, 15])
 
 
@@ -443,6 +443,23 @@ def test_what_a_piece_holds_is_counted():
     double = nn.Sequential(nn.Linear(512, 512), nn.Sigmoid(), nn.Linear(512, 512), nn.Sigmoid())
     found = profile.of_layers([double], torch.randn(64, 512), ())[0]()
     assert found.kept == 3 * size  # what each product is given, and the output
+
+
+def test_every_measured_pass_casts_the_weights():
+    """Autocast keeps a cast weight until it ends, which in a step is after each pass."""
+    casts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16:
+                casts.append(found.shape)
+            return found
+
+    measure, _ = layer(rows=8)
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        measure()
+    assert casts.count((512, 512)) == casts.count((8, 512)) > profile.REPEATS
 
 
 def test_memory_of_a_body_is_followed():

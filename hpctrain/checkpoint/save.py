@@ -82,7 +82,7 @@ def write_share(path: Path, pieces: list[Piece]) -> list[dict[str, Any]]:
     tensors, entries = {}, []
     for piece in pieces:
         key = f"{piece.name}[{piece.start}:{piece.stop}]"
-        flat = piece.tensor.detach().reshape(-1).contiguous().cpu()
+        flat = piece.tensor.detach().reshape(-1).contiguous().cpu().resolve_conj().resolve_neg()
         tensors[key] = torch.view_as_real(flat) if flat.is_complex() else flat
         entries.append(
             {

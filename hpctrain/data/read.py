@@ -38,6 +38,7 @@ class Reader:
         """Take an index; no file is opened yet."""
         self.index = index
         self._open: OrderedDict[str, h5py.File] = OrderedDict()
+        self._together: dict[tuple[str, str], tuple[int, int]] = {}
         self._turn = threading.Lock()
 
     def close(self) -> None:
@@ -66,14 +67,10 @@ class Reader:
         """Give how many rows a gap may have, and a block with gaps: by the layout in the first one's file."""
         if not len(ascending):
             return 0, 1
-        dataset = self._file(self.index.locate(int(ascending[0]))[0])[variable.path]
-        size = cost = max(1, math.prod(variable.shape) * np.dtype(variable.dtype).itemsize)
-        if dataset.chunks:
-            rows, *inner = dataset.chunks
-            bytes_of_one = math.prod(dataset.chunks) * dataset.dtype.itemsize
-            for_one = CHUNK_BYTES + (UNPACKED * bytes_of_one if dataset.compression else 0)
-            cost += for_one * math.prod(-(-n // c) for n, c in zip(dataset.shape[1:], inner)) // rows
-        return GAP_BYTES // cost, max(1, BLOCK_BYTES // size)
+        path = self.index.locate(int(ascending[0]))[0]
+        if (path, variable.path) not in self._together:
+            self._together[path, variable.path] = rows_together(self._file(path)[variable.path], variable)
+        return self._together[path, variable.path]
 
     def _refuse_fill(self, variable: Variable, samples: Ids, stored: NDArray[Any]) -> None:
         """Integers have no NaN: a missing one would pass as a number."""
@@ -117,6 +114,17 @@ class Reader:
             self._open.popitem(last=False)[1].close()
         self._open[path] = open_file(path)
         return self._open[path]
+
+
+def rows_together(dataset: h5py.Dataset, variable: Variable) -> tuple[int, int]:
+    """Give how many rows a gap may have, and a block with gaps, by a dataset's layout. Local."""
+    size = cost = max(1, math.prod(variable.shape) * np.dtype(variable.dtype).itemsize)
+    if dataset.chunks:
+        rows, *inner = dataset.chunks
+        bytes_of_one = math.prod(dataset.chunks) * dataset.dtype.itemsize
+        for_one = CHUNK_BYTES + (UNPACKED * bytes_of_one if dataset.compression else 0)
+        cost += for_one * math.prod(-(-n // c) for n, c in zip(dataset.shape[1:], inner)) // rows
+    return GAP_BYTES // cost, max(1, BLOCK_BYTES // size)
 
 
 def runs(ascending: Ids, starts: tuple[int, ...], gap: int, block: int) -> list[tuple[int, int]]:

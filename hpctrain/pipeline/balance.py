@@ -76,8 +76,8 @@ def partition(
     if best[layers] == math.inf:
         need, total = max(row[-1] for rows in held for row in rows), sum(room)
         raise ConfigError(
-            f"the model does not fit: its {layers} layers need {need:,.0f} bytes, {stages} stages have "
-            f"{total:,.0f}, and no cut between layers suits them: more stages, or smaller layers"
+            f"the model does not fit: its {layers} layers need {need / 2**20:,.1f} MiB, {stages} stages have "
+            f"{total / 2**20:,.1f}, and no cut between layers suits them: more stages, or smaller layers"
         )
     found, stop = [], layers
     for stage in reversed(range(stages)):
