@@ -9,6 +9,7 @@ pipeline stage to work that another rank does. So each call that draws first set
 down: the same ones, so that a stage which runs operators k, k + 1, … has the masks of one process.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from hpctrain.keys import key
+from hpctrain.modes import unlooking
 
 _DROPOUTS = {
     functional.dropout,
@@ -35,6 +37,7 @@ _AT_WILL = {
     "native_dropout",
 }
 """Operators and built-in functions (input, p, train)."""
+_BACKWARD = (torch.autograd.backward, torch.autograd.grad, torch.Tensor.backward)
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _ALWAYS = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
@@ -90,8 +93,8 @@ def set_generators(value: int) -> None:
 class Draws(TorchFunctionMode):
     """Entered for a forward: every call that draws gets its own numbers.
 
-    Inside a recomputed region nothing is set: recomputing it restores the generator as it was at the
-    region's start, and must meet the same draws.
+    Between draws the generator stands at the next one: what a model computes again for its backward
+    (`torch.utils.checkpoint`, say) restores it as it was at the start, and `DrawsAgain` knows it by its seed.
     """
 
     def __init__(self, stream: int, start: int = 0) -> None:
@@ -99,15 +102,61 @@ class Draws(TorchFunctionMode):
         super().__init__()
         self.stream, self.count = stream, start
 
+    def __enter__(self) -> "Draws":
+        """Stand at the first draw."""
+        seed(self.stream, self.count)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
-        """Set the generator before a call that draws."""
+        """Set the generator for a call that draws."""
         named = named or {}
-        if (
-            draws(function, arguments, named)
-            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        ):
-            seed(self.stream, self.count)
-            self.count += 1
-        return function(*arguments, **named)
+        if not draws(function, arguments, named):
+            return function(*arguments, **named)
+        self.count += 1
+        return drawn(self.stream, self.count - 1, function, arguments, named)
+
+
+class DrawsAgain(TorchFunctionMode):
+    """Entered for a backward: what it computes again draws the numbers of the forward, one after another.
+
+    It sets the generator back to where its region began; that seed says which draw comes next.
+    """
+
+    def __init__(self, stream: int, count: int) -> None:
+        """Take the stream's key and how many numbers were drawn."""
+        super().__init__()
+        self.stream, self.count = stream, count
+        self._numbers: dict[int, int] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Set the generator for a call that draws, if it stands at a draw of the forward."""
+        named = named or {}
+        if function in _BACKWARD:  # the one that this is entered for, or one inside of it
+            with self:
+                return unlooking(function)(*arguments, **named)
+        if not draws(function, arguments, named):
+            return function(*arguments, **named)
+        if not self._numbers:
+            self._numbers = {key(self.stream, number) >> 1: number for number in range(self.count)}
+        number = self._numbers.get(torch.default_generator.initial_seed())
+        if number is None:  # a draw of the backward's own
+            return function(*arguments, **named)
+        return drawn(self.stream, number, function, arguments, named)
+
+
+def drawn(stream: int, number: int, function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Call what takes draw `number` of a stream; the generator stands at the next one behind it. Local."""
+    seed(stream, number)
+    found = function(*arguments, **named)
+    seed(stream, number + 1)
+    return found
+
+
+def again(stream: int, count: int) -> AbstractContextManager[Any]:
+    """Give what the backward of a forward with so many draws runs under."""
+    return DrawsAgain(stream, count) if count else nullcontext()

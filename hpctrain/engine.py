@@ -28,7 +28,7 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data import order
 from hpctrain.data.loader import Step
-from hpctrain.draws import Draws, set_generators
+from hpctrain.draws import Draws, again, set_generators
 from hpctrain.errors import DivergedError, HpctrainError, RankError
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.keys import key
@@ -92,6 +92,8 @@ class Engine:
         self.named = models.by_name(self.module, self.names)
         self.straight = StraightIntoPlace(self.module, self.averager.places)
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
+        self._drawn = 0, 0
+        """Stream of the latest forward, and how many numbers it drew."""
         self._read, self._ended, self._stepped = 0.0, 0.0, False
         self.waited = 0.0
         """Seconds that the step's passes waited for other stages."""
@@ -193,7 +195,7 @@ class Engine:
             self._losses[instruction.micro_batch] = self._forward(number, instruction.micro_batch, batch)
         elif isinstance(instruction, Backward):
             total, weight = self._losses.pop(instruction.micro_batch)
-            with self.straight.accumulating():
+            with self.straight.accumulating(), again(*self._drawn):
                 torch.autograd.backward(total)
             if self.on_gradient:
                 self.on_gradient(instruction.micro_batch)
@@ -225,8 +227,10 @@ class Engine:
 
     def _loss(self, batch: Batch, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = batch.to(self.topology.device)
-        with self._precision(), nullcontext() if self.straight.compiled else Draws(stream):
+        drawing = Draws(stream)
+        with self._precision(), nullcontext() if self.straight.compiled else drawing:
             outputs = models.call(self.module, on_device.inputs, self.named)
+        self._drawn = stream, drawing.count
         return self.loss(to_float(outputs), on_device)
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from hpctrain import products
 from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
+from hpctrain.modes import unlooking
 from hpctrain.products import LaidWeights
 
 SMALLEST = 2**17
@@ -297,12 +297,6 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     smallest = {True: SMALLEST_FILTER, False: SMALLEST}
     found = (w for w in weights if isinstance(w, torch.Tensor) and w.is_leaf and w.is_floating_point())
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
-
-
-def unlooking(function: Any) -> Any:
-    """Give a Python function of torch, as it is now, that does not ask for a mode; what it calls does."""
-    own = {**function.__globals__, "has_torch_function": lambda _: False}
-    return FunctionType(function.__code__, own, function.__name__, function.__defaults__)
 
 
 def _linear_arguments(

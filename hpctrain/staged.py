@@ -16,7 +16,7 @@ import torch
 from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
-from hpctrain.draws import set_generators
+from hpctrain.draws import again, set_generators
 from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
 from hpctrain.errors import HpctrainError, RankError
 from hpctrain.keys import key
@@ -192,7 +192,8 @@ class StagedEngine(Engine):
                 stage.again(v, part)
         if v == self._last_backward:
             self.averager.last_backward(self.parameters[virtual] if virtual else None)
-        with self.straight.accumulating(v if waits else -1):
+        kept = stage.kept[v]
+        with self.straight.accumulating(v if waits else -1), again(kept.stream, kept.draws):
             stage.backward(v, total)
         if total is not None:
             self._joining[v] = float(total.detach()), weight

@@ -6,6 +6,7 @@ from helpers import Net
 from mpi4py import MPI
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 class Row(nn.Sequential):
@@ -703,3 +704,33 @@ def parametrised_row(in_features: int, out_features: int) -> nn.Sequential:
     layers = list(Row(in_features, out_features))
     layers[3] = nn.utils.parametrizations.weight_norm(layers[3])
     return nn.Sequential(*layers)
+
+
+class Again(nn.Module):
+    """Computes its activations anew for the backward, and draws twice for them."""
+
+    def __init__(self, width: int, reentrant: bool):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.3), nn.Tanh(), nn.Dropout(0.2))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return x + checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def again_row(in_features: int, out_features: int, width: int = 64) -> nn.Sequential:
+    blocks = [Again(width, False), Again(width, True), Again(width, True), Again(width, False)]
+    return nn.Sequential(
+        nn.Linear(in_features, width), nn.Dropout(0.1), *blocks, nn.Linear(width, out_features)
+    )
+
+
+class AgainGraph(nn.Module):
+    """The same, by the graph."""
+
+    def __init__(self, in_features: int, out_features: int, width: int = 64):
+        super().__init__()
+        self.row = again_row(in_features, out_features, width)
+
+    def forward(self, x):
+        return self.row(x)

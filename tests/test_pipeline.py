@@ -454,7 +454,12 @@ def test_all_start_alike_where_no_seed_reaches(world, build):
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("model", "schedule"),
-    [*((m, "1f1b") for m in MODELS if m not in TIED), ("plain_row", "zb-h1"), ("Skips", "gpipe")],
+    [
+        *((m, "1f1b") for m in MODELS if m not in TIED),
+        ("plain_row", "zb-h1"),
+        ("Skips", "gpipe"),
+        ("again_row", "1f1b"),
+    ],
 )
 def test_forwards_that_run_again_keep_the_bits(world, build, waits, monkeypatch, model, schedule):
     """Dropout, running statistics and all; and a stage that lets go keeps no graph."""
@@ -533,6 +538,15 @@ def has_bits_of_one_process(world, job, model):
     owned = [name for share in world.allgather(sorted(mine)) for name in share]
     assert len(owned) == len(set(owned))
     assert set(owned) == set(state)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["again_row", "AgainGraph"])
+def test_what_the_model_itself_computes_again_has_the_bits_of_one_process(world, build, waits, model):
+    """In layers as it is; among operators once, by the kernels that one process takes there."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    has_bits_of_one_process(world, build(model, world.size, micro_batches=5), model)
 
 
 @pytest.mark.mpi

@@ -16,11 +16,20 @@ SEEN: dict[Any, Callable[..., torch.Tensor]] = {
 """What the gradient's mode watches, with the arguments of the operator."""
 
 
-def called(target: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Call an operator as a module would: through the functions that the gradient's mode watches. Local."""
-    if target in SEEN:
+RECOMPUTED = "recomputed by the model"
+"""Mark of an operator inside `torch.utils.checkpoint`."""
+
+
+def called(node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Call an operator as a module would: through the functions that the gradient's mode watches. Local.
+
+    Where the model has activations computed again, that mode leaves all to torch.
+    """
+    target: Any = node.target
+    ours = RECOMPUTED not in node.meta.get("custom", {})
+    if ours and target in SEEN:
         return SEEN[target](*arguments, **named)
-    if target is torch.ops.aten.embedding.default:
+    if ours and target is torch.ops.aten.embedding.default:
         weight, indices, *rest = arguments
         padding = rest[0] if rest and rest[0] >= 0 else None
         if not any(rest[1:]):

@@ -340,7 +340,7 @@ def of_operators(
         env.update({name: _pytree.tree_map_only(torch.Tensor, torch.clone, given[name]) for name in moved})
         for node in nodes:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n.name])
-            env[node.name] = called(node.target, arguments, named)
+            env[node.name] = called(node, arguments, named)
         leaves = [n for n in nodes if not n.users or any(user.name not in inside for user in n.users)]
         return [env[node.name] for node in leaves]
 

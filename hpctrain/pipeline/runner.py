@@ -70,7 +70,7 @@ class Runner:
             owner = self.module.get_submodule(path_of(node))
             if isinstance(owner, _BatchNorm):
                 return normalise(owner, arguments[0])
-        return called(node.target, arguments, named)
+        return called(node, arguments, named)
 
 
 def place_of(node: fx.Node) -> str:

@@ -8,17 +8,19 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.operators import path_of
+from hpctrain.pipeline.operators import RECOMPUTED, path_of
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -71,9 +73,10 @@ class Writer:
             }
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         try:
-            with warnings.catch_warnings(), quiet(), own_gradients_refused(self.skeleton):
+            with warnings.catch_warnings(), quiet(), own_gradients_refused(self.skeleton), Regions():
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
-                program = torch.export.export(self.skeleton, *arguments, strict=False)
+                with fx.traceback.preserve_node_meta():  # what is marked
+                    program = torch.export.export(self.skeleton, *arguments, strict=False)
         except Exception as error:
             line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
             if "more than 1 value per channel" in line:
@@ -173,6 +176,10 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
     apply, register_hook = vars(function)["apply"], tensor.register_hook
 
     def applied(cls: type, *args: Any, **named: Any) -> Any:
+        if cls is CheckpointFunction:  # written down, its inside would have no gradient
+            _, _, *given = args
+            with marked():
+                return args[0](*given)
         if cls.__module__.split(".")[0] == "torch":
             return apply.__func__(cls, *args, **named)
         raise NotImplementedError(
@@ -190,6 +197,24 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
+
+
+class Regions(TorchFunctionMode):
+    """Entered while a forward is written down: marks what stands in a region of torch.utils.checkpoint."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Mark what runs under hooks on saved tensors."""
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        with marked() if hooked else nullcontext():
+            return function(*arguments, **(named or {}))
+
+
+def marked() -> AbstractContextManager[Any]:
+    """Mark the operators that are written down in the body, if this torch can. Local."""
+    annotate = getattr(fx.traceback, "annotate", None)
+    return annotate({RECOMPUTED: True}) if annotate else nullcontext()
 
 
 @contextmanager
