@@ -297,12 +297,17 @@ def bench(words: list[str]) -> int:
         help="which to measure, may be repeated, all by default; of allreduce: bytes; of step: a model's "
         "name; of pipeline: mlp m=8, mlp m=16, mlp m=32, transformer m=8, cnn m=8, emulated m=8",
     )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="how often each is timed in turn: few for a look, many on an uneven machine",
+    )
     found = parse_words(parser, words)
 
     def work(world: "MPI.Intracomm") -> int:
         from hpctrain.bench import run
 
-        text = run.bench(found.what, found.case, found.json, world)
+        text = run.bench(found.what, found.case, found.json, world, found.rounds)
         if world.rank == 0:
             print(text)
         return 0

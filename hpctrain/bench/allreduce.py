@@ -24,12 +24,14 @@ SIZES = [1 << bits for bits in (12, 14, 16, 18, 20, 22, 24, 26, 28)]
 """Bytes of float32, from 4 KiB to 256 MiB."""
 
 
-def bench(topology: Topology, sizes: list[int] | None = None) -> list[dict[str, Any]]:
+def bench(
+    topology: Topology, sizes: list[int] | None = None, rounds: int | None = None
+) -> list[dict[str, Any]]:
     """Measure every size. Collective."""
-    return each(topology, sizes or SIZES, one_size)
+    return each(topology, sizes or SIZES, one_size, rounds)
 
 
-def one_size(topology: Topology, size: int) -> dict[str, Any]:
+def one_size(topology: Topology, size: int, rounds: int | None) -> dict[str, Any]:
     """Measure one size; every contender's result is checked first."""
     comm = topology.comms.world
     count = size // 4
@@ -74,7 +76,7 @@ def one_size(topology: Topology, size: int) -> dict[str, Any]:
         "gloo": lambda: dist.all_reduce(gloo),
         "limit": limit,
     }
-    rounds = 41 if size <= 1 << 24 else 15
+    rounds = rounds or (41 if size <= 1 << 24 else 15)
     times = alternate(comm, contenders, rounds, repeats=max(1, min(50, (1 << 22) // size)))
     assert bool((out == expected).all())
     medium.close()

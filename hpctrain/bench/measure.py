@@ -36,7 +36,7 @@ def alternate(
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     one_clock = node.size == comm.size
     node.Free()
-    for _ in range(WARM_UP):
+    for _ in range(min(WARM_UP, rounds)):
         for work in contenders.values():
             comm.Barrier()
             work()
@@ -55,15 +55,18 @@ def alternate(
 
 
 def each(
-    topology: Topology, cases: Sequence[C], one: Callable[[Topology, C], dict[str, Any]]
+    topology: Topology,
+    cases: Sequence[C],
+    one: Callable[[Topology, C, int | None], dict[str, Any]],
+    rounds: int | None,
 ) -> list[dict[str, Any]]:
-    """Measure case by case, with Gloo for the peers. Collective."""
+    """Measure case by case, with Gloo for the peers, in so many rounds or its own number. Collective."""
     comm = topology.comms.world
     torch.set_num_threads(topology.threads)
     start_gloo(comm)
     rows = []
     for case in cases:
-        rows.append(one(topology, case))
+        rows.append(one(topology, case, rounds))
         say(comm, f"{rows[-1]['case']} done")
     dist.destroy_process_group()
     return rows

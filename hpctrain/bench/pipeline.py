@@ -59,14 +59,16 @@ AWAKE = (
 """Left out where layers sleep."""
 
 
-def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, Any]]:
+def bench(
+    topology: Topology, cases: list[str] | None = None, rounds: int | None = None
+) -> list[dict[str, Any]]:
     """Measure every case, one stage a rank. Collective."""
     if topology.stages == 1:
         raise ConfigError("bench pipeline measures stages: start it on 2 ranks or more (mpirun -n 2)")
-    return each(topology, cases or list(CASES), one_case)
+    return each(topology, cases or list(CASES), one_case, rounds)
 
 
-def one_case(topology: Topology, name: str) -> dict[str, Any]:
+def one_case(topology: Topology, name: str, rounds: int | None) -> dict[str, Any]:
     """Measure one model."""
     comm, case = topology.comms.world, CASES[name]
     emulated.slept.clear()
@@ -85,7 +87,7 @@ def one_case(topology: Topology, name: str) -> dict[str, Any]:
         contenders["alone"] = alone_step(topology, case, x, y)
         contenders["limit"] = limit_step(topology, engines["ours"][1], case, x)
         contenders["autograd_limit"] = limit_step(topology, engines["ours_autograd"][1], case, x)
-    times = alternate(comm, contenders, emulated.ROUNDS if case.sleeps else ROUNDS)
+    times = alternate(comm, contenders, rounds or (emulated.ROUNDS if case.sleeps else ROUNDS))
     if case.sleeps:
         times |= simulated(topology, case)
     else:
@@ -128,7 +130,7 @@ def simulated(topology: Topology, case: Case) -> dict[str, list[float]]:
             expected = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
             found[f"simulated_{ours}"] = expected.seconds
     found["work"] = emulated.work(topology.stages, case.micro_batches, stretch)
-    return {who: [seconds] * emulated.ROUNDS for who, seconds in found.items()}
+    return {who: [seconds, seconds] for who, seconds in found.items()}
 
 
 def our_step(

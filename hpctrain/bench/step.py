@@ -73,12 +73,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def bench(topology: Topology, cases: list[str] | None = None) -> list[dict[str, Any]]:
+def bench(
+    topology: Topology, cases: list[str] | None = None, rounds: int | None = None
+) -> list[dict[str, Any]]:
     """Measure every case. Collective."""
-    return each(topology, cases or list(CASES), one_case)
+    return each(topology, cases or list(CASES), one_case, rounds)
 
 
-def one_case(topology: Topology, case: str) -> dict[str, Any]:
+def one_case(topology: Topology, case: str, rounds: int | None) -> dict[str, Any]:
     """Measure one model; the batch is each rank's."""
     comm = topology.comms.world
     make, shape = CASES[case]
@@ -95,7 +97,7 @@ def one_case(topology: Topology, case: str) -> dict[str, Any]:
         "ddp_foreach": ddp_step(models[2], x, foreach=True),
         "limit": bare_step(models[3], x),
     }
-    return row(case, comm.size, size * 4, alternate(comm, contenders, ROUNDS))
+    return row(case, comm.size, size * 4, alternate(comm, contenders, rounds or ROUNDS))
 
 
 def our_step(topology: Topology, model: nn.Module, x: torch.Tensor) -> Callable[[], None]:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+FEW = ("--rounds", "2")
+
 
 def test_allreduce_prints_one_object_with_every_peer(launcher):
     ended = launcher.ranks(2, "bench", "allreduce", "--json", "--case", "4096", "--case", "65536")
@@ -21,11 +23,11 @@ def test_allreduce_prints_one_object_with_every_peer(launcher):
 
 
 def test_step_measures_ddp_beside_ours(launcher):
-    ended = launcher.ranks(2, "bench", "step", "--json", "--case", "cnn batch=16")
+    ended = launcher.ranks(2, "bench", "step", "--json", "--case", "cnn batch=16", *FEW)
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
     assert set(row["seconds"]) == {"ours", "ddp_fused", "ddp_foreach", "limit"}
-    table = launcher.ranks(1, "bench", "step", "--case", "cnn batch=16")
+    table = launcher.ranks(1, "bench", "step", "--case", "cnn batch=16", *FEW)
     assert table.status == 0, table.text
     assert table.out.startswith("cnn batch=16 ")
 
@@ -34,13 +36,16 @@ def test_wrong_cases_are_named(launcher):
     ended = launcher.ranks(2, "bench", "step", "--case", "17M batch=61")
     assert ended.status == 2
     assert ended.text.count("--case '17M batch=61' is no case: did you mean 17M batch=") == 1
+    ended = launcher.ranks(1, "bench", "step", "--rounds", "1")
+    assert ended.status == 2
+    assert "--rounds 1: two or more were expected" in ended.err
     ended = launcher.ranks(2, "bench", "allreduce", "--case", "1000")
     assert ended.status == 2
     assert "--case 1000: bytes, a multiple of 4096, were expected" in ended.err
 
 
 def test_pipeline_measures_torchs_own_beside_ours(launcher):
-    ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8")
+    ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8", *FEW)
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
     ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved", "ours_plain", "ours_autograd"}
@@ -49,7 +54,7 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
     assert seconds["bubble"] == pytest.approx(seconds["alone"] / 2 * 9 / 8)
     assert seconds["limit"] == pytest.approx(seconds["work"] * 9 / 8)
-    sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8")
+    sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8", *FEW)
     assert sleeping.status == 0, sleeping.text
     (row,) = json.loads(sleeping.out)["rows"]
     seconds = row["seconds"]
