@@ -15,26 +15,24 @@ In a pipeline what linear layers and convolutions compute for their weights may 
 that another stage waits for leaves first; there products of several micro-batches may also become
 one (`fast`): the weight's memory is passed over once for all of them, but the sum has another order.
 
-The user's module is not touched: while the forward runs, a torch-function mode sees each call of
-`functions.py`'s layers whose weight has a place. Everything that could tell the difference
+The user's module is not touched: while the forward runs, others stand in `torch.nn.functional`, which take
+each call of `functions.py`'s layers whose weight has a place. Everything that could tell the difference
 takes autograd's own way: hooks on the weight, gradients of gradients, `torch.autograd.grad` in
-the user's code, autocast, functorch, small weights.
+the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from hpctrain import products
 from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
-from hpctrain.modes import unlooking
+from hpctrain.modes import replaced
 from hpctrain.products import LaidWeights
 
 SMALLEST = 2**17
@@ -54,7 +52,9 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """Names of the weights that are seen."""
 
-CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TAKEN = ("linear", "embedding", *CONVOLUTIONS)
+"""Functions of `torch.nn.functional` whose calls are seen."""
 
 
 class Places(Protocol):
@@ -82,12 +82,11 @@ class Waiting:
     work: Work
 
 
-class StraightIntoPlace(TorchFunctionMode):
-    """Entered for the forward; `accumulating` is entered for the backward that fills the places."""
+class StraightIntoPlace:
+    """`forward` is entered for the forward, `accumulating` for the backward that fills the places."""
 
     def __init__(self, module: nn.Module, places: Places, fast: bool = False) -> None:
         """Take what gives places; `fast`: products that wait may become one, in another order of sums."""
-        super().__init__()
         self._places, self.fast = places, fast
         self.laid, self.by_onednn = LaidWeights(), False
         """Weights laid for a step's products; whether oneDNN may compute them, asked at each forward."""
@@ -102,8 +101,15 @@ class StraightIntoPlace(TorchFunctionMode):
         """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
         another, and those of which the user of this was told."""
         self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
-        """Whether part of the module is compiled: no mode can look inside."""
+        """Whether part of the module is compiled: nothing can look inside."""
         self.weights = seen(module)
+        self._modes = 0
+        """Modes that are on when a forward begins."""
+        self._taking: dict[str, Callable[..., torch.Tensor]] = {
+            "linear": self._linear,
+            "embedding": self._embedding,
+            **dict.fromkeys(CONVOLUTIONS, self._convolution),
+        }
 
     def never_later(self, parameters: Iterable[torch.Tensor]) -> None:
         """Let what these add to their gradients never wait: for them a split backward is too dear. Local."""
@@ -116,7 +122,8 @@ class StraightIntoPlace(TorchFunctionMode):
             yield
             return
         self.by_onednn = products.allowed()
-        with self:
+        self._modes = torch._C._len_torch_function_stack()
+        with replaced(self._taking):
             yield
 
     @contextmanager
@@ -173,43 +180,43 @@ class StraightIntoPlace(TorchFunctionMode):
                 if not self._owed[one]:
                     self._places.caught_up(one)
 
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
-    ) -> Any:
-        """Take the layers of a managed weight; let everything else pass."""
-        if function is functional.linear and torch.is_grad_enabled():
-            x, weight, bias = _linear_arguments(*arguments, **(named or {}))
-            if id(weight) in self.weights and weight.requires_grad and _plain(x, weight):
-                return Linear.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
-        if function is functional.embedding and torch.is_grad_enabled():
-            indices, weight, padding, special = _embedding_arguments(*arguments, **(named or {}))
-            managed = id(weight) in self.weights and weight.requires_grad
-            if managed and not special and _plain(weight, weight):
-                return Embedding.apply(weight, indices, padding, self)  # type: ignore[no-untyped-call]
-        if function in CONVOLUTIONS and torch.is_grad_enabled():
-            taken = self._convolution(function, *arguments, **(named or {}))
-            if taken is not None:
-                return taken
-        if function is functional.multi_head_attention_forward:
-            with self:  # its linear layers are to be seen, too
-                return unlooking(function)(*arguments, **(named or {}))
-        return function(*arguments, **(named or {}))
+    def _takes(self, x: torch.Tensor, weight: Any) -> bool:
+        """Whether a call of a layer is taken. Local."""
+        managed = id(weight) in self.weights and weight.requires_grad and torch.is_grad_enabled()
+        return managed and _plain(x, weight) and torch._C._len_torch_function_stack() <= self._modes + 1
+
+    def _linear(
+        self, function: Any, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not self._takes(input, weight):
+            return function(input, weight, bias)  # type: ignore[no-any-return]
+        with torch._C.DisableTorchFunction():
+            return Linear.apply(input, weight, bias, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _embedding(
+        self, function: Any, input: torch.Tensor, weight: Any, padding_idx: int | None = None,
+        max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        special = max_norm is not None or scale_grad_by_freq or sparse
+        if special or not self._takes(weight, weight) or not -len(weight) <= (padding_idx or 0) < len(weight):
+            rest = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+            return function(input, weight, *rest)  # type: ignore[no-any-return]
+        padding = -1 if padding_idx is None else padding_idx % len(weight)
+        with torch._C.DisableTorchFunction():
+            return Embedding.apply(weight, input, padding, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def _convolution(
         self, function: Any, input: torch.Tensor, weight: Any, bias: Any = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
-    ) -> torch.Tensor | None:  # fmt: skip
-        managed = id(weight) in self.weights and weight.requires_grad
-        if not managed or input.ndim != weight.ndim or not _plain(input, weight):
-            return None
-        sizes = [
-            [size] * (weight.ndim - 2) if isinstance(size, int) else size
-            for size in (stride, padding, dilation)
-        ]
-        if not all(isinstance(size, (list, tuple)) and all(type(n) is int for n in size) for size in sizes):
-            return None
+    ) -> torch.Tensor:  # fmt: skip
+        sizes = [[n] * (weight.ndim - 2) if isinstance(n, int) else n for n in (stride, padding, dilation)]
+        plain = all(isinstance(n, (list, tuple)) and all(type(m) is int for m in n) for n in sizes)
+        if not plain or input.ndim != weight.ndim or not self._takes(input, weight):
+            return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
         geometry = list(sizes[0]), list(sizes[1]), list(sizes[2]), groups
-        return Convolution.apply(function, input, weight, bias, geometry, self)  # type: ignore[no-any-return, no-untyped-call]
+        with torch._C.DisableTorchFunction():
+            return Convolution.apply(function, input, weight, bias, geometry, self)  # type: ignore[no-any-return, no-untyped-call]
 
     @property
     def filling(self) -> bool:
@@ -297,28 +304,6 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     smallest = {True: SMALLEST_FILTER, False: SMALLEST}
     found = (w for w in weights if isinstance(w, torch.Tensor) and w.is_leaf and w.is_floating_point())
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
-
-
-def _linear_arguments(
-    input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
-    return input, weight, bias
-
-
-def _embedding_arguments(
-    input: torch.Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> tuple[torch.Tensor, Any, int, bool]:
-    """Give indices, weight, the padding row (-1: none) and whether the call is a special one."""
-    special = max_norm is not None or scale_grad_by_freq or sparse
-    if padding_idx is None:
-        return input, weight, -1, special
-    return input, weight, padding_idx % len(weight), special or not -len(weight) <= padding_idx < len(weight)
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ from helpers import Net
 from mpi4py import MPI
 from torch import nn
 from torch.nn import functional
+from torch.nn.functional import linear as own_linear
 from torch.utils.checkpoint import checkpoint
 
 
@@ -734,3 +735,16 @@ class AgainGraph(nn.Module):
 
     def forward(self, x):
         return self.row(x)
+
+
+class Bound(nn.Module):
+    """Calls torch's function by a name of its own, where nobody sees it, and by a layer."""
+
+    def __init__(self, in_features: int, out_features: int, width: int = 64):
+        super().__init__()
+        self.first, self.last = nn.Linear(in_features, width), nn.Linear(width, out_features)
+        self.unseen, self.seen = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        x = own_linear(torch.tanh(self.first(x)), self.unseen.weight, self.unseen.bias)
+        return self.last(torch.tanh(self.seen(torch.tanh(x))))

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain import gradient, products
 from hpctrain.averaging.across import Bucket
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.space import deal
+from hpctrain.draws import Draws
 from hpctrain.gradient import StraightIntoPlace
 
 
@@ -168,6 +170,25 @@ def test_functorch_autocast_and_evaluation_take_their_own_way():
         assert module(x).dtype == torch.bfloat16
     with straight.forward(), torch.no_grad():
         assert not module(x).requires_grad
+
+
+def test_a_mode_of_the_users_sees_the_layers():
+    """Inside a forward, with one of ours beside it."""
+    seen = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), named=None):
+            seen.append(function)
+            return function(*arguments, **(named or {}))
+
+    module, linear = make(), functional.linear
+    straight = StraightIntoPlace(module, Owner(module))
+    with straight.forward(), Draws(1), Watching():
+        assert "Linear" not in type(module(torch.randn(4, 6)).grad_fn).__name__
+    assert linear in seen
+    assert functional.linear is linear
+    with straight.forward(), Draws(1):
+        assert functional.linear.__name__ == linear.__name__
 
 
 def test_a_frozen_weight_and_a_frozen_bias():

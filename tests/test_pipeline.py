@@ -541,11 +541,11 @@ def has_bits_of_one_process(world, job, model):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("model", ["again_row", "AgainGraph"])
-def test_what_the_model_itself_computes_again_has_the_bits_of_one_process(world, build, waits, model):
-    """In layers as it is; among operators once, by the kernels that one process takes there."""
-    if world.size not in layouts(world.size):
-        pytest.skip("as many stages as ranks, two at least")
+@pytest.mark.parametrize("model", ["again_row", "AgainGraph", "Bound"])
+def test_what_our_own_ways_do_not_see_has_the_bits_of_one_process(world, build, waits, model):
+    """What a model computes again itself, in layers or among operators, and what it calls by names of its own."""
+    if world.size not in layouts(world.size) or (model == "Bound" and world.size > 3):
+        pytest.skip("as many stages as ranks, two at least; four pieces")
     has_bits_of_one_process(world, build(model, world.size, micro_batches=5), model)
 
 

@@ -1,35 +1,33 @@
 """What the operators of a written-down forward say of themselves: place, aliases, work; how one is called."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional
 
-SEEN: dict[Any, Callable[..., torch.Tensor]] = {
-    torch.ops.aten.linear.default: functional.linear,
-    torch.ops.aten.conv1d.default: functional.conv1d,
-    torch.ops.aten.conv2d.default: functional.conv2d,
-    torch.ops.aten.conv3d.default: functional.conv3d,
+SEEN = {
+    torch.ops.aten.linear.default: "linear",
+    torch.ops.aten.conv1d.default: "conv1d",
+    torch.ops.aten.conv2d.default: "conv2d",
+    torch.ops.aten.conv3d.default: "conv3d",
 }
-"""What the gradient's mode watches, with the arguments of the operator."""
+"""By operator: the function of `torch.nn.functional` with the same arguments whose calls `gradient` takes."""
 
 
-RECOMPUTED = "recomputed by the model"
-"""Mark of an operator inside `torch.utils.checkpoint`."""
+TAKEN = "called in torch.nn.functional"
+"""Mark of an operator whose call `gradient` would take in one process."""
+MARKS = hasattr(fx.traceback, "annotate")
+"""Whether this torch can mark operators; else all are held for such."""
 
 
 def called(node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Call an operator as a module would: through the functions that the gradient's mode watches. Local.
-
-    Where the model has activations computed again, that mode leaves all to torch.
-    """
+    """Call an operator as the module would: through what `gradient` takes, where it would. Local."""
     target: Any = node.target
-    ours = RECOMPUTED not in node.meta.get("custom", {})
-    if ours and target in SEEN:
-        return SEEN[target](*arguments, **named)
-    if ours and target is torch.ops.aten.embedding.default:
+    taken = not MARKS or TAKEN in node.meta.get("custom", {})
+    if taken and target in SEEN:
+        return getattr(functional, SEEN[target])(*arguments, **named)
+    if taken and target is torch.ops.aten.embedding.default:
         weight, indices, *rest = arguments
         padding = rest[0] if rest and rest[0] >= 0 else None
         if not any(rest[1:]):

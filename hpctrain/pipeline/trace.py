@@ -8,19 +8,20 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.operators import RECOMPUTED, path_of
+from hpctrain.gradient import TAKEN as CALLED
+from hpctrain.modes import replaced
+from hpctrain.pipeline.operators import MARKS, TAKEN, path_of
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -73,7 +74,12 @@ class Writer:
             }
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         try:
-            with warnings.catch_warnings(), quiet(), own_gradients_refused(self.skeleton), Regions():
+            with (
+                warnings.catch_warnings(),
+                quiet(),
+                own_gradients_refused(self.skeleton),
+                replaced(dict.fromkeys(CALLED, marked)),
+            ):
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
                 with fx.traceback.preserve_node_meta():  # what is marked
                     program = torch.export.export(self.skeleton, *arguments, strict=False)
@@ -177,9 +183,9 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
 
     def applied(cls: type, *args: Any, **named: Any) -> Any:
         if cls is CheckpointFunction:  # written down, its inside would have no gradient
-            _, _, *given = args
-            with marked():
-                return args[0](*given)
+            run, _, *given = args
+            with torch.autograd.graph.saved_tensors_hooks(same, same):  # as the other kind of it
+                return run(*given)
         if cls.__module__.split(".")[0] == "torch":
             return apply.__func__(cls, *args, **named)
         raise NotImplementedError(
@@ -199,22 +205,17 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
         function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
 
 
-class Regions(TorchFunctionMode):
-    """Entered while a forward is written down: marks what stands in a region of torch.utils.checkpoint."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
-    ) -> Any:
-        """Mark what runs under hooks on saved tensors."""
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        with marked() if hooked else nullcontext():
-            return function(*arguments, **(named or {}))
+def same(tensor: torch.Tensor) -> torch.Tensor:
+    """Give what came."""
+    return tensor
 
 
-def marked() -> AbstractContextManager[Any]:
-    """Mark the operators that are written down in the body, if this torch can. Local."""
-    annotate = getattr(fx.traceback, "annotate", None)
-    return annotate({RECOMPUTED: True}) if annotate else nullcontext()
+def marked(function: Any, *arguments: Any, **named: Any) -> Any:
+    """Call a function that `gradient` takes, and mark its operator where it would. Local."""
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    taken = MARKS and not hooked and torch.is_grad_enabled()
+    with fx.traceback.annotate({TAKEN: True}) if taken else nullcontext():
+        return function(*arguments, **named)
 
 
 @contextmanager
