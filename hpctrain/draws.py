@@ -46,6 +46,11 @@ _ALWAYS = {
 }  # fmt: skip
 
 
+MOST_KNOWN = 4096
+_NEVER: set[Any] = set()
+"""Functions that take none, whatever they are given: a forward calls few others."""
+
+
 def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
     """Whether a call takes random numbers. Pure."""
     if function in _DROPOUTS:
@@ -71,7 +76,11 @@ def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> b
         numbers = [a for a in arguments if isinstance(a, float)]
         flags = [a for a in arguments if isinstance(a, bool)]
         return bool(numbers and numbers[0] > 0 and len(flags) > 1 and flags[1])
-    return name in _ALWAYS
+    if name in _ALWAYS:
+        return True
+    if len(_NEVER) < MOST_KNOWN:
+        _NEVER.add(function)
+    return False
 
 
 def _argument(arguments: tuple[Any, ...], named: dict[str, Any], at: int, name: str, default: Any) -> Any:
@@ -113,7 +122,7 @@ class Draws(TorchFunctionMode):
     ) -> Any:
         """Set the generator for a call that draws."""
         named = named or {}
-        if not draws(function, arguments, named):
+        if function in _NEVER or not draws(function, arguments, named):
             return function(*arguments, **named)
         self.count += 1
         return drawn(self.stream, self.count - 1, function, arguments, named)

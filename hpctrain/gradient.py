@@ -22,7 +22,7 @@ the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from torch import nn
 
 from hpctrain import products
 from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
-from hpctrain.modes import replaced
+from hpctrain.modes import Replaced
 from hpctrain.products import LaidWeights
 
 SMALLEST = 2**17
@@ -105,11 +105,8 @@ class StraightIntoPlace:
         self.weights = seen(module)
         self._modes = 0
         """Modes that are on when a forward begins."""
-        self._taking: dict[str, Callable[..., torch.Tensor]] = {
-            "linear": self._linear,
-            "embedding": self._embedding,
-            **dict.fromkeys(CONVOLUTIONS, self._convolution),
-        }
+        convolutions = dict.fromkeys(CONVOLUTIONS, self._convolution)
+        self._taking = Replaced({"linear": self._linear, "embedding": self._embedding, **convolutions})
 
     def never_later(self, parameters: Iterable[torch.Tensor]) -> None:
         """Let what these add to their gradients never wait: for them a split backward is too dear. Local."""
@@ -123,7 +120,7 @@ class StraightIntoPlace:
             return
         self.by_onednn = products.allowed()
         self._modes = torch._C._len_torch_function_stack()
-        with replaced(self._taking):
+        with self._taking:
             yield
 
     @contextmanager

@@ -4,8 +4,7 @@ A torch-function mode sees every call, which makes a transformer's forward some 
 few by their names in `torch.nn.functional`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import wraps
 from types import FunctionType
 from typing import Any
@@ -16,16 +15,27 @@ ASKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_va
 """How torch's functions ask for modes."""
 
 
-@contextmanager
-def replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Let others stand in `torch.nn.functional`, in all threads; each is given first what it stands for."""
-    before = {name: getattr(functional, name) for name in functions}
-    for name, function in functions.items():
-        setattr(functional, name, instead(before[name], function))
-    try:
-        yield
-    finally:
-        for name, own in before.items():
+class Replaced:
+    """Entered, lets others stand in `torch.nn.functional`, for all threads; each gets what it stands for."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        """Take who is to stand there, by name."""
+        self._functions = functions
+        self._before: list[dict[str, Any]] = []
+        self._calls: dict[str, tuple[Any, Any]] = {}
+        """What was found, and what calls the other with it."""
+
+    def __enter__(self) -> None:
+        """Put them there."""
+        self._before.append({name: getattr(functional, name) for name in self._functions})
+        for name, own in self._before[-1].items():
+            if self._calls.get(name, (None, None))[0] is not own:
+                self._calls[name] = own, instead(own, self._functions[name])
+            setattr(functional, name, self._calls[name][1])
+
+    def __exit__(self, *_: Any) -> None:
+        """Put back what stood there."""
+        for name, own in self._before.pop().items():
             setattr(functional, name, own)
 
 

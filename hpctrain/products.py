@@ -7,14 +7,17 @@ and machine alone, so that a run has the same bits in any layout.
 
 oneDNN takes a weight as it stands, or laid before in blocks of 64 columns (`Laid`), which saves what laying
 costs in every call, for the weight's memory once more for each product. Both give the same bits but of a
-single row (seen at 24,000 shapes). Made-up numbers of each number of rows are multiplied both ways first;
-where the bits differ, the weight is taken as it stands.
+single row (seen at 24,000 shapes). Made-up numbers of each number of rows are multiplied both ways first:
+where the bits differ, or laying takes longer than a step's products gain, the weight is taken as it stands.
 
     W: (out, in)     to y:  block b holds  [in][64]  of  Wᵀ[:, 64b : 64b+64]
                      to x:  block b holds [out][64]  of   W[:, 64b : 64b+64]
 """
 
 import ctypes
+import math
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -28,6 +31,9 @@ REPAID = 6
 
 LEAST = 2**18
 """Elements of a weight that is worth it."""
+
+TIMED = 3
+"""How often it is measured what laying a weight gains."""
 
 SAMPLED = 256
 """Elements of a weight that are looked at, about."""
@@ -108,21 +114,30 @@ def _kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+Asked = tuple[tuple[int, ...], bool, int, bool]
+"""Shape of the weight, whether to y, number of rows, whether without a bias."""
+Gains = dict[Asked, tuple[float, float]]
+"""Seconds that a laid weight saves a product, none where its bits are others; seconds to lay it."""
+
+
 class Laid:
     """A weight laid in blocks: anew where it changed since, and where it may have (`stale`).
 
     Changes that torch does not count (of `weight.data`) are looked for in a sample of the weight.
     """
 
-    def __init__(self, weight: torch.Tensor, for_y: bool) -> None:
+    def __init__(self, weight: torch.Tensor, for_y: bool, gains: "Gains | None" = None) -> None:
         """Make room for a weight (out, in), laid for x·Wᵀ or for g·W. Local.
 
-        Raises NotImplementedError if this oneDNN lays weights in another way than `_lay` does, looked at
-        with numbers that differ.
+        `gains`: what was measured of other weights, and will be of this one. Raises NotImplementedError if
+        this oneDNN lays weights in another way than `_lay` does, looked at with numbers that differ.
         """
         self.for_y = for_y
-        self._agrees: dict[int, bool] = {}
-        """Whether it gives the bits of the weight as it stands, by number of rows."""
+        self._gains: Gains = {} if gains is None else gains
+        self._shape, self._met = tuple(weight.shape), set[Asked]()
+        """Its shape, and the products that it was asked for."""
+        self._uses, self._free = math.inf, False
+        """Products in a step, and whether the time to lay it costs nothing."""
         self._state: tuple[int, ...] = ()
         self._looked = self._sample = torch.empty(0)
         """The sample as it is and as it was."""
@@ -144,11 +159,23 @@ class Laid:
     @property
     def useful(self) -> bool:
         """Whether some number of rows has been found to take it."""
-        return any(self._agrees.values())
+        return any(self._pays(product) for product in self._met)
 
-    def stale(self) -> None:
-        """Note that the weight may be another one. Local."""
-        self._state, self._used = (), False
+    @property
+    def useless(self) -> bool:
+        """Whether all that it was asked for is better done without it."""
+        return bool(self._met) and not self.useful
+
+    def _pays(self, product: "Asked") -> bool:
+        saved, dear = self._gains[product]
+        return saved > 0 and saved * self._uses > (0.0 if self._free else dear)
+
+    def stale(self, uses: int, free: bool = False) -> None:
+        """Note that the weight may be another one, and how many products come. Local.
+
+        `free`: this rank has the time to lay it.
+        """
+        self._state, self._used, self._uses, self._free = (), False, uses, free
 
     def use(self, rows: int, standing: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Tell whether to take it for a product of so many rows: not for the first after `stale`. Local.
@@ -159,19 +186,30 @@ class Laid:
         first, self._used = not (self._used or self._state), True
         if first or rows == 1:
             return False
-        if rows not in self._agrees:
+        product = self._shape, self.for_y, rows, bias is None
+        if product not in self._gains:
             self._state = ()
             try:
-                self._agrees[rows] = self._compare(rows, standing, bias)
+                self._gains[product] = self._measure(rows, standing, bias)
             except RuntimeError:  # torch's word for memory that the system refuses
-                self._agrees[rows] = False
-        return self._agrees[rows]
+                self._gains[product] = 0.0, 0.0
+        self._met.add(product)
+        return self._pays(product)
 
-    def _compare(self, rows: int, standing: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    def _measure(self, rows: int, standing: torch.Tensor, bias: torch.Tensor | None) -> tuple[float, float]:
         x, other = (made_up(n, standing.shape[1]) for n in (rows, len(standing)))
-        wanted = _kernel(x, other if self.for_y else other.t().contiguous().t(), bias)
-        self._lay(other if self.for_y else other.t().contiguous())
-        return torch.equal(_kernel(x, self._laid, bias), wanted)
+        weight = other if self.for_y else other.t().contiguous()
+        as_it_stands = other if self.for_y else weight.t()
+        self._lay(weight)
+        if not torch.equal(_kernel(x, self._laid, bias), _kernel(x, as_it_stands, bias)):
+            return 0.0, 0.0
+        ways = (
+            lambda: _kernel(x, as_it_stands, bias),
+            lambda: _kernel(x, self._laid, bias),
+            lambda: self._lay(weight),
+        )
+        unlaid, laid, dear = seconds_of(ways)
+        return unlaid - laid, dear
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Give the weight as it is now, laid. Local."""
@@ -190,6 +228,17 @@ class Laid:
             self._blocks.copy_(weight.view(len(weight), -1, BLOCK).transpose(0, 1))
 
 
+def seconds_of(ways: Sequence[Callable[[], object]]) -> list[float]:
+    """Time several ways in turn; the least of a few rounds, as another process may be in the way. Local."""
+    found = [math.inf] * len(ways)
+    for _ in range(TIMED):
+        for at, way in enumerate(ways):
+            began = time.perf_counter()
+            way()
+            found[at] = min(found[at], time.perf_counter() - began)
+    return found
+
+
 def made_up(rows: int, width: int) -> torch.Tensor:
     """Give numbers between -1 and 1, all of them different; no random stream moves. Pure."""
     return torch.arange(1.0, 1.0 + rows * width, dtype=torch.float64).sin_().float().view(rows, width)
@@ -201,6 +250,7 @@ class LaidWeights:
     def __init__(self) -> None:
         """Lay nothing yet."""
         self._laid: dict[tuple[nn.Parameter, bool], Laid | None] = {}
+        self._gains: Gains = {}
         self._left, self._repaid = -1.0, False
         """Bytes that more of them may take, negative before that is known; if this step's uses repay it."""
 
@@ -219,11 +269,15 @@ class LaidWeights:
         `waits`: this rank waits for another's activations first, and has time to lay its weights.
         """
         self._repaid = micro_batches >= REPAID
-        for (parameter, _), laid in self._laid.items():
-            if laid is not None:
-                laid.stale()
-                if waits and self._repaid and laid.useful:
-                    laid.of(parameter)
+        for (parameter, for_y), laid in self._laid.items():
+            if laid is None:
+                continue
+            laid.stale(micro_batches, waits)
+            if self._repaid and laid.useless:
+                self._laid[parameter, for_y] = None
+                self._left += laid.nbytes
+            elif waits and self._repaid and laid.useful:
+                laid.of(parameter)
 
     def get(self, parameter: nn.Parameter, for_y: bool) -> Laid | None:
         """Give a weight laid for x·Wᵀ or for g·W, if this step's uses repay it. Local."""
@@ -240,7 +294,7 @@ class LaidWeights:
         if not blocks or not ours(parameter, parameter) or size > self._left:
             return None
         try:
-            laid = Laid(parameter, for_y)
+            laid = Laid(parameter, for_y, self._gains)
         except NotImplementedError:
             return None
         except RuntimeError:  # torch's word for memory that the system refuses

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,20 @@ from hpctrain import products
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.products import Laid, LaidWeights, linear, to_input
 
+REAL_SECONDS_OF = products.seconds_of
+
 
 class NoPlaces:
     """Manages nothing."""
 
     def place(self, parameter):
         return None
+
+
+@pytest.fixture(autouse=True)
+def laying_pays(monkeypatch):
+    """However fast this machine is."""
+    monkeypatch.setattr(products, "seconds_of", lambda ways: [1.0, 0.5, 1.0])
 
 
 def tensors(rows, out, into, seed=0):
@@ -212,8 +221,43 @@ def test_weights_are_laid_where_it_pays_and_memory_allows():
 
 
 @lays_weights
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("seconds", "wanted"),
+    [([1.0, 0.5, 2.9], [True, True]), ([1.0, 0.5, 3.0], [False, True]), ([1.0, 1.0, 0.0], [False, False])],
+)
+def test_what_costs_more_to_lay_than_it_gains_is_not_laid(monkeypatch, seconds, wanted):
+    """Six products of a step save 0.5 s each; where a rank waits, laying costs nothing."""
+    assert products.REPAID == 6
+    monkeypatch.setattr(products, "seconds_of", lambda ways: seconds)
+    x, _, weight, bias = tensors(9, 512, 512)
+    for waits, used in zip((False, True), wanted):
+        every, parameter = LaidWeights(), nn.Parameter(weight)
+        every.allow(1e9)
+        every.begin(products.REPAID, waits)
+        for _ in range(2):
+            linear(x, parameter, bias, every.get(parameter, True))
+        every.begin(products.REPAID, waits)
+        laid = every.get(parameter, True)
+        assert (laid is not None) == used
+        assert every.nbytes == (weight.nbytes if used else 0)
+        for _ in range(3):
+            assert torch.equal(linear(x, parameter, bias, laid), linear(x, parameter, bias))
+        assert laid is None or laid._state
+
+
+def test_ways_are_timed_in_turn(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(products, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    called = []
+    found = REAL_SECONDS_OF([lambda: called.append("a"), lambda: called.extend([next(clock), "b"])])
+    assert found == [1.0, 2.0]
+    assert [who for who in called if isinstance(who, str)] == ["a", "b"] * products.TIMED
+
+
+@lays_weights
 def test_memory_that_the_system_refuses_ends_it(monkeypatch):
-    def refuse(weight, for_y):
+    def refuse(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(products, "Laid", refuse)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import TAKEN as CALLED
-from hpctrain.modes import replaced
+from hpctrain.modes import Replaced
 from hpctrain.pipeline.operators import MARKS, TAKEN, path_of
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -78,7 +78,7 @@ class Writer:
                 warnings.catch_warnings(),
                 quiet(),
                 own_gradients_refused(self.skeleton),
-                replaced(dict.fromkeys(CALLED, marked)),
+                Replaced(dict.fromkeys(CALLED, marked)),
             ):
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
                 with fx.traceback.preserve_node_meta():  # what is marked
