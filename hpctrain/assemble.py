@@ -29,11 +29,12 @@ from hpctrain.data.index import Index
 from hpctrain.data.loader import Loader
 from hpctrain.data.read import Reader
 from hpctrain.engine import Engine
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, nearest
 from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.piece import Piece
 from hpctrain.pipeline.pipeline import Pipeline
+from hpctrain.pipeline.schedule import SCHEDULES
 from hpctrain.portion import Portion, told_of_memory
 from hpctrain.room import keep_memory
 from hpctrain.staged import StagedEngine
@@ -151,7 +152,10 @@ class Job:
 
 
 def check_classes(config: Config) -> None:
-    """Check every class path and its arguments, as far as it goes without data. Local."""
+    """Check every class path and its arguments, and the schedule, as far as it goes without data. Local."""
+    if config.parallel.schedule not in ("auto", *SCHEDULES):
+        near = nearest(config.parallel.schedule, ("auto", *SCHEDULES))
+        raise ConfigError(f"parallel.schedule = {config.parallel.schedule!r}: {near}")
     if not config.model.class_path:
         raise ConfigError("model.class_path is not set: name a torch.nn.Module, such as my_module.MyModel")
     construct.find_class(config.model.class_path, "model.class_path")

@@ -9,16 +9,24 @@ pipeline stage to work that another rank does. So each call that draws first set
 down: the same ones, so that a stage which runs operators k, k + 1, … has the masks of one process.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from hpctrain.keys import key
 from hpctrain.modes import unlooking
 
+T = TypeVar("T")
+SILENT, NEVER = 2, -(10**9)
+"""Forwards without a draw after which none is expected; a count that never gets there."""
 _DROPOUTS = {
     functional.dropout,
     functional.dropout1d,
@@ -128,16 +136,70 @@ class Draws(TorchFunctionMode):
         return drawn(self.stream, self.count - 1, function, arguments, named)
 
 
+class DrewError(Exception):
+    """A forward drew numbers where none were expected: it is to be run again, which gives each its own."""
+
+
+class Drawing:
+    """What the forwards of some modules run under: `Draws`, as long as they draw.
+
+    A mode sees every call, which makes a transformer's forward some 5 % longer. Once two forwards have drawn
+    nothing, and changed nothing in place, later ones run without; if the generator has moved behind one, that
+    raises DrewError, and from then on all run under `Draws`.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        """Take the modules."""
+        every = [m for module in modules for m in module.modules()]
+        self._others = [m for m in every if not isinstance(m, _BatchNorm)]  # whose statistics are put back
+        self._silent = NEVER if any(hasattr(m, "meeting") for m in every) else 0
+        """Forwards in a row that drew nothing; a SyncBatchNorm's meet others', and can't be run again."""
+
+    @contextmanager
+    def of(self, stream: int, start: int, given: Any) -> Iterator[Draws]:
+        """Enter for a forward of `given`: gives what counts its draws, of a stream from `start` on. Local."""
+        drawing = Draws(stream, start)
+        if self._silent < SILENT or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            before = self._versions(given)
+            with drawing:
+                yield drawing
+            silent = drawing.count == start and self._versions(given) == before
+            self._silent = self._silent + 1 if silent else NEVER
+            return
+        seed(stream, start)
+        state = torch.default_generator.get_state()
+        yield drawing
+        if not torch.equal(torch.default_generator.get_state(), state):
+            self._silent = NEVER
+            raise DrewError
+
+    def _versions(self, given: Any) -> list[tuple[int, int]]:
+        """Say which tensors a forward might change, and how often each was changed in place."""
+        buffers = (b for m in self._others for b in m._buffers.values() if b is not None)
+        leaves = (leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor))
+        return [(id(tensor), tensor._version) for tensor in chain(buffers, leaves)]
+
+
+def run_again(forward: Callable[[], T], records: list[Any]) -> T:
+    """Run a forward, and once more where it drew unexpectedly; what it recorded goes. Local."""
+    count = len(records)
+    try:
+        return forward()
+    except DrewError:
+        del records[count:]
+        return forward()
+
+
 class DrawsAgain(TorchFunctionMode):
     """Entered for a backward: what it computes again draws the numbers of the forward, one after another.
 
     It sets the generator back to where its region began; that seed says which draw comes next.
     """
 
-    def __init__(self, stream: int, count: int) -> None:
-        """Take the stream's key and how many numbers were drawn."""
+    def __init__(self, stream: int, drawn: range) -> None:
+        """Take the stream's key and the draws of the forward."""
         super().__init__()
-        self.stream, self.count = stream, count
+        self.stream, self.drawn = stream, drawn
         self._numbers: dict[int, int] = {}
 
     def __torch_function__(
@@ -151,7 +213,7 @@ class DrawsAgain(TorchFunctionMode):
         if not draws(function, arguments, named):
             return function(*arguments, **named)
         if not self._numbers:
-            self._numbers = {key(self.stream, number) >> 1: number for number in range(self.count)}
+            self._numbers = {key(self.stream, number) >> 1: number for number in self.drawn}
         number = self._numbers.get(torch.default_generator.initial_seed())
         if number is None:  # a draw of the backward's own
             return function(*arguments, **named)
@@ -166,6 +228,6 @@ def drawn(stream: int, number: int, function: Any, arguments: tuple[Any, ...], n
     return found
 
 
-def again(stream: int, count: int) -> AbstractContextManager[Any]:
-    """Give what the backward of a forward with so many draws runs under."""
-    return DrawsAgain(stream, count) if count else nullcontext()
+def again(stream: int, drawn: range) -> AbstractContextManager[Any]:
+    """Give what the backward of a forward with these draws runs under."""
+    return DrawsAgain(stream, drawn) if drawn else nullcontext()

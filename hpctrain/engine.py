@@ -28,7 +28,7 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data import order
 from hpctrain.data.loader import Step
-from hpctrain.draws import Draws, again, set_generators
+from hpctrain.draws import Drawing, Draws, again, run_again, set_generators
 from hpctrain.errors import DivergedError, HpctrainError, RankError
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.keys import key
@@ -92,8 +92,9 @@ class Engine:
         self.named = models.by_name(self.module, self.names)
         self.straight = StraightIntoPlace(self.module, self.averager.places)
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
-        self._drawn = 0, 0
-        """Stream of the latest forward, and how many numbers it drew."""
+        self._drawing = Drawing([self.module])
+        self._drawn = 0, range(0)
+        """Stream of the latest forward, and its draws."""
         self._read, self._ended, self._stepped = 0.0, 0.0, False
         self.waited = 0.0
         """Seconds that the step's passes waited for other stages."""
@@ -206,7 +207,7 @@ class Engine:
         set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
         with self.straight.forward():
-            found = self._loss(batch, stream)
+            found = run_again(lambda: self._loss(batch, stream), self.averager.running.records)
         if resident:
             self.activation_bytes = max(self.activation_bytes, resident_bytes() - resident)
         return self._checked(number, micro_batch, batch, found)
@@ -227,10 +228,11 @@ class Engine:
 
     def _loss(self, batch: Batch, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = batch.to(self.topology.device)
-        drawing = Draws(stream)
-        with self._precision(), nullcontext() if self.straight.compiled else drawing:
+        compiled = nullcontext(Draws(stream))  # a mode would cut its graph
+        drawing = compiled if self.straight.compiled else self._drawing.of(stream, 0, on_device.inputs)
+        with self._precision(), drawing as counting:
             outputs = models.call(self.module, on_device.inputs, self.named)
-        self._drawn = stream, drawing.count
+        self._drawn = stream, range(counting.count)
         return self.loss(to_float(outputs), on_device)
 
     def _precision(self) -> AbstractContextManager[Any]:

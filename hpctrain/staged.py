@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, product
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ import torch
 from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
-from hpctrain.draws import again, set_generators
+from hpctrain.draws import again, run_again, set_generators
 from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
 from hpctrain.errors import HpctrainError, RankError
 from hpctrain.keys import key
@@ -171,7 +172,8 @@ class StagedEngine(Engine):
         resident = 0 if self._stepped else resident_bytes()
         marks = self.averager.running.marks() if stage.recomputes else {}
         with self.straight.forward(), self._precision():
-            outputs = stage.forward(v, part, batch.to(self.topology.device).inputs, stream)
+            inputs = batch.to(self.topology.device).inputs
+            outputs = run_again(lambda: stage.forward(v, part, inputs, stream), self.averager.running.records)
         if stage.recomputes and self.averager.running.marks() == marks:
             stage.let_go(v)
         if stage.last:
@@ -193,7 +195,10 @@ class StagedEngine(Engine):
         if v == self._last_backward:
             self.averager.last_backward(self.parameters[virtual] if virtual else None)
         kept = stage.kept[v]
-        with self.straight.accumulating(v if waits else -1), again(kept.stream, kept.draws):
+        with (
+            self.straight.accumulating(v if waits else -1),
+            again(kept.stream, range(kept.start, kept.draws)),
+        ):
             stage.backward(v, total)
         if total is not None:
             self._joining[v] = float(total.detach()), weight
@@ -273,7 +278,8 @@ class StagedEngine(Engine):
                         set_generators(stream >> 1)
                         with self._precision():
                             inputs = batch.to(self.topology.device).inputs
-                            found = to_float(stage.forward(v, part, inputs, stream), "cpu")
+                            outputs = run_again(partial(stage.forward, v, part, inputs, stream), [])
+                            found = to_float(outputs, "cpu")
                         if stage.last:
                             use(batch, found)
                             stage.forget(v)

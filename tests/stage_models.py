@@ -424,15 +424,15 @@ class Deciding(Net):
 
 
 class Bad(nn.Module):
-    """Fails from the second micro-batch on, forward or backward; `once`: in that one alone."""
+    """Fails from a call on, the second one unless said, forward or backward; `once`: in that one alone."""
 
-    def __init__(self, backward: bool, once: bool):
+    def __init__(self, backward: bool, once: bool, call: int = 2):
         super().__init__()
-        self.backward, self.once, self.calls = backward, once, 0
+        self.backward, self.once, self.call, self.calls = backward, once, call, 0
 
     def forward(self, x):
         self.calls += 1
-        bad = self.calls == 2 if self.once else self.calls >= 2
+        bad = self.calls == self.call if self.once else self.calls >= self.call
         if bad and not self.backward:
             raise ValueError("trouble in a layer")
         if bad:
@@ -468,12 +468,40 @@ def synced_row(in_features: int, out_features: int, rank: int) -> nn.Sequential:
 
 
 def breaking_row(
-    in_features: int, out_features: int, at: int = 0, backward: bool = False, once: bool = False
+    in_features: int,
+    out_features: int,
+    at: int = 0,
+    backward: bool = False,
+    once: bool = False,
+    call: int = 2,
 ) -> nn.Sequential:
     """Four layers, one of them bad."""
     layers = [nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, out_features)]
-    layers[at] = nn.Sequential(layers[at], Bad(backward, once))
+    layers[at] = nn.Sequential(layers[at], Bad(backward, once, call))
     return nn.Sequential(*layers)
+
+
+class Unbounded(torch.autograd.Function):
+    """Its gradient is no number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+class Unlimited(nn.Module):
+    def forward(self, x):
+        return Unbounded.apply(x)
+
+
+def unlimited_row(in_features: int, out_features: int) -> nn.Sequential:
+    """The first layer's gradients are no numbers; the loss is."""
+    layers = [nn.Linear(in_features, 8), Unlimited(), *(nn.Linear(8, 8) for _ in range(3))]
+    return nn.Sequential(*layers, nn.Linear(8, out_features))
 
 
 class BreakingGraph(Net):
@@ -735,6 +763,23 @@ class AgainGraph(nn.Module):
 
     def forward(self, x):
         return self.row(x)
+
+
+class Sums(nn.Module):
+    def forward(self, few, last):
+        return torch.stack([few.sum(1), last.mean(1)], 1)
+
+
+class Gaps(nn.Module):
+    """Adds every fourth number of a row, in a later stage: how torch adds them hangs on how they lie."""
+
+    def __init__(self, in_features: int, out_features: int, width: int = 4096):
+        super().__init__()
+        self.first, self.back, self.head = nn.Linear(in_features, width), Sums(), nn.Linear(2, out_features)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        return self.head(self.back(hidden[:, ::4], hidden.unflatten(1, (64, -1))[:, -1]))
 
 
 class Bound(nn.Module):

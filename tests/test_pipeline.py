@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import SAMPLES, config_of
 from marks import lays_weights
+from mpi4py import MPI
 from torch.utils._pytree import tree_leaves
 
 from hpctrain import assemble, products
@@ -115,8 +116,6 @@ def waits(monkeypatch):
 
 def alone_like(job, steps, clip=0.0):
     """Losses and weights of one process with the same micro-batches; every rank does it by itself."""
-
-    from mpi4py import MPI
 
     config = replace(job.config, parallel=replace(job.config.parallel, stages=1))
     with Topology.build(MPI.COMM_SELF, threads=job.topology.threads) as topology:  # kernels cut sums by them
@@ -541,6 +540,18 @@ def has_bits_of_one_process(world, job, model):
 
 
 @pytest.mark.mpi
+def test_what_lies_apart_has_the_bits_of_one_process(world, build):
+    """A value with large gaps crosses without them, and lies at the other end as it did."""
+    if world.size != 2:
+        pytest.skip("two pieces")
+    job = build("Gaps", 2, micro_batches=5, cuts=["back"])
+    crossing = job.pipeline.cut.part(0, 2, True).gives[1]
+    assert any("slice" in name for name in crossing), crossing
+    assert any("select" in name for name in crossing), crossing
+    has_bits_of_one_process(world, job, "Gaps")
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("model", ["again_row", "AgainGraph", "Bound"])
 def test_what_our_own_ways_do_not_see_has_the_bits_of_one_process(world, build, waits, model):
     """What a model computes again itself, in layers or among operators, and what it calls by names of its own."""
@@ -601,8 +612,6 @@ def test_evaluation_before_and_after_training(world, build, model):
 
 
 def build_alone(job):
-
-    from mpi4py import MPI
 
     config = replace(job.config, parallel=replace(job.config.parallel, stages=1))
     return assemble.build(config, Topology.build(MPI.COMM_SELF))
@@ -695,6 +704,50 @@ def test_one_sample_trains_in_stages(world, build, schedule):
     for stages in layouts(world.size):
         job = build("plain_row", stages, batch=1, schedule=schedule, micro_batches=world.size // stages)
         assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_error_says_step_micro_batch_and_stage(world, build, backward):
+    """The layer's sixth call is micro-batch 5's; with one replica all micro-batches come by."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    arguments = {"at": 3, "backward": backward, "call": 6}
+    job = build("breaking_row", world.size, arguments=arguments, micro_batches=8)
+    with pytest.raises(HpctrainError, match="trouble in a layer") as raised:
+        job.engine.step(0, job.loader.read(0))
+    last = world.size - 1
+    assert f"at step 0, micro-batch 5, stage {last}, rank {last}" in str(raised.value)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_gradient_that_is_not_finite_ends_on_all_stages(world, build, schedule):
+    """It is the first stage's alone."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build("unlimited_row", world.size, micro_batches=4, schedule=schedule)
+    with pytest.raises(DivergedError, match=r"the gradient of 0.weight, 0.bias") as raised:
+        job.engine.step(0, job.loader.read(0))
+    assert all(text == str(raised.value) for text in world.allgather(str(raised.value)))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+def test_a_step_pickles_nothing(world, build, monkeypatch, schedule):
+    """Once shapes are known; models without statistics."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build("plain_row", world.size, micro_batches=6, schedule="1f1b" if world.size > 2 else schedule)
+    run(job, 6, clip=0.05)
+    step, found = job.loader.read(0), []
+    whole = MPI.pickle.dumps
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            MPI, "pickle", MPI.Pickle(lambda *given: found.append(given) or whole(*given), MPI.pickle.loads)
+        )
+        job.engine.step(6, step, 0.05)
+    assert not any(world.allgather(found))
 
 
 @pytest.mark.mpi

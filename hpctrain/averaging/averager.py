@@ -146,6 +146,8 @@ class Averager:
         self.places = Places(named, self.spaces)
         self.overlap = self._choose_overlap()
         self._losses = np.zeros((2, len(self.owners)))
+        self._counts: list[int] = []
+        """Of parameters, by stage."""
         self._coming: list[int] = []
         self._begun = self._broken = self._told_last = False
         self._began = self._transfer = 0.0
@@ -418,8 +420,17 @@ class Averager:
             if starts:
                 squares += np.add.reduceat(np.square(units.numpy()), starts).tolist()
         if self.pipe:
-            squares = [value for share in self.pipe.allgather(squares) for value in share]
+            squares = self._of_all_stages(squares)
         return math.sqrt(math.fsum(squares)) if np.isfinite(squares).all() else math.nan
+
+    def _of_all_stages(self, squares: list[float]) -> list[float]:
+        """Give every stage's numbers on each, in order. Collective over the stages."""
+        assert self.pipe is not None
+        if not self._counts:  # the same in every step
+            self._counts = self.pipe.allgather(len(squares))
+        found = np.empty(sum(self._counts))
+        self.pipe.Allgatherv(np.array(squares), (found, self._counts))
+        return found.tolist()
 
     def _step_stored(self, factor: float, whole: bool) -> None:
         """Clip and step by the mean gradient that lies in slot 0."""

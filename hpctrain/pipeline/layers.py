@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from hpctrain.draws import Draws
+from hpctrain.draws import Drawing
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Choice, Scales
@@ -73,6 +73,8 @@ class Layers:
     def __init__(self, layers: list[tuple[str, nn.Module]], value: torch.Tensor, stages: int) -> None:
         """Take the layers by name, and what the first one gets."""
         self.layers, self.value, self.stages = layers, value, stages
+        self._drawing: dict[tuple[int, bool], Drawing] = {}
+        """By stage, and whether in training."""
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Cut them where `cuts` says, or by measured time, or the numbers of their parameters.
@@ -127,6 +129,7 @@ class Layers:
         layers = self.layers[start:stop]
         changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
         last = stage == self.stages - 1
+        drawing = self._drawing.setdefault((stage, training), Drawing([layer for _, layer in layers]))
 
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
             value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]
@@ -134,7 +137,7 @@ class Layers:
                 value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
             elif stage:
                 value = _pytree.tree_map_only(torch.Tensor, changeable, value)
-            with Draws(stream, begin) as counting:
+            with drawing.of(stream, begin, value) as counting:
                 for name, layer in layers:
                     what = f"layer {name} ({type(layer).__name__})"
                     with naming(what, value):

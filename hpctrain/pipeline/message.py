@@ -1,13 +1,15 @@
 """What a message between stages holds: a tree of tensors and plain values as a layout and bytes, and back.
 
-      layout   [["t", "float32", [8, 16], [16, 1], true, 0], …] and the tree
-      bytes    of each tensor, from its first element's to its last one's
+      layout   [["t", "float32", [8, 16], [16, 1], true, 0, false], …] and the tree
+      bytes    of each tensor, from its first element's to its last one's; where gaps are most, without them
 
 A tensor keeps its strides on the way, gaps and repetitions included, and how far behind a 64-byte line
-it begins: kernels add in the order in which memory lies, so another layout would give other bits.
+it begins: kernels add in the order in which memory lies, so another layout would give other bits. Large gaps
+stay behind, and are there again at the other end.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +33,7 @@ class Layout:
     """What a message holds besides the bytes of its tensors."""
 
     leaves: tuple[Any, ...]
-    """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line) or ("c", value)."""
+    """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line, without gaps) or ("c", value)."""
     tree: _pytree.TreeSpec
 
     def encode(self) -> bytes:
@@ -56,9 +58,11 @@ class Layout:
             if leaf[0] == "c":
                 leaves.append(leaf[1])
             else:
-                flat = next(left).view(getattr(torch, leaf[1]))
-                tensor = flat.as_strided(leaf[2], leaf[3]).to(device)
-                leaves.append(tensor.requires_grad_(leaf[4]))
+                _, kind, shape, strides, grad, behind, gaps = leaf
+                flat = next(left).view(getattr(torch, kind))
+                if gaps:
+                    flat = with_gaps(flat, shape, strides, behind)
+                leaves.append(flat.as_strided(shape, strides).to(device).requires_grad_(grad))
         return _pytree.tree_unflatten(leaves, self.tree)
 
 
@@ -98,12 +102,46 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
 
 
-def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the tensor and all memory between its first and last element, flat; without large gaps. Local."""
-    tensor = tensor.resolve_conj().resolve_neg()
-    if span(tensor.shape, tensor.stride()) > 2 * tensor.numel():
-        tensor = tensor.contiguous()
-    return tensor, tensor.as_strided((span(tensor.shape, tensor.stride()),), (1,))
+def once(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Give a tensor's shape without its repetitions. Pure."""
+    return [1 if stride == 0 else size for size, stride in zip(shape, strides)]
+
+
+def mostly_gaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether most memory between a tensor's first and last element is not its own. Pure.
+
+    Never where elements lie on one another but by repeating a dimension.
+
+    >>> mostly_gaps((4, 5), (100, 1)), mostly_gaps((4, 5), (6, 1)), mostly_gaps((4, 2, 5), (100, 0, 1))
+    (True, False, True)
+    >>> mostly_gaps((50, 2), (1, 10))
+    False
+    """
+    own = once(shape, strides)
+    reach = 1
+    for stride, size in sorted((st, n) for n, st in zip(own, strides) if n > 1):
+        if stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return reach > 2 * math.prod(own) > 0
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Give all memory between a tensor's first and last element, flat; whether without its gaps. Local."""
+    if mostly_gaps(tensor.shape, tensor.stride()):
+        return tensor.as_strided(once(tensor.shape, tensor.stride()), tensor.stride()).contiguous().view(
+            -1
+        ), True
+    return tensor.as_strided((span(tensor.shape, tensor.stride()),), (1,)), False
+
+
+def with_gaps(flat: torch.Tensor, shape: Sequence[int], strides: Sequence[int], behind: int) -> torch.Tensor:
+    """Lay numbers that came without gaps as they were laid. Local."""
+    start = behind // flat.element_size()
+    room = flat.new_empty(start + span(shape, strides))[start:]
+    own = once(shape, strides)
+    room.as_strided(own, strides).copy_(flat.view(own))
+    return room
 
 
 def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
@@ -122,10 +160,11 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
     flats: list[torch.Tensor] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            laid, flat = memory_of(leaf.detach().to("cpu"))
+            laid = leaf.detach().to("cpu").resolve_conj().resolve_neg()
+            flat, gaps = memory_of(laid)
             kind = str(leaf.dtype).removeprefix("torch.")
             behind = laid.data_ptr() % LINE
-            listed.append(("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind))
+            listed.append(("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind, gaps))
             flats.append(flat.view(torch.uint8))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             listed.append(("c", leaf))
@@ -139,7 +178,8 @@ def bytes_of(layout: Layout) -> list[tuple[int, int]]:
     found = []
     for leaf in layout.leaves:
         if leaf[0] == "t":
-            _, kind, shape, strides, _, behind = leaf
+            _, kind, shape, strides, _, behind, gaps = leaf
             size = getattr(torch, kind).itemsize
-            found.append((size * span(shape, strides), behind // size * size))
+            count = math.prod(once(shape, strides)) if gaps else span(shape, strides)
+            found.append((size * count, behind // size * size))
     return found

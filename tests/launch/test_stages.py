@@ -11,12 +11,12 @@ from test_resume import same_bits, weights
 
 
 def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
-    """2 stages, then 1, then 3 and 2 x 2; one replica has the bits of one process throughout."""
+    """4 stages, then 2, 1, 3 and 2 x 2; one replica has the bits of one process throughout."""
     words = ["train", "small.toml", "--parallel.micro_batches", "4", "--data.validation", "0.2"]
     words += ["--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR"]
     alone = launcher.ranks(1, *words, "--train.run_folder", "alone", "--train.steps", "15")
     assert alone.status == 0, alone.text
-    for ranks, stages, steps in ((2, 2, 5), (1, 1, 9), (3, 3, 15)):
+    for ranks, stages, steps in ((4, 4, 3), (2, 2, 5), (1, 1, 9), (3, 3, 15)):
         ended = launcher.ranks(
             ranks, *words, "--train.run_folder", "moved", "--train.steps", steps, "--parallel.stages", stages
         )
