@@ -25,6 +25,8 @@ from hpctrain.keys import key
 from hpctrain.modes import unlooking
 
 T = TypeVar("T")
+STANDING = 1
+"""Part of a key: between two draws."""
 SILENT, NEVER = 2, -(10**9)
 """Forwards without a draw after which none is expected; a count that never gets there."""
 _DROPOUTS = {
@@ -40,8 +42,11 @@ _AT_WILL = {
     "dropout",
     "dropout_",
     "alpha_dropout",
+    "alpha_dropout_",
     "feature_dropout",
+    "feature_dropout_",
     "feature_alpha_dropout",
+    "feature_alpha_dropout_",
     "native_dropout",
 }
 """Operators and built-in functions (input, p, train)."""
@@ -50,8 +55,9 @@ _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _ALWAYS = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
     "multinomial", "poisson", "binomial", "bernoulli_", "normal_", "uniform_", "random_", "exponential_",
-    "cauchy_", "log_normal_", "geometric_", "fractional_max_pool2d", "fractional_max_pool3d",
+    "cauchy_", "log_normal_", "geometric_", "_standard_gamma", "_sample_dirichlet",
 }  # fmt: skip
+_POOLS = {f"fractional_max_pool{n}d{kind}" for n in (2, 3) for kind in ("", "_with_indices")}
 
 
 MOST_KNOWN = 4096
@@ -60,7 +66,7 @@ _NEVER: set[Any] = set()
 
 
 def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Whether a call takes random numbers. Pure."""
+    """Whether a call takes random numbers; notes functions that never do. Local."""
     if function in _DROPOUTS:
         training = functional.dropout is function or function in (functional.dropout1d, functional.dropout2d)
         training = training or function is functional.dropout3d  # the others' default is False
@@ -80,6 +86,8 @@ def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> b
         return bool(_argument(arguments, named, 3 + (name == "rrelu_with_noise"), "training", False))
     if name == "gumbel_softmax":
         return True
+    if name in _POOLS:  # the operators are given their numbers
+        return not hasattr(function, "_opname") and named.get("_random_samples") is None
     if name in _RECURRENT:
         numbers = [a for a in arguments if isinstance(a, float)]
         flags = [a for a in arguments if isinstance(a, bool)]
@@ -100,6 +108,16 @@ def seed(stream: int, number: int) -> None:
     set_generators(key(stream, number) >> 1)
 
 
+def stand(stream: int, number: int) -> None:
+    """Let the generator stand at draw `number` of a stream: what draws now has numbers of its own. Local."""
+    set_generators(standing(stream, number))
+
+
+def standing(stream: int, number: int) -> int:
+    """Give the seed of a generator that stands at draw `number` of a stream. Pure."""
+    return key(stream, number, STANDING) >> 1
+
+
 def set_generators(value: int) -> None:
     """Do what torch.manual_seed does, without the stack that it keeps while no GPU is in use. Local."""
     torch.default_generator.manual_seed(value)
@@ -117,11 +135,11 @@ class Draws(TorchFunctionMode):
     def __init__(self, stream: int, start: int = 0) -> None:
         """Take the stream's key and the number of the first draw."""
         super().__init__()
-        self.stream, self.count = stream, start
+        self.stream, self.start, self.count = stream, start, start
 
     def __enter__(self) -> "Draws":
         """Stand at the first draw."""
-        seed(self.stream, self.count)
+        stand(self.stream, self.count)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -130,7 +148,12 @@ class Draws(TorchFunctionMode):
     ) -> Any:
         """Set the generator for a call that draws."""
         named = named or {}
-        if function in _NEVER or not draws(function, arguments, named):
+        if function in _NEVER:
+            return function(*arguments, **named)
+        if function in _BACKWARD:  # a gradient that the forward asks for
+            with DrawsAgain(self.stream, range(self.start, self.count)):
+                return unlooking(function)(*arguments, **named)
+        if not draws(function, arguments, named):
             return function(*arguments, **named)
         self.count += 1
         return drawn(self.stream, self.count - 1, function, arguments, named)
@@ -166,7 +189,7 @@ class Drawing:
             silent = drawing.count == start and self._versions(given) == before
             self._silent = self._silent + 1 if silent else NEVER
             return
-        seed(stream, start)
+        stand(stream, start)
         state = torch.default_generator.get_state()
         yield drawing
         if not torch.equal(torch.default_generator.get_state(), state):
@@ -213,7 +236,7 @@ class DrawsAgain(TorchFunctionMode):
         if not draws(function, arguments, named):
             return function(*arguments, **named)
         if not self._numbers:
-            self._numbers = {key(self.stream, number) >> 1: number for number in self.drawn}
+            self._numbers = {standing(self.stream, number): number for number in self.drawn}
         number = self._numbers.get(torch.default_generator.initial_seed())
         if number is None:  # a draw of the backward's own
             return function(*arguments, **named)
@@ -224,7 +247,7 @@ def drawn(stream: int, number: int, function: Any, arguments: tuple[Any, ...], n
     """Call what takes draw `number` of a stream; the generator stands at the next one behind it. Local."""
     seed(stream, number)
     found = function(*arguments, **named)
-    seed(stream, number + 1)
+    stand(stream, number + 1)
     return found
 
 

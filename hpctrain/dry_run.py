@@ -56,5 +56,6 @@ def dry_run(config: Config, comm: MPI.Intracomm) -> int:
         if topology.world_rank == 0:
             sys.stdout.write("\n" + tomlkit.dumps(to_dict(job.config)))
             sys.stdout.flush()
-        LOGGER.info("%d steps would be taken; nothing was trained or written", job.total_steps)
+        left = max(0, job.total_steps - (stored.step if stored else 0))
+        LOGGER.info("%d steps would be taken; nothing was trained or written", left)
     return DONE

@@ -196,7 +196,8 @@ class Engine:
             self._losses[instruction.micro_batch] = self._forward(number, instruction.micro_batch, batch)
         elif isinstance(instruction, Backward):
             total, weight = self._losses.pop(instruction.micro_batch)
-            with self.straight.accumulating(), again(*self._drawn):
+            unseen = self.averager.running.unseen()  # what the backward computes again
+            with self.straight.accumulating(), again(*self._drawn), unseen:
                 torch.autograd.backward(total)
             if self.on_gradient:
                 self.on_gradient(instruction.micro_batch)

@@ -32,7 +32,7 @@ from torch import nn
 
 from hpctrain import products
 from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
-from hpctrain.modes import Replaced
+from hpctrain.modes import Replaced, watched
 from hpctrain.products import LaidWeights
 
 SMALLEST = 2**17
@@ -53,6 +53,7 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 """Names of the weights that are seen."""
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+KINDS = (torch.Tensor, nn.Parameter)
 TAKEN = ("linear", "embedding", *CONVOLUTIONS)
 """Functions of `torch.nn.functional` whose calls are seen."""
 
@@ -100,7 +101,10 @@ class StraightIntoPlace:
         self._never_later: set[int] = set()
         """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
         another, and those of which the user of this was told."""
-        self.compiled = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+        self.compiled = any(
+            type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None)
+            for m in module.modules()
+        )
         """Whether part of the module is compiled: nothing can look inside."""
         self.weights = seen(module)
         self._modes = 0
@@ -177,15 +181,17 @@ class StraightIntoPlace:
                 if not self._owed[one]:
                     self._places.caught_up(one)
 
-    def _takes(self, x: torch.Tensor, weight: Any) -> bool:
+    def _takes(self, x: torch.Tensor, weight: Any, bias: Any = None) -> bool:
         """Whether a call of a layer is taken. Local."""
         managed = id(weight) in self.weights and weight.requires_grad and torch.is_grad_enabled()
-        return managed and _plain(x, weight) and torch._C._len_torch_function_stack() <= self._modes + 1
+        if not managed or not _plain(x, weight) or (bias is not None and not _plain(bias, weight)):
+            return False
+        return torch._C._len_torch_function_stack() <= self._modes + 1 or not watched()
 
     def _linear(
         self, function: Any, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if not self._takes(input, weight):
+        if not self._takes(input, weight, bias) or (bias is not None and bias.ndim != 1):
             return function(input, weight, bias)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():
             return Linear.apply(input, weight, bias, self)  # type: ignore[no-any-return, no-untyped-call]
@@ -207,9 +213,10 @@ class StraightIntoPlace:
         self, function: Any, input: torch.Tensor, weight: Any, bias: Any = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> torch.Tensor:  # fmt: skip
+        if not self._takes(input, weight, bias) or input.ndim != weight.ndim:
+            return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
         sizes = [[n] * (weight.ndim - 2) if isinstance(n, int) else n for n in (stride, padding, dilation)]
-        plain = all(isinstance(n, (list, tuple)) and all(type(m) is int for m in n) for n in sizes)
-        if not plain or input.ndim != weight.ndim or not self._takes(input, weight):
+        if not all(isinstance(n, (list, tuple)) and all(type(m) is int for m in n) for n in sizes):
             return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
         geometry = list(sizes[0]), list(sizes[1]), list(sizes[2]), groups
         with torch._C.DisableTorchFunction():
@@ -303,19 +310,17 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _plain(x: Any, weight: torch.Tensor) -> bool:
     """Whether nothing else watches the call itself.
 
-    Functorch's transforms do; so do hooks on saved tensors (recomputed activations expect the
-    same tensors from the second forward, which no mode sees).
+    Functorch's transforms and forward-mode gradients do; so do hooks on saved tensors (recomputed activations
+    expect the same tensors from the second forward, which is torch's own).
     """
+    if type(x) not in KINDS or type(weight) not in KINDS or x.layout is not torch.strided or x.is_nested:
+        return False
     if torch.is_autocast_enabled(x.device.type):  # it casts inside the call
         return False
     inside = torch._C._functorch.peek_interpreter_stack() is not None
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return (
-        not (inside or hooked)
-        and x.dtype == weight.dtype
-        and x.ndim >= 1
-        and type(x) in (torch.Tensor, nn.Parameter)
-    )
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return not (inside or hooked or forward_mode) and x.dtype == weight.dtype and x.ndim >= 1

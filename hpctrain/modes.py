@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from torch.nn import functional
+from torch.overrides import _get_current_function_mode_stack
 
 ASKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 """How torch's functions ask for modes."""
@@ -37,6 +38,12 @@ class Replaced:
         """Put back what stood there."""
         for name, own in self._before.pop().items():
             setattr(functional, name, own)
+
+
+def watched() -> bool:
+    """Whether a mode is on that is neither torch's nor ours. Local."""
+    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(type(mode).__module__.split(".")[0] not in ("torch", "hpctrain") for mode in stack)
 
 
 def instead(own: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -198,6 +198,7 @@ class StagedEngine(Engine):
         with (
             self.straight.accumulating(v if waits else -1),
             again(kept.stream, range(kept.start, kept.draws)),
+            self.averager.running.unseen(),  # what the backward computes again
         ):
             stage.backward(v, total)
         if total is not None:

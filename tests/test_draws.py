@@ -79,6 +79,31 @@ def test_a_region_inside_a_region():
     assert torch.equal(x.grad, y.detach())
 
 
+def test_a_gradient_inside_the_forward_has_its_masks():
+    found = []
+    for recomputing in (without, as_torch):
+        x = torch.ones(500, requires_grad=True)
+        with Draws(5):
+            y = recomputing(twice, functional.dropout(x, 0.1))
+            found.append(torch.autograd.grad(y.sum(), x)[0])
+            found.append(functional.dropout(y, 0.5).detach())
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+def test_what_nobody_sees_has_numbers_of_its_own():
+    """A scripted function draws between two calls that are seen; no two masks are one."""
+    scripted, x = torch.jit.script(twice_scripted), torch.ones(1000)
+    with Draws(5):
+        masks = [functional.dropout(x, 0.5), scripted(x), functional.dropout(x, 0.5)]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert not torch.equal(masks[one], masks[other])
+
+
+def twice_scripted(x: torch.Tensor) -> torch.Tensor:
+    return torch.dropout(x, 0.5, True)
+
+
 def test_a_backward_of_the_users_draws_what_it_likes():
     """Where the generator stands at no draw of the forward, it is left alone."""
 

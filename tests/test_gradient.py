@@ -191,6 +191,48 @@ def test_a_mode_of_the_users_sees_the_layers():
         assert functional.linear.__name__ == linear.__name__
 
 
+class Own(torch.Tensor):
+    """A user's kind of tensor."""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: functional.linear(x, m.a.weight, torch.zeros(4, 6)),
+        lambda m, x: functional.linear(x.to_sparse(), m.a.weight),
+        lambda m, x: functional.linear(x, m.a.weight, m.a.bias.as_subclass(Own)),
+        lambda m, x: functional.linear(x.as_subclass(Own), m.a.weight),
+    ],
+)
+def test_calls_of_other_kinds_are_torchs(call):
+    """A bias for each row, sparse numbers, tensors of a kind of their own."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+
+    def work(module, x):
+        return call(module, x).square().sum() + module(x).sum()
+
+    found, _ = run(make(), [x], work)
+    for name, value in expected(make(), [x], work).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_forward_mode_gradients_are_torchs():
+    module, x = make(), torch.randn(4, 6)
+    straight = StraightIntoPlace(module, Owner(module))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with straight.forward():
+            found = torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
+        wanted = torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
+    assert torch.equal(found, wanted)
+
+
+def test_a_wrong_call_has_torchs_words():
+    straight = StraightIntoPlace(make(), Owner(make()))
+    with straight.forward(), pytest.raises(TypeError, match="invalid combination of arguments"):
+        functional.conv1d(torch.zeros(1, 2, 3), None)
+
+
 def test_a_frozen_weight_and_a_frozen_bias():
     def frozen():
         module = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import odd_models
 import pytest
 import torch
 from helpers import SAMPLES, config_of
@@ -47,7 +48,7 @@ MODELS = [
     "Filled",
     "parametrised_row",
 ]
-TIED = ("Tied", "tied_row", "OwnLoss", "LargeTied", "LargeTiedGraph")
+TIED = ("Tied", "tied_row", "OwnLoss", "LargeTied", "LargeTiedGraph", "Renormed")
 
 
 MOST = {"Named": 3}
@@ -72,7 +73,9 @@ def build(world, files):
     made = []
 
     def job_of(model, stages, **settings):
-        config = config_of(files, f"stage_models.{model}", batch=settings.pop("batch", 8))
+        config = config_of(
+            files, f"{settings.pop('module', 'stage_models')}.{model}", batch=settings.pop("batch", 8)
+        )
         config.model.init_args = settings.pop("arguments", {})
         config.train.clip = settings.pop("clip", 0.0)
         config.data.targets = settings.pop("targets", config.data.targets)
@@ -537,6 +540,36 @@ def has_bits_of_one_process(world, job, model):
     owned = [name for share in world.allgather(sorted(mine)) for name in share]
     assert len(owned) == len(set(owned))
     assert set(owned) == set(state)
+
+
+ODD = [
+    name
+    for name, kind in vars(odd_models).items()
+    if isinstance(kind, type) and kind.__module__ == "odd_models"
+]
+
+
+@pytest.mark.mpi
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("model", [name for name in ODD if name not in ("Odd", "Warming")])
+def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
+    """Draws where no mode sees them, regions that are run again, tables that are changed."""
+    if world.size != 2:
+        pytest.skip("two ranks do")
+    job = build(model, 2, module="odd_models", micro_batches=3)
+    has_bits_of_one_process(world, job, model)
+
+
+@pytest.mark.mpi
+def test_a_forward_that_hangs_on_its_own_count_is_told(world, build, caplog):
+    if world.size != 2:
+        pytest.skip("two ranks do")
+    with caplog.at_level("WARNING", LOGGER.name):
+        build("Warming", 2, module="odd_models", micro_batches=3)
+        build("Skips", 2, micro_batches=3)
+    said = [message for message in caplog.messages if "the forward changes" in message]
+    assert len(said) == 1
+    assert all(message.startswith("the forward changes calls: it is written down once") for message in said)
 
 
 @pytest.mark.mpi

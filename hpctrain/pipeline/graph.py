@@ -15,11 +15,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree
 
-from hpctrain.draws import draws
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Choice, Scales
-from hpctrain.pipeline.operators import changes, cost, forbidden, path_of, roots
+from hpctrain.pipeline.operators import changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
 from hpctrain.pipeline.profile import of_operators
 from hpctrain.pipeline.runner import Runner
@@ -160,7 +159,7 @@ class Graph:
         constant: set[str] = set()
         for node in traced.nodes:
             fixed = all(a.name in constant for a in node.all_input_nodes)
-            if fixed and not draws(node.target, node.args, dict(node.kwargs)):
+            if fixed and not draws_of(node, traced.constants):
                 constant.add(node.name)
         wanted = {name: stage for name, stage in traced.stage.items() if name not in constant}
         for node in reversed(traced.nodes):
@@ -250,9 +249,9 @@ class Graph:
         mine = [node for node in traced.nodes if traced.stage[node.name] == stage]
         numbers, count = {}, 0
         for node in traced.nodes:
-            if draws(node.target, node.args, dict(node.kwargs)):
+            if drawn := draws_of(node, traced.constants):
                 numbers[node.name] = count
-                count += 1
+                count += drawn
         part.run = Runner(self.module, self.real.__getitem__, traced, mine, numbers, stage == last)
         return part
 

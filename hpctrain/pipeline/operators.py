@@ -1,10 +1,13 @@
 """What the operators of a written-down forward say of themselves: place, aliases, work; how one is called."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional
+
+from hpctrain.draws import draws
 
 SEEN = {
     torch.ops.aten.linear.default: "linear",
@@ -13,6 +16,34 @@ SEEN = {
     torch.ops.aten.conv3d.default: "conv3d",
 }
 """By operator: the function of `torch.nn.functional` with the same arguments whose calls `gradient` takes."""
+
+
+def with_gradients(enabled: bool, body: Any, *given: Any) -> Any:
+    """Run what the model has under `torch.no_grad` or `enable_grad`. Local."""
+    with torch.set_grad_enabled(enabled):
+        return body(*given)
+
+
+def with_autocast(device: str, dtype: Any, enabled: bool, cache: Any, body: Any, *given: Any) -> Any:
+    """Run what the model has under an autocast of its own. Local."""
+    with torch.autocast(device, dtype, enabled, cache):
+        return body(*given)
+
+
+BODIES: dict[Any, Callable[..., Any]] = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: with_gradients,
+    torch.ops.higher_order.wrap_with_autocast: with_autocast,
+}
+"""Operators that hold others: torch would run those where no mode sees that they draw."""
+
+
+def draws_of(node: fx.Node, constants: Mapping[str, Any]) -> int:
+    """Count the random numbers that an operator takes, or those that it holds. Pure."""
+    if node.target in BODIES:
+        bodies = (constants.get(a.name) for a in node.all_input_nodes)
+        inner = (n for body in bodies if isinstance(body, fx.GraphModule) for n in body.graph.nodes)
+        return sum(draws_of(n, {}) for n in inner if n.op == "call_function")
+    return int(draws(node.target, node.args, dict(node.kwargs)))
 
 
 TAKEN = "called in torch.nn.functional"
@@ -24,6 +55,8 @@ MARKS = hasattr(fx.traceback, "annotate")
 def called(node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Call an operator as the module would: through what `gradient` takes, where it would. Local."""
     target: Any = node.target
+    if target in BODIES:
+        return BODIES[target](*arguments)
     taken = not MARKS or TAKEN in node.meta.get("custom", {})
     if taken and target in SEEN:
         return getattr(functional, SEEN[target])(*arguments, **named)
@@ -71,7 +104,10 @@ def roots(nodes: list[fx.Node]) -> dict[str, str]:
 
 
 def forbidden(nodes: list[fx.Node], at: dict[str, int]) -> set[int]:
-    """Where no stage may begin: between a tensor and what changes it in place, or calls of one BatchNorm."""
+    """Where no stage may begin: between a tensor and what changes it in place, or calls of one BatchNorm.
+
+    What changes a weight (`max_norm` of an embedding) stays with all that uses it: others have copies.
+    """
     found: set[int] = set()
     calls: dict[str, list[int]] = {}
     for i, node in enumerate(nodes):
@@ -83,8 +119,13 @@ def forbidden(nodes: list[fx.Node], at: dict[str, int]) -> set[int]:
     for i, node in enumerate(nodes):
         changed = changes(node)
         if changed is not None:
-            begin = at.get(root.get(changed.name, changed.name), -1)
-            found |= set(range(begin + 1, i + 1)) if begin >= 0 else set()
+            name = root.get(changed.name, changed.name)
+            begin = at.get(name, -1)
+            if begin >= 0:
+                found |= set(range(begin + 1, i + 1))
+                continue
+            users = [j for j, n in enumerate(nodes) if any(a.name == name for a in n.all_input_nodes)]
+            found |= set(range(min(users, default=i) + 1, max(users, default=i) + 1))
     return found
 
 
@@ -115,5 +156,5 @@ def cost(node: fx.Node) -> float:
     if name in ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"):
         return work + 2.0 * size * float(shapes[0][-1] if shapes and len(shapes[0]) else 1)
     if name == "scaled_dot_product_attention":
-        return work + 4.0 * size * float(shapes[1][-2])
+        return work + 4.0 * size * float(shapes[min(1, len(shapes) - 1)][-2])
     return work

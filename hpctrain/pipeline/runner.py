@@ -6,6 +6,7 @@ the bits of the whole model.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -16,8 +17,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
-from hpctrain.draws import seed
-from hpctrain.pipeline.operators import called, path_of
+from hpctrain.draws import Draws, seed
+from hpctrain.pipeline.operators import BODIES, called, path_of
 from hpctrain.pipeline.part import Env, gave, input_of, shapes_of
 from hpctrain.pipeline.trace import Constant, Traced
 
@@ -48,10 +49,13 @@ class Runner:
 
         for node in self.nodes:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), value)
-            if node.name in self.numbers:
-                seed(stream, self.numbers[node.name])
+            number = self.numbers.get(node.name)
+            if number is not None:
+                seed(stream, number)
+            holds = number is not None and node.target in BODIES
             try:
-                env[node.name] = self._call(node, arguments, named)
+                with Draws(stream, number or 0) if holds else nullcontext():
+                    env[node.name] = self._call(node, arguments, named)
             except Exception as error:
                 error.add_note(f"in {place_of(node)}, given {shapes_of((arguments, named))}")
                 raise

@@ -8,19 +8,26 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils import _pytree, checkpoint
 
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import TAKEN as CALLED
-from hpctrain.modes import Replaced
+from hpctrain.log import LOGGER
+from hpctrain.modes import Replaced, watched
 from hpctrain.pipeline.operators import MARKS, TAKEN, path_of
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -62,6 +69,7 @@ class Writer:
         self.like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
         self.fake = FakeTensorMode()
         self.skeleton = skeleton(module, self.fake)
+        self._looked = False
 
     def write(self, samples: int, training: bool, like: Like) -> Traced:
         """Write the forward down with torch.export, on tensors without memory."""
@@ -78,6 +86,7 @@ class Writer:
                 warnings.catch_warnings(),
                 quiet(),
                 own_gradients_refused(self.skeleton),
+                regions_kept(),
                 Replaced(dict.fromkeys(CALLED, marked)),
             ):
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
@@ -103,6 +112,7 @@ class Writer:
                 f"down, so it can't be cut{cause}; {instead}make the model an nn.Sequential, or "
                 f"give it a method layers() that lists submodules which follow one another"
             ) from None
+        self._warn_of_state(arguments)
         signature = program.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         order = list(fakes) if not self.named else list(program.call_spec.in_spec.child(1).context)
@@ -131,6 +141,27 @@ class Writer:
             outputs,
             program.call_spec.out_spec,
         )
+
+    def _warn_of_state(self, arguments: tuple[Any, dict[str, Any]]) -> None:
+        """Say once which plain attributes a forward changes: operators don't. torch.export puts them back."""
+        if self._looked:
+            return
+        self._looked = True
+        before = plain_values(self.skeleton)
+        with suppress(Exception), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
+            self.skeleton(*arguments[0], **arguments[1])
+        after = plain_values(self.skeleton)
+        changed = [name for name, value in before.items() if after.get(name, value) != value]
+        for name in changed:
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.skeleton.get_submodule(owner), attribute, before[name])
+        if changed:
+            LOGGER.warning(
+                "the forward changes %s: it is written down once, so in stages that stays as it is, and what "
+                "hangs on it, too (hpctrain verify compares with one process)",
+                ", ".join(changed[:3]),
+            )
 
     def _known_shape(self, node: fx.Node) -> None:
         """Refuse an operator that gives as many numbers as other numbers say. Local."""
@@ -182,9 +213,10 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
     apply, register_hook = vars(function)["apply"], tensor.register_hook
 
     def applied(cls: type, *args: Any, **named: Any) -> Any:
-        if cls is CheckpointFunction:  # written down, its inside would have no gradient
+        if cls is checkpoint.CheckpointFunction:  # written down, its inside would have no gradient
             run, _, *given = args
-            with torch.autograd.graph.saved_tensors_hooks(same, same):  # as the other kind of it
+            trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+            with as_recomputed() if trained else torch.no_grad():  # without, torch gives it no gradient
                 return run(*given)
         if cls.__module__.split(".")[0] == "torch":
             return apply.__func__(cls, *args, **named)
@@ -205,6 +237,40 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
         function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
 
 
+def as_recomputed() -> AbstractContextManager[Any]:
+    """Let a region look as those of torch.utils.checkpoint do, and keep its tensors. Local."""
+    return torch.autograd.graph.saved_tensors_hooks(same, same)
+
+
+@contextmanager
+def regions_kept() -> Iterator[None]:
+    """Let torch.utils.checkpoint recompute nothing: torch.export can't write nested regions down. Local."""
+    name = "_checkpoint_without_reentrant_generator"
+    before = getattr(checkpoint, name, None)
+
+    def kept(*_: Any, **__: Any) -> Iterator[None]:
+        with as_recomputed():
+            yield
+
+    if before is not None:
+        setattr(checkpoint, name, kept)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(checkpoint, name, before)
+
+
+def plain_values(module: nn.Module) -> dict[str, Any]:
+    """Give the numbers, flags and strings that the modules have as attributes, by name. Local."""
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, m in module.named_modules()
+        for key, value in vars(m).items()
+        if isinstance(value, (bool, int, float, str))
+    }
+
+
 def same(tensor: torch.Tensor) -> torch.Tensor:
     """Give what came."""
     return tensor
@@ -213,7 +279,7 @@ def same(tensor: torch.Tensor) -> torch.Tensor:
 def marked(function: Any, *arguments: Any, **named: Any) -> Any:
     """Call a function that `gradient` takes, and mark its operator where it would. Local."""
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    taken = MARKS and not hooked and torch.is_grad_enabled()
+    taken = MARKS and not hooked and torch.is_grad_enabled() and not watched()
     with fx.traceback.annotate({TAKEN: True}) if taken else nullcontext():
         return function(*arguments, **named)
 

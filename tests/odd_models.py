@@ -1,0 +1,134 @@
+"""Models whose forwards ask for what operators have no plain word for; all map (n, in) to (n, out)."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+WIDTH = 64
+
+
+class Odd(nn.Module):
+    """Something between two layers, and a draw behind it, whose number tells if all before were counted."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.inner = nn.Linear(in_features, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.other, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, out_features)
+        self.drop = nn.Dropout(0.3)
+        self.add()
+
+    def add(self):
+        """Add layers."""
+
+    def forward(self, x):
+        return self.last(self.drop(self.middle(torch.tanh(self.first(x)))))
+
+
+class NoiseWithoutGradient(Odd):
+    def middle(self, x):
+        with torch.no_grad():
+            noise = functional.dropout(self.other(x), 0.3) + torch.randn_like(x)
+        return self.inner(x + noise)
+
+
+class OwnAutocast(Odd):
+    def middle(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = functional.dropout(self.inner(x), 0.2)
+        return x.float()
+
+
+class OwnDevice(Odd):
+    def middle(self, x):
+        with torch.device("cpu"):
+            return self.inner(x) + torch.zeros(WIDTH)
+
+
+class DropsInPlace(Odd):
+    def add(self):
+        self.inside = nn.Dropout1d(0.3, inplace=True)
+
+    def middle(self, x):
+        return self.inner(self.inside((x * 1.0).unsqueeze(1)).squeeze(1))
+
+
+class Pooled(Odd):
+    def add(self):
+        self.pool, self.wide = nn.FractionalMaxPool2d(2, output_size=(4, 4)), nn.Linear(16, WIDTH)
+
+    def middle(self, x):
+        return self.inner(self.wide(self.pool(x.view(-1, 1, 8, 8)).flatten(1)))
+
+
+class PooledWithIndices(Pooled):
+    def add(self):
+        super().add()
+        self.pool.return_indices = True
+
+    def middle(self, x):
+        return self.inner(self.wide(self.pool(x.view(-1, 1, 8, 8))[0].flatten(1)))
+
+
+class Gamma(Odd):
+    def middle(self, x):
+        return self.inner(x * torch.distributions.Gamma(x.abs() + 1, 1.0, validate_args=False).rsample())
+
+
+class OneForAll(Odd):
+    def middle(self, x):
+        q = self.inner(x).view(-1, 2, 4, 8)
+        return functional.scaled_dot_product_attention(q, q, q, dropout_p=0.3).flatten(1)
+
+
+class Nested(Odd):
+    reentrant = False
+
+    def again(self, function, x):
+        return checkpoint(function, x, use_reentrant=self.reentrant)
+
+    def middle(self, x):
+        inside = self.again(lambda z: self.inner(self.again(lambda y: self.drop(self.other(y)), z)), x)
+        return x + self.drop(inside)
+
+
+class NestedReentrant(Nested):
+    reentrant = True
+
+
+class NormedAgain(NestedReentrant):
+    """A BatchNorm whose statistics are those of the first run alone."""
+
+    def add(self):
+        self.norm = nn.BatchNorm1d(2)
+
+    def middle(self, x):
+        return self.again(lambda z: self.norm(self.inner(z).unflatten(1, (2, WIDTH // 2))).flatten(1), x)
+
+
+class NoGradientInside(NestedReentrant):
+    """A reentrant region of inputs without a gradient has none inside: torch says so in a warning."""
+
+    def forward(self, x):
+        return self.last(self.drop(self.inner(torch.tanh(self.again(self.first, x)))))
+
+
+class Renormed(Odd):
+    """Changes its table in the forward."""
+
+    def add(self):
+        self.table = nn.Embedding(20, WIDTH, max_norm=1.0)
+
+    def middle(self, x):
+        return self.inner(x + self.table((x[:, :5] * 10).long().abs() % 20).sum(1))
+
+
+class Warming(Odd):
+    """Counts its calls, and does something else in the first ones."""
+
+    def add(self):
+        self.calls = 0
+
+    def middle(self, x):
+        self.calls += 1
+        return self.inner(x * 2 if self.calls < 6 else x)
