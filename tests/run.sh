@@ -35,7 +35,7 @@ case ${1:-} in
   cluster) limited 1200 python -m pytest --color=no tests/cluster -m cluster --override-ini "addopts=--strict-markers -p no:cacheprovider" ;;
   long)
     for ranks in 2 3 4; do third_party models-long "$ranks" -m "long or not long"; done
-    limited 7200 python -m pytest --color=no tests/long -m long --override-ini "addopts=--strict-markers -p no:cacheprovider"
+    limited 7200 python -m pytest --color=no tests/long tests/launch -m long --override-ini "addopts=--strict-markers -p no:cacheprovider"
     ;;
   '')
     coverage erase
@@ -49,7 +49,7 @@ case ${1:-} in
     done
     for ranks in 2 4; do third_party models "$ranks" -m "not long"; done
     echo "== what starts mpirun itself"
-    plain=(--override-ini "addopts=--strict-markers -p no:cacheprovider")
+    plain=(-m "not long" --override-ini "addopts=--strict-markers -p no:cacheprovider")
     unwatched=(tests/launch/test_{bench,docs,resume,stages,train}.py)
     limited 1800 python -m pytest --color=no "${unwatched[@]}" "${plain[@]}" # they run what the others run
     limited 1500 coverage run -m pytest --color=no tests/launch "${unwatched[@]/#/--ignore=}" "${plain[@]}"

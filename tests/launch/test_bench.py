@@ -54,6 +54,13 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
     assert seconds["bubble"] == pytest.approx(seconds["alone"] / 2 * 9 / 8)
     assert seconds["limit"] == pytest.approx(seconds["work"] * 9 / 8)
+    alone = launcher.ranks(1, "bench", "pipeline")
+    assert alone.status == 2
+    assert "bench pipeline measures stages: start it on 2 ranks or more" in alone.err
+
+
+@pytest.mark.long
+def test_stages_that_sleep_are_measured_beside_the_simulator(launcher):
     sleeping = launcher.ranks(4, "bench", "pipeline", "--json", "--case", "emulated m=8", *FEW)
     assert sleeping.status == 0, sleeping.text
     (row,) = json.loads(sleeping.out)["rows"]
@@ -66,6 +73,3 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     assert seconds["simulated_zb"] / seconds["work"] == pytest.approx(27 / 24)
     assert seconds["simulated_1f1b"] / seconds["work"] == pytest.approx(30 / 24)
     assert seconds["work"] >= 24 * 0.03
-    alone = launcher.ranks(1, "bench", "pipeline")
-    assert alone.status == 2
-    assert "bench pipeline measures stages: start it on 2 ranks or more" in alone.err

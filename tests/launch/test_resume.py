@@ -57,6 +57,7 @@ def test_a_second_job_is_kept_out_of_the_folder(launcher, small, tmp_path):
     launcher.kill(first)
 
 
+@pytest.mark.long
 def test_invariant_runs_are_the_same_bits_on_any_ranks_and_resumed_on_others(launcher, small, tmp_path):
     """4 ranks; 3 ranks; and 4, then 2, then 1: losses, metrics, weights and optimizer state."""
     words = ["train", "small.toml", "--averaging.invariant", "true", "--parallel.micro_batches", "4"]
@@ -91,7 +92,10 @@ def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
     assert "is finished" in plain.out
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=LONG), pytest.param(2, marks=LONG), 4])
 def test_killed_and_resumed_is_bit_for_bit_never_stopped(launcher, small, tmp_path, ranks):
     """20 steps against some + SIGKILL of every rank + the rest, at the same layout."""
     wide = ("--model.init_args.width", "600")  # several units: optimizer state is cut between ranks
@@ -117,6 +121,7 @@ def test_killed_and_resumed_is_bit_for_bit_never_stopped(launcher, small, tmp_pa
     assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.long
 def test_a_run_of_four_ranks_goes_on_with_three_and_with_one(launcher, small, tmp_path):
     """The micro-batches stay; only who computes them changes. Tolerance: sums in another order."""
     schedule = "--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR"
