@@ -59,7 +59,10 @@ def test_running_statistics_are_those_of_one_process(topology, files, momentum):
     config = config_of(files, "helpers.Normed")
     config.model.init_args["momentum"] = momentum
     config.parallel.micro_batches = 7
-    found = [trained(config, topology), trained(config, Topology.build(MPI.COMM_SELF))]
+    found = [
+        trained(config, topology),
+        trained(config, Topology.build(MPI.COMM_SELF, threads=topology.threads)),
+    ]
     for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
         a, b = (state[name] for state in found)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -111,12 +114,14 @@ def test_invariant_averaging_gives_the_same_bits_as_one_process(
     config.averaging.invariant = True
     if model == "Unseeded":
         pytest.skip("its weights come from a stream that no seed reaches: each start is another model")
-    found, alone = (trained(config, t) for t in (topology, Topology.build(MPI.COMM_SELF)))
+    found, alone = (
+        trained(config, t) for t in (topology, Topology.build(MPI.COMM_SELF, threads=topology.threads))
+    )
     for name, value in alone.items():
         bits = [t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in (found[name], value)]
         assert bits[0] == bits[1], name
     config.averaging.invariant = False
-    other = trained(config, Topology.build(MPI.COMM_SELF))
+    other = trained(config, Topology.build(MPI.COMM_SELF, threads=topology.threads))
     torch.testing.assert_close(other["losses"], alone["losses"], rtol=1e-3, atol=1e-4)
 
 
@@ -152,7 +157,7 @@ def test_layouts_give_the_same_losses_over_epochs(topology, files):
     config = config_of(files, "helpers.Dropping")
     config.parallel.micro_batches = 5
     together = trained(config, topology, 12)["losses"]
-    alone = trained(config, Topology.build(MPI.COMM_SELF), 12)["losses"]
+    alone = trained(config, Topology.build(MPI.COMM_SELF, threads=topology.threads), 12)["losses"]
     assert torch.allclose(together, alone, rtol=1e-3)
     again = trained(config, topology, 12)["losses"]
     assert torch.equal(together, again)

@@ -647,7 +647,7 @@ def test_evaluation_before_and_after_training(world, build, model):
 def build_alone(job):
 
     config = replace(job.config, parallel=replace(job.config.parallel, stages=1))
-    return assemble.build(config, Topology.build(MPI.COMM_SELF))
+    return assemble.build(config, Topology.build(MPI.COMM_SELF, threads=job.topology.threads))
 
 
 def take_weights(job, alone):
