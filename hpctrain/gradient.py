@@ -22,7 +22,7 @@ the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,9 +52,8 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """Names of the weights that are seen."""
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 KINDS = (torch.Tensor, nn.Parameter)
-TAKEN = ("linear", "embedding", *CONVOLUTIONS)
+CALLED = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 """Functions of `torch.nn.functional` whose calls are seen."""
 
 
@@ -109,8 +108,8 @@ class StraightIntoPlace:
         self.weights = seen(module)
         self._modes = 0
         """Modes that are on when a forward begins."""
-        convolutions = dict.fromkeys(CONVOLUTIONS, self._convolution)
-        self._taking = Replaced({"linear": self._linear, "embedding": self._embedding, **convolutions})
+        takers: list[Callable[..., Any]] = [self._linear, self._embedding, *3 * [self._convolution]]
+        self._taking = Replaced(dict(zip(CALLED, takers, strict=True)))
 
     def never_later(self, parameters: Iterable[torch.Tensor]) -> None:
         """Let what these add to their gradients never wait: for them a split backward is too dear. Local."""

@@ -129,7 +129,9 @@ class Layers:
         layers = self.layers[start:stop]
         changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
         last = stage == self.stages - 1
-        drawing = self._drawing.setdefault((stage, training), Drawing([layer for _, layer in layers]))
+        if (stage, training) not in self._drawing:
+            self._drawing[stage, training] = Drawing([layer for _, layer in layers])
+        drawing = self._drawing[stage, training]
 
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
             value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]

@@ -128,11 +128,10 @@ def mostly_gaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Give all memory between a tensor's first and last element, flat; whether without its gaps. Local."""
-    if mostly_gaps(tensor.shape, tensor.stride()):
-        return tensor.as_strided(once(tensor.shape, tensor.stride()), tensor.stride()).contiguous().view(
-            -1
-        ), True
-    return tensor.as_strided((span(tensor.shape, tensor.stride()),), (1,)), False
+    shape, strides = tensor.shape, tensor.stride()
+    if mostly_gaps(shape, strides):
+        return tensor.as_strided(once(shape, strides), strides).contiguous().view(-1), True
+    return tensor.as_strided((span(shape, strides),), (1,)), False
 
 
 def with_gaps(flat: torch.Tensor, shape: Sequence[int], strides: Sequence[int], behind: int) -> torch.Tensor:

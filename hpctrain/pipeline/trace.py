@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree, checkpoint
 
 from hpctrain.errors import ConfigError
-from hpctrain.gradient import TAKEN as CALLED
+from hpctrain.gradient import CALLED
 from hpctrain.log import LOGGER
 from hpctrain.modes import Replaced, watched
 from hpctrain.pipeline.operators import MARKS, TAKEN, path_of
