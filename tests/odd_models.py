@@ -132,3 +132,23 @@ class Warming(Odd):
     def middle(self, x):
         self.calls += 1
         return self.inner(x * 2 if self.calls < 6 else x)
+
+
+class NormedLayer(nn.Module):
+    """The same as a layer in a row, whose stage runs it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return checkpoint(self.run, x, use_reentrant=True)
+
+    def run(self, x):
+        return self.norm(self.inner(x).unflatten(1, (2, WIDTH // 2))).flatten(1)
+
+
+def normed_row(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_features, WIDTH), NormedLayer(), NormedLayer(), nn.Linear(WIDTH, out_features)
+    )

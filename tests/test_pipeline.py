@@ -22,9 +22,11 @@ from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline import profile, weigh
+from hpctrain.pipeline.operators import forbidden
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.trace import Writer
 from hpctrain.pipeline.watch import ASK, Watch
 from hpctrain.recipes.samples import Samples
 from hpctrain.report import summary
@@ -552,13 +554,24 @@ ODD = [
 
 @pytest.mark.mpi
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("model", [name for name in ODD if name not in ("Odd", "Warming")])
+@pytest.mark.parametrize(
+    "model", [*(name for name in ODD if name not in ("Odd", "Warming", "NormedLayer")), "normed_row"]
+)
 def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
     """Draws where no mode sees them, regions that are run again, tables that are changed."""
     if world.size != 2:
         pytest.skip("two ranks do")
     job = build(model, 2, module="odd_models", micro_batches=3)
     has_bits_of_one_process(world, job, model)
+
+
+def test_no_stage_begins_between_what_changes_a_table_and_who_reads_it():
+    """Another stage would read a copy that nobody has changed."""
+    module = odd_models.Renormed(5, 2)
+    traced = Writer(module, {"x": torch.zeros(3, 5)}, False, 2).write(3, True, {"x": ((5,), torch.float32)})
+    at = {node.name: i for i, node in enumerate(traced.nodes)}
+    changed, read = at["embedding_renorm_"], at["embedding"]
+    assert set(range(changed + 1, read + 1)) <= forbidden(traced.nodes, at)
 
 
 @pytest.mark.mpi
