@@ -5,7 +5,10 @@ installed when a topology is built, however the program was started, and stands 
 as a topology is open.
 """
 
+import array
+import fcntl
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -17,6 +20,8 @@ from mpi4py import MPI
 # ones wait a little, and the abort of the lowest ends them before they print.
 STAGGER_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 2.0
+READ_SECONDS = 1.0  # at most so long for mpirun to take this rank's last words
+PASSED_ON_SECONDS = 0.05  # and to print them: its own message of the abort goes another way
 
 _open: list[MPI.Intracomm] = []
 _before = (sys.excepthook, threading.excepthook)
@@ -53,8 +58,7 @@ def end_all_ranks(kind: type[BaseException], error: BaseException, trace: Traceb
     ending = f": all {size} ranks are ended" if size > 1 else ""
     last = traceback.extract_tb(trace)[-1:]
     place = "".join(f" at {frame.filename}:{frame.lineno}" for frame in last)
-    sys.stderr.write(f"{text}r{rank}/{size} | uncaught {kind.__name__}{place}{ending}\n")
-    sys.stderr.flush()
+    _say(f"{text}r{rank}/{size} | uncaught {kind.__name__}{place}{ending}\n")
     if size > 1:
         world.Abort(1)
 
@@ -67,6 +71,25 @@ def _thread_hook(arguments: threading.ExceptHookArgs) -> None:
 def end_with_message(world: MPI.Intracomm, text: str, status: int) -> None:
     """Print an error of this rank alone and abort the job with a status; does not return."""
     time.sleep(min(STAGGER_SECONDS * world.rank, LONGEST_WAIT_SECONDS))
-    sys.stderr.write(f"r{world.rank}/{world.size} | error: {text}\n")
-    sys.stderr.flush()
+    _say(f"r{world.rank}/{world.size} | error: {text}\n")
     world.Abort(status)
+
+
+def _say(text: str) -> None:
+    """Write to stderr, and wait till mpirun has read it: an abort overtakes what lies in the pipe."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    until = time.monotonic() + READ_SECONDS
+    while _unread() and time.monotonic() < until:
+        time.sleep(0.005)
+    time.sleep(PASSED_ON_SECONDS)
+
+
+def _unread() -> int:
+    """Bytes in the pipe of stderr that its reader has not taken; 0 for a file or a terminal."""
+    unread = array.array("i", [0])
+    try:
+        fcntl.ioctl(sys.stderr.fileno(), termios.FIONREAD, unread)
+    except OSError:  # stderr is a file, or something of a test's own
+        return 0
+    return unread[0]
