@@ -200,12 +200,15 @@ class StraightIntoPlace:
         max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        special = max_norm is not None or scale_grad_by_freq or sparse
+        special = scale_grad_by_freq or sparse
         if special or not self._takes(weight, weight) or not -len(weight) <= (padding_idx or 0) < len(weight):
             rest = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
             return function(input, weight, *rest)  # type: ignore[no-any-return]
         padding = -1 if padding_idx is None else padding_idx % len(weight)
         with torch._C.DisableTorchFunction():
+            if max_norm is not None:  # before the rows are read, as torch does
+                with torch.no_grad():
+                    torch.embedding_renorm_(weight, input, max_norm, norm_type)
             return Embedding.apply(weight, input, padding, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def _convolution(

@@ -123,6 +123,19 @@ class Renormed(Odd):
         return self.inner(x + self.table((x[:, :5] * 10).long().abs() % 20).sum(1))
 
 
+class ChannelsLast(Odd):
+    """Its user chose how numbers of images lie: filters, values that cross and gradients keep it."""
+
+    def add(self):
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding="same")
+        )
+        self.convolutions.to(memory_format=torch.channels_last)
+
+    def middle(self, x):
+        return self.inner(self.convolutions(x.unflatten(1, (4, 4, 4))).flatten(1))
+
+
 class Warming(Odd):
     """Counts its calls, and does something else in the first ones."""
 

@@ -51,7 +51,7 @@ MODELS = [
     "Filled",
     "parametrised_row",
 ]
-TIED = ("Tied", "tied_row", "OwnLoss", "LargeTied", "LargeTiedGraph", "Renormed")
+TIED = ("Tied", "tied_row", "OwnLoss", "LargeTied", "LargeTiedGraph")
 
 
 MOST = {"Named": 3}
