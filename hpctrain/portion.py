@@ -88,7 +88,9 @@ def build(
             inputs = example()
             split.need(config.parallel.cuts, stages)
             pieces = split.write(module, inputs, models.by_name(module, list(inputs)), stages)
-        scales = scales_of(config, topology, count, synced, inputs) if trains else None
+        here = {} if deferred else {id(tensor): tensor.nbytes for _, tensor in every_tensor(module)}
+        built = sum(here.values())
+        scales = scales_of(config, topology, count, synced, inputs, built) if trains else None
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)

@@ -15,13 +15,13 @@ LARGEST = 32 << 20
 MEMINFO, STATUS, OWN_GROUP = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/proc/self/cgroup")
 
 
-def room(processes: int) -> float:
+def room(processes: int, swap: bool = False) -> float:
     """Give the bytes left for each of so many processes of this machine; infinite where nobody says. Local.
 
-    The least of: what the machine has available, what control groups leave (Slurm sets them), and this
-    process' own limits of addresses and of data (ulimit -v, ulimit -d).
+    The least of: what the machine has available, with `swap` what it can swap, too; what control groups leave
+    (Slurm sets them); this process' own limits of addresses and of data (ulimit -v, ulimit -d).
     """
-    shared = min([*of_machine(), *of_groups()], default=float("inf")) / processes
+    shared = min([*of_machine(swap), *of_groups()], default=float("inf")) / processes
     return min([shared, *of_process()])
 
 
@@ -30,11 +30,11 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-def of_machine() -> Iterator[float]:
+def of_machine(swap: bool) -> Iterator[float]:
     """Give what the kernel could still hand out."""
-    for line in lines(MEMINFO):
-        if line.startswith("MemAvailable:"):
-            yield 1024.0 * int(line.split()[1])
+    fields = {line.split()[0]: line.split()[1] for line in lines(MEMINFO)}
+    if "MemAvailable:" in fields:
+        yield 1024.0 * (int(fields["MemAvailable:"]) + swap * int(fields.get("SwapFree:", 0)))
 
 
 def of_groups() -> Iterator[float]:

@@ -12,6 +12,7 @@ from hpctrain.data.loader import AHEAD
 from hpctrain.engine import precision
 from hpctrain.pipeline import simulate
 from hpctrain.pipeline.choice import Plan, Scales, Wire
+from hpctrain.pipeline.profile import Limits
 from hpctrain.pipeline.schedule import CHOSEN, SEVERAL
 from hpctrain.room import give_back, room
 from hpctrain.topology import Topology, usable_cores
@@ -21,14 +22,19 @@ OTHERS = 128 << 20
 
 
 def scales_of(
-    config: Config, topology: Topology, count: int, synced: bool, inputs: dict[str, torch.Tensor]
+    config: Config,
+    topology: Topology,
+    count: int,
+    synced: bool,
+    inputs: dict[str, torch.Tensor],
+    built: int,
 ) -> Scales | None:
     """Say by what a cut is to be chosen; None where nothing is measured. Collective.
 
-    `inputs`: of a micro-batch.
+    `inputs`: of a micro-batch; `built`: bytes of weights that are here by now, and go or are this rank's own.
     """
     world = topology.comms.world
-    if topology.device != "cpu" or config.parallel.cuts:
+    if topology.device != "cpu":
         return None
     node = topology.comms.node
     own = -(-count // topology.replicas)
@@ -44,10 +50,13 @@ def scales_of(
     shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
     copies = world.allreduce(1.0 + shared, op=MPI.MAX)
 
-    def limits() -> list[float]:
+    def limits() -> Limits:
         give_back()  # what measuring took
-        left = max(0.0, room(node.size) - OTHERS - read)
-        return [left if stage == topology.stage else math.inf for stage in range(topology.stages)]
+        left = max(0.0, room(node.size) + built - OTHERS - read)
+        most, share = (room(processes, swap=True) + built for processes in (1, node.size))
+        mine = [stage == topology.stage for stage in range(topology.stages)]
+        usual, largest = ([size if own else math.inf for own in mine] for size in (left, most))
+        return Limits(usual, largest, share)
 
     plans = []
     for schedule in schedules(config, synced):

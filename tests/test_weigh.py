@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline import expected, fit, profile, split, weigh
 from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.held import Living
-from hpctrain.pipeline.profile import Work
+from hpctrain.pipeline.profile import Limits, Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
 from hpctrain.scales import schedules
@@ -80,9 +81,14 @@ def even(monkeypatch):
 
 def scales(world, stages=2, limits=None, kept=None, copies=4.0):
     ranks = [list(range(stage, world.size, stages)) or [0] for stage in range(stages)]
-    unlimited = [float("inf")] * stages
     plans = [Plan("1f1b", 1, lives(kept or [1] * stages))]
-    return Scales(world, ranks, lambda: limits or unlimited, plans, 4, copies)
+    return Scales(world, ranks, lambda: of(limits or [float("inf")] * stages), plans, 4, copies)
+
+
+def of(limits, aside=0.0):
+    """So much a stage, and so much more that is set aside."""
+    most = [limit + aside for limit in limits]
+    return Limits(limits, most, sum(most) / len(most))
 
 
 def lives(kept):
@@ -168,26 +174,95 @@ def test_a_slow_rank_gets_less(world, monkeypatch):
 
 @pytest.mark.mpi
 def test_memory_moves_the_cut_warns_and_refuses(world, even):
-    """Four layers of 10 MiB of weights, with gradients and optimizer 40, each keeping 5 a micro-batch."""
+    """Four layers of 10 MiB of weights, with gradients and optimizer 40, each keeping 5 a micro-batch, 3 its own."""
     mebi = 1 << 20
 
-    def cut(limits, kept=(1, 1)):
-        with_limits = scales(world, limits=[mebi * limit for limit in limits], kept=list(kept))
-        return choose(2, [1] * 4, [10 * mebi] * 4, works(1, 1, 1, 1, kept=5 * mebi), with_limits)
+    def cut(limits, kept=(1, 1), aside=0, named=None, most=None):
+        asked = scales(world, kept=list(kept))
+        found = of([mebi * limit for limit in limits], mebi * aside)
+        found = replace(found, most=[mebi * limit for limit in most]) if most else found
+        asked.limits = lambda: found
+        pieces = [partial(Work, 1.0, 0.0, 0.0, 5 * mebi, own=3 * mebi)] * 4
+        return choose(2, [1] * 4, [10 * mebi] * 4, pieces, asked, named=named)
 
     assert cut([90, 90]).parts == [(0, 2), (2, 4)]
     assert not cut([90, 90]).said
     assert cut([89, 200]).parts == [(0, 1), (1, 4)]
     assert "the estimate's would not fit" in cut([89, 200]).said[0]
     assert cut([90, 200], kept=(2, 1)).parts == [(0, 1), (1, 4)]
-    assert cut([60, 60]).parts == [(0, 2), (2, 4)]
+    assert cut([60, 60], aside=30).parts == [(0, 2), (2, 4)]
     assert (
         "memory may run out: the model does not fit: its 4 layers need 180.0 MiB, 2 stages have 120.0"
-        in cut([60, 60]).warned[0]
+        in cut([60, 60], aside=30).warned[0]
     )
-    assert not cut([60, 60]).recompute
-    with pytest.raises(ConfigError, match="fit: its 4 layers need 40.0 MiB, 2 stages have 30.0, and no cut"):
-        cut([15, 15])
+    assert not cut([60, 60], aside=30).recompute
+    assert cut([60, 60], aside=26).warned  # 86 each: 80 and 2 layers' own 3
+    with pytest.raises(
+        ConfigError, match=r"alone take 172.0 MiB, and the ranks of its 2 stages have 171.0 left"
+    ):
+        cut([60, 60], aside=25.5)
+    with pytest.raises(
+        ConfigError, match=r"have 171.0 left together: take parallel.recompute = \"auto\", more stages"
+    ):
+        cut([60, 60], aside=25.5)
+    # together enough, where a rank could have all; but what it may have itself is less
+    assert cut([60, 60], aside=30, most=[180, 180]).warned
+    with pytest.raises(
+        ConfigError, match="its 4 layers need 172.0 MiB, 2 stages have 170.0, and no cut .*alone"
+    ):
+        cut([60, 60], aside=30, most=[85, 85])
+    # four micro-batches at once on the first stage: two layers' own 3 each
+    assert cut([60, 60], kept=(4, 1), aside=44).warned
+    with pytest.raises(ConfigError, match="its 4 layers need 208.0 MiB, 2 stages have 206.0"):
+        cut([60, 60], kept=(4, 1), aside=43)
+
+
+@pytest.mark.mpi
+def test_named_cuts_are_weighed_too(world, even):
+    """Not chosen; schedule and recomputation are, and memory is foretold."""
+    mebi = 1 << 20
+
+    def cut(limits, aside=0.0, recompute="never", named=((0, 1), (1, 4))):
+        asked = with_plans(world, 2, 4, {"1f1b": [2, 1], "zb-h1": [2, 2], "interleaved": [1] * 4})
+        found = of([mebi * limit for limit in limits], mebi * aside)
+        asked.limits, asked.recompute = lambda: found, recompute
+        pieces = [lambda: Work(1.0, 1.0, 1.0, 5 * mebi, own=5 * mebi)] * 4
+        return choose(2, [1] * 4, [10 * mebi] * 4, pieces, asked, named=list(named))
+
+    found = cut([90, 150])
+    assert (found.parts, found.schedule, found.pieces) == ([(0, 1), (1, 4)], "1f1b", 0)
+    assert [work.forward for work in found.passes] == [1.0, 3.0]
+    assert [one.most for one in found.needs] == [50 * mebi, 135 * mebi]
+    assert len(found.works) == 4
+    assert cut([110, 110], named=((0, 2), (2, 4))).schedule == "zb-h1"  # one of several stages a rank is none
+    found = cut([47, 140], recompute="auto")
+    assert (found.schedule, found.recompute, found.warned) == ("1f1b", True, [])
+    assert cut([90, 130], aside=5).warned == [
+        "memory may run out: the model does not fit where parallel.cuts cuts it: stage 1 needs 135.0 MiB and has 130.0"
+    ]
+    with pytest.raises(
+        ConfigError, match="cuts it: weights, .* take 135.0 MiB in stage 1, which has 130.0 left: .*elsewhere"
+    ):
+        cut([90, 130])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["layers", "operators"])
+def test_what_cannot_be_measured_is_refused_by_its_weights(world, even, monkeypatch, model):
+    rows = [nn.Linear(16, 16, bias=False) for _ in range(4)]
+    module = nn.Sequential(*rows) if model == "layers" else Rows(rows)
+
+    def fails(*_):
+        raise ValueError("no numbers suit it")
+
+    monkeypatch.setattr(profile, "timed", fails)
+    for cuts in ([], ["2" if model == "layers" else "rows.2"]):
+        asked = scales(world, limits=[2 * 4096, 2 * 4096])
+        found = split.cut(module, {"x": torch.randn(8, 16)}, False, 2, cuts, asked)
+        assert "pieces can't be measured alone (ValueError: no numbers suit it)" in found.choice.said[0]
+        assert [len(found.tensors(stage)) for stage in range(2)] == [2, 2]
+        with pytest.raises(ConfigError, match="the model does not fit"):
+            split.cut(module, {"x": torch.randn(8, 16)}, False, 2, cuts, scales(world, limits=[8000, 8000]))
 
 
 @pytest.mark.mpi
@@ -226,12 +301,12 @@ def test_memory_asks_for_recomputation(world, even):
     assert (found.recompute, found.parts, found.warned) == (True, [(0, 2), (2, 4)], [])
     assert found.said[0].startswith("stages run forward again for backward, as memory asks for it")
     assert [work.input_gradient for work in found.passes] == [2.0, 0.0]  # the last one keeps its graph
-    asked.limits = lambda: [60, 60]  # nor does one's: the least is taken all the same
+    asked.limits = lambda: of([60, 60], 100)  # nor does one's: the least is taken all the same
     found = choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked)
     assert found.recompute
     assert [one.times for one in found.needs] == [1, 1]
     assert "memory may run out" in found.warned[0]
-    asked.limits = lambda: [100, 100]
+    asked.limits = lambda: of([100, 100])
     assert not choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
 
 

@@ -77,7 +77,7 @@ def partition(
         need, total = max(row[-1] for rows in held for row in rows), sum(room)
         raise ConfigError(
             f"the model does not fit: its {layers} layers need {need / 2**20:,.1f} MiB, {stages} stages have "
-            f"{total / 2**20:,.1f}, and no cut between layers suits them: more stages, or smaller layers"
+            f"{total / 2**20:,.1f}, and no cut between layers suits them"
         )
     found, stop = [], layers
     for stage in reversed(range(stages)):

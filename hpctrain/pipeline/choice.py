@@ -7,7 +7,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpctrain.pipeline.profile import Work
+from hpctrain.pipeline.profile import Limits, Work
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Scales:
     """All ranks."""
     ranks: list[list[int]]
     """By rank of a pipeline: those of `comm` that run its stages."""
-    limits: Callable[[], list[float]]
-    """Gives, by rank of a pipeline, the bytes that its stages may take, as far as this rank knows."""
+    limits: Callable[[], Limits]
+    """Gives the bytes that stages may take, as far as this rank knows."""
     plans: list[Plan]
     """The schedules to choose from; the first one has the fewest stages."""
     micro_batches: int
@@ -97,7 +97,7 @@ class Choice:
     needs: list[Need] = field(default_factory=list)
     """By stage; empty where not measured."""
     pieces: int = 0
-    """That can be cut apart; 0 where the user names the cuts."""
+    """That could be cut apart otherwise; 0 where the user names the cuts."""
     works: list[Work] = field(default_factory=list)
     """Of each piece, on a rank of speed 1; empty where not measured."""
     names: list[str] = field(default_factory=list)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition, slowest
 from hpctrain.pipeline.choice import Choice, Need, Plan, Scales, Wire
-from hpctrain.pipeline.profile import Profile, Work, cost_of
+from hpctrain.pipeline.profile import Limits, Profile, Work, cost_of
 from hpctrain.pipeline.schedule import programs
 from hpctrain.pipeline.simulate import simulate
 
@@ -55,7 +55,7 @@ class Load:
             [scales.copies * size for size in weights],
             profile.works,
             [*lives, plan.lives[-1]] if recomputes else plan.lives,
-            [profile.limits[stage % ranks] / plan.virtual for stage in range(stages)],
+            [profile.limits.usual[stage % ranks] / plan.virtual for stage in range(stages)],
             [of_rank[stage % ranks] for stage in range(stages)],
             [scales.wires[stage % ranks] if scales.wires else Wire() for stage in range(stages)],
         )
@@ -95,12 +95,20 @@ class Load:
         """Seconds of the slowest stage of a cut. Pure."""
         return slowest(self.costs, parts, self.speeds, self.seconds_of_messages)
 
-    def best(self, limited: bool = True) -> list[tuple[int, int]]:
-        """Give the best cut, one that fits if it is to be `limited`. Pure.
+    def best(self, named: list[tuple[int, int]] | None, limited: bool = True) -> list[tuple[int, int]]:
+        """Give the best cut, or the one that is `named`, if it is to be `limited` one that fits. Pure.
 
         Raises ConfigError where there is none.
         """
         stages, wires = len(self.speeds), self.seconds_of_messages
+        if named:
+            for stage, need in enumerate(self.need(named)):
+                if limited and need.most > need.limit:
+                    raise ConfigError(
+                        f"the model does not fit where parallel.cuts cuts it: stage {stage} needs "
+                        f"{need.most / 2**20:,.1f} MiB and has {need.limit / 2**20:,.1f}"
+                    )
+            return named
         if not limited:
             return partition(self.costs, stages, speeds=self.speeds, wires=wires)
         every = range(len(self.costs))
@@ -116,8 +124,9 @@ def fitted(
     profile: Profile,
     scales: Scales,
     tried: Choice | None = None,
+    named: list[tuple[int, int]] | None = None,
 ) -> Choice:
-    """Choose the cut for a schedule. Pure. Raises ConfigError where the gradients alone would not fit.
+    """Choose the cut for a schedule, if it is not `named`. Pure. Raises ConfigError where none can fit.
 
     `tried` is another schedule's, whose cut is the best here too if there are as many stages and it fits.
     """
@@ -129,21 +138,21 @@ def fitted(
         return with_seconds(same, plan, scales)
     said, warned = list[str](), list[str]()
     try:
-        best = load.best()
+        best = load.best(named)
     except ConfigError as error:
         again = Load.of(plan, weights, profile, scales, True)
         recompute = recompute or scales.recompute == "auto"
         try:
             if scales.recompute != "auto":
                 raise
-            best, load = again.best(), again
+            best, load = again.best(named), again
             said.append(f"stages run forward again for backward, as memory asks for it: else {error}")
         except ConfigError:
-            partition(load.costs, stages, [[weights]] * stages, load.limits, load.speeds)
+            certain(plan, weights, profile.works, profile.limits, scales, named)
             warned.append(f"memory may run out: {error}")
             load = again if recompute else load  # the least that it can take
-            best = load.best(limited=False)
-    guess = partition(estimates, stages)
+            best = load.best(named, limited=False)
+    guess = named or partition(estimates, stages)
     fits = bool(warned) or load.fits(guess)
     if fits and load.slowest(guess) <= WORTH * load.slowest(best):
         best = guess
@@ -161,6 +170,50 @@ def fitted(
         schedule=plan.schedule,
     )  # fmt: skip
     return with_seconds(choice, plan, scales)
+
+
+def certain(
+    plan: Plan,
+    weights: Sequence[float],
+    works: Sequence[Work],
+    limits: Limits,
+    scales: Scales,
+    named: list[tuple[int, int]] | None,
+) -> None:
+    """Refuse what can't fit however memory is shared out on a node. Pure.
+
+    Counted are only weights, gradients, the optimizer's numbers, and what nothing but the pieces themselves
+    can keep for backward; against all that a rank could have, and what all ranks of a pipeline have together.
+    """
+    stages, ranks = len(scales.ranks) * plan.virtual, len(scales.ranks)
+    recomputes = scales.recompute != "never"
+    kept = [max(count for count, _ in pairs) for pairs in plan.lives]
+    times = [1 if recomputes and stage < stages - 1 else count for stage, count in enumerate(kept)]
+    held = [scales.copies * size for size in weights]
+    needs = [[[size + count * work.own for size, work in zip(held, works)]] for count in times]
+    every = sum(held) + min(times) * sum(work.own for work in works)
+    most = [limits.most[stage % ranks] for stage in range(stages)]
+    what = "weights, gradients, the optimizer's numbers and what micro-batches keep for backward alone"
+    advice = "" if recomputes else 'parallel.recompute = "auto", '
+    advice = f"take {advice}more stages, more micro-batches or nodes with more memory"
+    if every > limits.share:
+        raise ConfigError(
+            f"the model does not fit: {what} take {every / 2**20:,.1f} MiB, and the ranks of its {stages} "
+            f"stages have {limits.share / 2**20:,.1f} left together: {advice}"
+        )
+    if named:
+        sizes = [sum(row[a:b]) for (row,), (a, b) in zip(needs, named)]
+        over = next((at for at, size in enumerate(sizes) if size > most[at]), None)
+        if over is not None:
+            raise ConfigError(
+                f"the model does not fit where parallel.cuts cuts it: {what} take {sizes[over] / 2**20:,.1f} "
+                f"MiB in stage {over}, which has {most[over] / 2**20:,.1f} left: {advice}, or cut elsewhere"
+            )
+        return
+    try:
+        partition([0.0] * len(works), stages, needs, most)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: {what} take that; {advice}") from None
 
 
 def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:

@@ -8,7 +8,7 @@ A cut may go anywhere but between a tensor and an operator that changes it in pl
 """
 
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
-from hpctrain.pipeline.choice import Choice, Scales
+from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
 from hpctrain.pipeline.profile import of_operators
@@ -52,9 +52,8 @@ class Graph:
         self._traced[samples, True, repr(self.writer.like)] = self._first
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
-        """Cut it where `cuts` says, or by measured or estimated work. Collective, if there are scales."""
+        """Cut it where `cuts` says, else by measured or estimated work. Collective, if there are scales."""
         traced = self._first
-        self.at_once = set[str]()
         self._place(traced, cuts, scales)
         self.inputs = {}
         self.stages = len(self.choice.parts)
@@ -93,47 +92,43 @@ class Graph:
         """Give every operator its stage."""
         nodes = traced.nodes
         at = {node.name: i for i, node in enumerate(nodes)}
-        if cuts:
-            ranges = begins(cuts, [path_of(node) for node in nodes], "modules")
-            self.choice = Choice(ranges)
-            edges = [start for start, _ in ranges[1:]]
-            wrong = sorted(set(edges) & forbidden(nodes, at))
-            if wrong:
-                raise ConfigError(
-                    f"parallel.cuts: {cuts[edges.index(wrong[0])]} begins between a tensor and an operator "
-                    f"that changes it in place ({nodes[wrong[0]].name}): cut elsewhere, or leave "
-                    f"inplace = True out there"
-                )
-        else:
-            bad = forbidden(nodes, at)
-            starts = [
-                0,
-                *[i for i, node in enumerate(nodes) if i and i not in bad and self._heavy(node, traced)],
-            ]
-            if len(starts) < self.stages:  # fewer weights than stages: between any two operators then
-                starts = [i for i in range(len(nodes)) if i not in bad]
-            costs = [cost(node) for node in nodes]
-            pieces = list(zip(starts, [*starts[1:], len(nodes)]))
-            held = [self._held(nodes[a:b], traced) for a, b in pieces]
-            alone, shared = used_once(held)
-            may_wait = {id(self.real[name]) for name in alone} & seen(self.module).keys()
-            bytes_at = crossing(traced)
-            self.choice = choose(
-                self.stages,
-                [sum(costs[a:b]) for a, b in pieces],
-                self._weights(held),
-                [
-                    partial(of_operators, nodes[a:b], traced, self.real, may_wait, self.inputs, bytes_at[b])
-                    for a, b in pieces
-                ],
-                scales,
-                shared,
+        bad = forbidden(nodes, at)
+        edges = [start for start, _ in begins(cuts, [path_of(node) for node in nodes], "modules")]
+        wrong = sorted(set(edges) & bad)
+        if wrong:
+            raise ConfigError(
+                f"parallel.cuts: {cuts[edges.index(wrong[0]) - 1]} begins between a tensor and an operator "
+                f"that changes it in place ({nodes[wrong[0]].name}): cut elsewhere, or leave "
+                f"inplace = True out there"
             )
-            self.choice.names = [path_of(nodes[a]) or nodes[a].name for a, _ in pieces]
-            edges = [pieces[start][0] for start, _ in self.choice.parts[1:]]
-            self.at_once = {name for at in self.choice.at_once for name in held[at]}
+        heavy = {i for i, node in enumerate(nodes) if i not in bad and self._heavy(node, traced)}
+        starts = sorted(heavy | set(edges))
+        if len(starts) < self.stages:  # fewer weights than stages: between any two operators then
+            starts = [i for i in range(len(nodes)) if i not in bad]
+        named = [*pairwise([*map(starts.index, edges), len(starts)])] if cuts else None
+        costs = [cost(node) for node in nodes]
+        pieces = list(zip(starts, [*starts[1:], len(nodes)]))
+        held = [self._held(nodes[a:b], traced) for a, b in pieces]
+        alone, shared = used_once(held)
+        may_wait = {id(self.real[name]) for name in alone} & seen(self.module).keys()
+        bytes_at = crossing(traced)
+        self.choice = choose(
+            self.stages,
+            [sum(costs[a:b]) for a, b in pieces],
+            self._weights(held),
+            [
+                partial(of_operators, nodes[a:b], traced, self.real, may_wait, self.inputs, bytes_at[b])
+                for a, b in pieces
+            ],
+            scales,
+            shared,
+            named,
+        )
+        self.choice.names = [path_of(nodes[a]) or nodes[a].name for a, _ in pieces]
+        self.at_once = {name for at in self.choice.at_once for name in held[at]}
+        edges = [pieces[start][0] for start, _ in self.choice.parts]
         for i, node in enumerate(nodes):
-            traced.stage[node.name] = sum(edge <= i for edge in edges)
+            traced.stage[node.name] = sum(edge <= i for edge in edges) - 1
 
     def _weights(self, held: list[set[str]]) -> list[int]:
         """Give the bytes of each piece's weights; one that several use is the first one's."""

@@ -10,7 +10,7 @@ from torch.utils import _pytree
 from hpctrain.draws import Drawing
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
-from hpctrain.pipeline.choice import Choice, Scales
+from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.part import Env, Part, begins, gave, naming
 from hpctrain.pipeline.profile import of_layers
 from hpctrain.pipeline.trace import Like
@@ -77,26 +77,24 @@ class Layers:
         """By stage, and whether in training."""
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
-        """Cut them where `cuts` says, or by measured time, or the numbers of their parameters.
+        """Cut them where `cuts` says, else by measured time, else by the numbers of their parameters.
 
         Collective, if there are scales.
         """
-        if cuts:
-            self.choice = Choice(begins(cuts, [name for name, _ in self.layers], "layers"))
-        else:
-            modules = [layer for _, layer in self.layers]
-            every = [module for layer in modules for module in layer.modules()]
-            hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
-            alone, shared = used_once([{*map(id, [*m.parameters(), *m.buffers()])} for m in modules])
-            self.choice = choose(
-                self.stages,
-                [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
-                [sum(p.nbytes for p in layer.parameters()) for layer in modules],
-                of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
-                None if hooked else scales,  # a user's hooks run when the model does
-                shared,
-            )
-            self.choice.names = [name for name, _ in self.layers]
+        modules = [layer for _, layer in self.layers]
+        every = [module for layer in modules for module in layer.modules()]
+        hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
+        alone, shared = used_once([{*map(id, [*m.parameters(), *m.buffers()])} for m in modules])
+        self.choice = choose(
+            self.stages,
+            [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
+            [sum(p.nbytes for p in layer.parameters()) for layer in modules],
+            of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
+            None if hooked else scales,  # a user's hooks run when the model does
+            shared,
+            begins(cuts, [name for name, _ in self.layers], "layers") if cuts else None,
+        )
+        self.choice.names = [name for name, _ in self.layers]
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)
         slow = [self.layers[at] for at in self.choice.at_once]

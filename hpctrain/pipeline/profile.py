@@ -64,6 +64,8 @@ class Work:
     """Bytes that a pass takes at once, beside what stays."""
     gives: int = 0
     """Bytes of what the pieces behind it get from it and those before it."""
+    own: int = 0
+    """Bytes of `kept` that no other piece can have kept, too: what it was given is left out."""
 
     @property
     def seconds(self) -> float:
@@ -109,14 +111,32 @@ def cost_of(passes: Sequence[Work]) -> Cost:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Bytes that stages may take, as far as one rank knows, or all of them."""
+
+    usual: list[float]
+    """By rank of a pipeline: its share of a node, less what is left for what nothing here counts."""
+    most: list[float]
+    """By rank of a pipeline: what it could have if all others had nothing."""
+    share: float
+    """Of a rank, or of all ranks of a pipeline: of what there is."""
+
+    @classmethod
+    def of_all(cls, answers: Sequence["Limits"]) -> "Limits":
+        """Join what the ranks of all pipelines say. Pure."""
+        usual = [min(each) for each in zip(*(a.usual for a in answers))]
+        most = [min(each) for each in zip(*(a.most for a in answers))]
+        return cls(usual, most, sum(a.share for a in answers) * len(usual) / len(answers))
+
+
+@dataclass(frozen=True)
 class Profile:
     """What all pieces cost on the fastest rank, and how fast each rank of the job is."""
 
     works: list[Work]
     speeds: list[float]
     """By rank of the communicator; 1 for the fastest."""
-    limits: list[float]
-    """By rank of a pipeline: the bytes that its stages may take."""
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,7 @@ class Unmeasured:
     reason: str
     short: bool
     """Whether there was no memory for it."""
+    limits: Limits
 
 
 def measure(
@@ -133,13 +154,13 @@ def measure(
     pieces: Sequence[Callable[[], Work]],
     around: AbstractContextManager[Any],
     turn: tuple[int, int],
-    limits: Callable[[], list[float]],
+    limits: Callable[[], Limits],
 ) -> Profile | Unmeasured:
     """Measure pieces, spread over the ranks; all ranks get the same, or why there is none. Collective.
 
     `around` is what the passes run under (autocast); `turn`: which of how many turns is this rank's, where
     ranks outnumber cores and would disturb one another; `limits` is asked behind it all, as libraries
-    take memory when they first run: the least of the ranks' answers counts.
+    take memory when they first run.
     """
     failed, mine = None, dict[int, Work]()
     reference = 0.0
@@ -151,21 +172,22 @@ def measure(
                     reference = yardstick()
         except (Exception, SystemExit) as error:  # made-up numbers don't suit every operator
             line = next(iter(str(error).strip().splitlines()), "")
-            failed = Unmeasured(f"{type(error).__name__}: {line}", ran_out(error))
+            failed = f"{type(error).__name__}: {line}", ran_out(error)
         done = comm.Ibarrier()
         while not done.Test():
             time.sleep(NAP_SECONDS)
     shares = comm.allgather((failed, mine, reference, limits()))
-    failures: list[Unmeasured] = [told for told, *_ in shares if told]
+    found = Limits.of_all([left for *_, left in shares])
+    failures: list[tuple[str, bool]] = [told for told, *_ in shares if told]
     if failures:
-        return failures[0]
+        return Unmeasured(*failures[0], found)
     fastest = min(took for _, _, took, _ in shares)
     speeds = [1.0 if took <= ALIKE * fastest else fastest / took for _, _, took, _ in shares]
     works: list[Work] = [Work(0.0, 0.0, 0.0, 0)] * len(pieces)
     for (_, share, *_), speed in zip(shares, speeds):
         for at, work in share.items():
             works[at] = work.times(speed)
-    return Profile(works, speeds, [min(answers) for answers in zip(*(left for *_, left in shares))])
+    return Profile(works, speeds, found)
 
 
 def yardstick() -> float:
@@ -230,8 +252,8 @@ def timed(
         once(0)
     moment = max(0, living.most - made)
     if not straight.weights:
-        return Work(forward, joint, 0.0, kept, joint, 0, moment, gives)
-    return Work(forward, halves[0], halves[1], kept, joint, late, moment, gives)
+        return Work(forward, joint, 0.0, kept, joint, 0, moment, gives, made)
+    return Work(forward, halves[0], halves[1], kept, joint, late, moment, gives, made)
 
 
 class MadeUpPlaces:

@@ -12,10 +12,11 @@ from typing import TypeVar
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition
 from hpctrain.pipeline.choice import Choice, Plan, Scales
-from hpctrain.pipeline.fit import fitted
+from hpctrain.pipeline.fit import certain, fitted
 from hpctrain.pipeline.profile import Unmeasured, Work, measure
 
 T = TypeVar("T")
+UNKNOWN = Work(0.0, 0.0, 0.0, 0)
 SPLIT_WORTH = 1.1
 """How many times as long the halves of a backward take, at least, where they are not to be split."""
 
@@ -27,21 +28,26 @@ def choose(
     pieces: Sequence[Callable[[], Work]],
     scales: Scales | None,
     shared: bool = False,
+    named: list[tuple[int, int]] | None = None,
 ) -> Choice:
     """Choose the cut of pieces with estimated costs and bytes of weights. Collective, if there are scales.
 
-    `shared`: pieces share weights, whose gradients several stages a rank would add in another order.
-    Raises ConfigError where the gradients alone would not fit.
+    `shared`: pieces share weights, whose gradients several stages a rank would add in another order. With
+    `named` the user has said where to cut, and the rest is chosen. Raises ConfigError where memory can't
+    suffice.
     """
+    count = 0 if named else len(pieces)
     if scales is None:
-        return Choice(partition(estimates, stages), pieces=len(pieces))
+        return Choice(named or partition(estimates, stages), pieces=count)
     profile = measure(scales.comm, pieces, scales.around, scales.turn, scales.limits)
     if isinstance(profile, Unmeasured):
-        why = f"the cut is by estimate, as pieces can't be measured alone ({profile.reason})"
+        certain(scales.plans[0], weights, [UNKNOWN] * len(pieces), profile.limits, scales, named)
+        what = "nothing is foretold" if named else "the cut is by estimate"
+        why = f"{what}, as pieces can't be measured alone ({profile.reason})"
         memory = profile.short
         return Choice(
-            partition(estimates, stages),
-            pieces=len(pieces),
+            named or partition(estimates, stages),
+            pieces=count,
             said=[] if memory else [why],
             warned=[f"{why}: memory is short, and nothing says if it suffices"] if memory else [],
         )
@@ -50,13 +56,13 @@ def choose(
     works = [work.whole if at in whole else work for at, work in enumerate(profile.works)]
     profile = replace(profile, works=works)
     first, *others = scales.plans
-    best = tried = fitted(first, estimates, weights, profile, scales)
+    best = tried = fitted(first, estimates, weights, profile, scales, named=named)
     simulated = [f"{first.schedule} {1e3 * best.seconds:.1f} ms"]
     for plan in others:
-        if plan.virtual > 1 and (shared or not reaches(plan, scales, len(pieces))):
+        if plan.virtual > 1 and (named or shared or not reaches(plan, scales, len(pieces))):
             continue
         try:
-            found = fitted(plan, estimates, weights, profile, scales, tried)
+            found = fitted(plan, estimates, weights, profile, scales, tried, named)
         except ConfigError:
             continue
         least = f" (taken if {plan.worth - 1.0:.0%} shorter)"
@@ -73,7 +79,7 @@ def choose(
             f"to let those of the weights wait would take longer"
         )
     best.at_once, best.shared, best.ranks = at_once, shared, scales.ranks
-    best.works, best.weights = profile.works, list(weights)
+    best.works, best.weights, best.pieces = profile.works, list(weights), count
     return best
 
 

@@ -112,6 +112,12 @@ def test_a_model_too_large_for_one_rank_trains_in_four_stages(launcher, small, t
     assert "has no memory for " in whole.text
     assert "with parallel.stages = 1 on 1 ranks: take more stages" in whole.text
     assert "Traceback" not in whole.text
+    halves = limited(2, "halves")  # 512 MiB each, beside the libraries
+    assert halves.status == 2, halves.text
+    assert "the model does not fit: weights, gradients, the optimizer's numbers" in halves.text
+    assert "the ranks of its 2 stages have " in halves.text
+    assert "Traceback" not in halves.text
+    assert not (tmp_path / "halves" / "checkpoints").exists()
     staged = limited(4, "staged")
     assert staged.status == 0, staged.text
     assert losses(tmp_path / "staged").keys() == {1, 2}
