@@ -258,8 +258,8 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
             cuda_aware=topology.cuda_aware,
             pipe=topology.comms.pipe,
         )
-    if portion.pipeline and portion.pipeline.ties:
-        averager.nothing_early()
+    if portion.pipeline:
+        averager.used_elsewhere(tie.tensor for tie in portion.pipeline.ties)
     with together(world):
         engine = engine_of(config, topology, portion, averager, list(task.input_shapes))
         scheduler = schedules.build(config, averager, total_steps(config, index))

@@ -352,28 +352,37 @@ def test_after_an_error_the_next_step_is_right(world):
 
 
 @pytest.mark.mpi
-def test_gradients_of_other_ranks_are_added_before_anything_leaves(world):
-    """A weight that stages share: its copies' gradients come when backward is over."""
-    found = []
-    for early in (False, True):
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_other_ranks_are_added_before_theirs_leave(world, way):
+    """A weight that stages share: its copies' gradients come when backward is over; those of others go before."""
+    found, told = [], []
+    for apart in (True, False):
         torch.manual_seed(0)
         module = Net()
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
         averager = Averager(module, optimizer, world, node_of=[r % 2 for r in range(world.size)])
-        averager.nothing_early()
-        averager.begin([world.rank])
-        loss = module(torch.full((2, 40), 0.1 * (world.rank + 1))).square().sum()
-        if early:  # the same gradient by autograd alone
-            loss = loss + 3.0 * module.first.weight.sum()
-        loss.backward()
-        if not early:
-            averager.add(module.first.weight, torch.full_like(module.first.weight, 3.0))
-            averager.add(module.never.weight, torch.zeros_like(module.never.weight))
-        averager.joined(world.rank, 1.0, 2.0)
-        averager.step()
-        found.append(module.first.weight.detach().clone())
+        shared = [module.first.weight, module.never.weight] if apart else []
+        averager.used_elsewhere(shared)
+        if averager.overlap:
+            averager.overlap.choice = Choice(world, (way,))
+        for _ in range(3):
+            averager.begin([world.rank])
+            loss = module(torch.full((2, 40), 0.1 * (world.rank + 1))).square().sum()
+            if not apart:  # the same gradients by autograd alone
+                loss = loss + 3.0 * module.first.weight.sum() + 0.0 * module.never.weight.sum()
+            loss.backward()
+            told.append(averager.places._told)
+            for parameter, value in zip(shared, (3.0, 0.0)):
+                averager.add(parameter, torch.full_like(parameter, value))
+            averager.joined(world.rank, 1.0, 2.0)
+            averager.step()
+        found.append([p.detach().clone() for p in module.parameters()])
+        every = len(averager.places.order)
         averager.close()
-    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(*found)
+    if world.size > 1 and way != "after":
+        assert 0 < told[2] < every
+        assert told[5] == every - 1  # nobody uses a bias
 
 
 @pytest.mark.mpi

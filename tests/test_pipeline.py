@@ -4,6 +4,7 @@ import pickle
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,10 @@ from mpi4py import MPI
 from torch.utils._pytree import tree_leaves
 
 from hpctrain import assemble, products
+from hpctrain.averaging import links
+from hpctrain.averaging.averager import Averager
+from hpctrain.averaging.node import Node
+from hpctrain.averaging.overlap import WAYS, Choice
 from hpctrain.config import Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
@@ -23,6 +28,7 @@ from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline import profile, weigh
 from hpctrain.pipeline.operators import forbidden
+from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
@@ -304,6 +310,53 @@ def test_layers_may_do_what_operators_cannot_say(world, build, model):
     if world.size not in (2, 3):
         pytest.skip("three layers have weights")
     has_bits_of_one_process(world, build(model, world.size, micro_batches=5), model)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+@pytest.mark.parametrize("model", ["plain_row", "tied_row"])
+def test_averaging_between_nodes_begins_while_stages_still_work(
+    world, build, waits, monkeypatch, model, schedule
+):
+    """Nodes are made up: the replicas of a stage stand on two. What stages share leaves last; the bits are the same."""
+    if world.size != 4:
+        pytest.skip("two stages of two replicas")
+    monkeypatch.setattr(assemble, "Averager", partial(Averager, node_of=[0, 1]))
+    monkeypatch.setattr(links, "bucket_bytes", lambda *_: 4096)
+    events, announce, collect = list[str](), Node.announce, Pipeline.collect
+
+    def announcing(self, count):
+        events.append(f"{count} of {len(self.buckets)}")
+        announce(self, count)
+
+    def collecting(self, *arguments):
+        events.append("passes are over")
+        collect(self, *arguments)
+
+    monkeypatch.setattr(Node, "announce", announcing)
+    monkeypatch.setattr(Pipeline, "collect", collecting)
+    found = []
+    for ways in (WAYS[:1], WAYS[1:]):
+        job = build(model, 2, micro_batches=8, schedule=schedule, batch=16)
+        overlap = job.engine.averager.overlap
+        overlap.choice = Choice(job.topology.comms.data, ways)
+        events.clear()
+        losses = run(job, 4)
+        found.append((losses, {n: v.clone() for n, v in tensors_of(job.engine.module).items()}))
+        after = [n for n, event in enumerate(events) if event == "passes are over"]
+        early = [events[a + 1 : b] for a, b in pairwise([-1, *after])]
+        assert len(overlap.places.order) > 1
+        if ways == WAYS[:1]:
+            assert all(
+                told == [f"{len(overlap.places.order)} of {len(overlap.places.order)}"] for told in early[1:]
+            )
+        else:  # of the step before, and of this one
+            last = {at for index in overlap.places._shared for at in overlap.places._buckets_of[index]}
+            alone = len(overlap.places.order) - len(last)
+            assert max(world.allgather(alone)) > 0
+            assert all((len(told) > 1) == (alone > 0) for told in early[2:]), early
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
 
 
 @pytest.mark.mpi

@@ -29,7 +29,7 @@ from hpctrain.averaging import build, sentinel
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.medium import BLOCK, Sink
 from hpctrain.averaging.node import Node
-from hpctrain.averaging.overlap import WAYS, Choice, Overlap
+from hpctrain.averaging.overlap import Overlap
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.running import RunningStatistics
 from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal
@@ -250,13 +250,12 @@ class Averager:
         """Note that the forward of a micro-batch follows, where passes are not in turn. Local."""
         self.running.micro_batch = micro_batch
 
-    def nothing_early(self) -> None:
-        """Let no bucket leave before `step`: gradients of other ranks will be added at the end. Local.
+    def used_elsewhere(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Let no gradient of these leave before `step`: those of other ranks will be added at the end. Local.
 
         The same on all replicas.
         """
-        if self.overlap:
-            self.overlap.choice = Choice(self.comm, WAYS[:1])
+        self.places.used_elsewhere(parameters)
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add a gradient that another rank has computed to what has joined here. Local."""

@@ -44,6 +44,8 @@ class Places:
         self._came: dict[int, int] = {}
         self._waiting: set[int] = set()
         """Parameters whose gradients are computed after their backward."""
+        self._shared: set[int] = set()
+        """Parameters whose gradients other ranks add to at the end: their buckets leave last."""
         self._mixed: set[int] = set()
         """Parameters that autograd has brought something for."""
         self._steps = 0
@@ -97,6 +99,10 @@ class Places:
                 counts[at] += 1
         self._missing = counts
 
+    def used_elsewhere(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Note that other ranks add to the gradients of these behind the last backward. Local."""
+        self._shared |= {self._index[id(p)] for p in parameters if id(p) in self._index}
+
     def point(self, slot: int, flats: list[torch.Tensor]) -> None:
         """Let gradients go to a slot's memory; what lies there is old. Local."""
         if slot != self._slot:
@@ -142,8 +148,8 @@ class Places:
         """Note that no gradient of the parameter waits any more. Local."""
         index = self._index[id(parameter)]
         self._waiting.discard(index)
-        if self._missing and (self._final is None or index in self._final):
-            self._note(index)
+        if self._final is None or index in self._final:
+            self._note_final(index)
 
     def ready(self, parameter: torch.Tensor) -> None:
         """Note that autograd has brought a parameter's gradient of this backward. Local."""
@@ -162,7 +168,11 @@ class Places:
             parameter.grad = view  # the next micro-batch adds to it by itself
             self.filled(parameter)
         final = self._final is None or index in self._final
-        if self._missing and final and index not in self._waiting:
+        if final and index not in self._waiting:
+            self._note_final(index)
+
+    def _note_final(self, index: int) -> None:
+        if self._missing and index not in self._shared:
             self._note(index)
 
     def _note(self, index: int) -> None:
