@@ -7,7 +7,7 @@ draw), never by who draws it or when: so it is the same on every layout.
 import numpy as np
 from numpy.typing import NDArray
 
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _STEP = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -18,7 +18,10 @@ def mix(value: int) -> int:
     >>> hex(mix(1))
     '0x5692161d100b05e5'
     """
-    return int(scatter(np.array([value & _MASK], dtype=np.uint64))[0])
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * _FIRST) & _MASK
+    value = ((value ^ (value >> 27)) * _SECOND) & _MASK
+    return value ^ (value >> 31)
 
 
 def key(*parts: int) -> int:
@@ -34,7 +37,11 @@ def key(*parts: int) -> int:
 
 
 def scatter(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scatter 64-bit integers, element by element (splitmix64's finaliser)."""
-    value = (value ^ (value >> np.uint64(30))) * _MIX[0]
-    value = (value ^ (value >> np.uint64(27))) * _MIX[1]
+    """Scatter 64-bit integers, element by element, as `mix` does one.
+
+    >>> int(scatter(np.array([1], np.uint64))[0]) == mix(1)
+    True
+    """
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(_FIRST)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(_SECOND)
     return value ^ (value >> np.uint64(31))

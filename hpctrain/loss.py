@@ -41,6 +41,8 @@ class SummedLoss:
             total, weight = weigh(values, batch.weights.get(name), len(batch), name)
             sums.append(total)
             weights.append(weight)
+        if len(sums) == 1:  # the same numbers, without three operators and their backward
+            return sums[0], weights[0]
         return torch.stack(sums).sum(), torch.stack(weights).mean()
 
 

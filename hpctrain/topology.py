@@ -72,10 +72,12 @@ def layout_error(size: int, stages: int) -> str:
     """Say why ranks and stages do not fit, with the nearest numbers that do."""
     legal = [s for s in range(1, size + 1) if size % s == 0]
     near = min(legal, key=lambda s: abs(s - stages))
+    fewer = size // max(1, stages) * max(1, stages)
     more = max(1, -(-size // max(1, stages))) * max(1, stages)
+    ranks = " or ".join(f"-n {count}" for count in (fewer, more) if count)
     return (
         f"parallel.stages = {stages} does not divide the {size} ranks that MPI started: "
-        f"run with -n {more} or set parallel.stages = {near}"
+        f"run with {ranks}, or set parallel.stages = {near}"
     )
 
 

@@ -23,6 +23,10 @@ def test_help_names_every_case(capsys):
     assert all(name in told for name in CASES)
 
 
+def test_every_contender_is_explained():
+    assert {f"torch_{peer}" for peer in bench.TORCH} | set(bench.AWAKE) <= bench.CONTENDERS.keys()
+
+
 @pytest.mark.mpi
 def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
     if world.size == 1:
@@ -38,6 +42,7 @@ def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
         x, y = torch.randn(case.shape), torch.randn(case.shape)
         found = {}
         for name, (step, engine) in bench.our_steps(topology, case, x, y).items():
+            assert name in bench.CONTENDERS
             entered.clear()
             step()
             assert isinstance(engine.straight, Autograd) == (name == "ours_autograd") == (not entered)

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import odd_models
@@ -357,6 +358,19 @@ def test_averaging_between_nodes_begins_while_stages_still_work(
             assert all((len(told) > 1) == (alone > 0) for told in early[2:]), early
     assert found[0][0] == found[1][0]
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
+@pytest.mark.mpi
+def test_the_layers_that_the_documentation_shows(world, build, tmp_path, monkeypatch):
+    if world.size != 2:
+        pytest.skip("two stages")
+    text = (Path(__file__).parents[1] / "docs" / "pipeline.md").read_text()
+    for name, block in re.findall(r"```python file=(\S+)\n(.*?)```", text, re.S):
+        (tmp_path / name).write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    job = build("Blocks", 2, module="my_blocks", micro_batches=4, cuts=["blocks.2"])
+    assert job.pipeline.cut.names(1) == ["blocks.2", "blocks.3", "head"]
+    has_bits_of_one_process(world, job, "Blocks")
 
 
 @pytest.mark.mpi

@@ -29,10 +29,11 @@ from hpctrain.averaging import build, sentinel
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.medium import BLOCK, Sink
 from hpctrain.averaging.node import Node
+from hpctrain.averaging.norm import Norm
 from hpctrain.averaging.overlap import Overlap
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.running import RunningStatistics
-from hpctrain.averaging.space import SHELF_BYTES, UNIT, cut, deal
+from hpctrain.averaging.space import SHELF_BYTES, cut, deal
 from hpctrain.averaging.steppers import Shapes, group_settings
 from hpctrain.averaging.sync_norm import Meeting, SyncBatchNorm
 from hpctrain.config import Averaging
@@ -138,6 +139,7 @@ class Averager:
         self.medium = build.medium(
             comm, self.spaces, smalls, self.config, self.owners, shards, crowded, node_of, cuda_aware
         )
+        self.norm = Norm(self.spaces, self.medium, self.pipe)
         self.sharded = shards and isinstance(self.medium, Node)
         self.running = RunningStatistics(module)
         self.sync = self._synchronised()
@@ -146,8 +148,6 @@ class Averager:
         self.places = Places(named, self.spaces)
         self.overlap = self._choose_overlap()
         self._losses = np.zeros((2, len(self.owners)))
-        self._counts: list[int] = []
-        """Of parameters, by stage."""
         self._coming: list[int] = []
         self._begun = self._broken = self._told_last = False
         self._began = self._transfer = 0.0
@@ -374,10 +374,10 @@ class Averager:
             stepper.begin(used)
             medium.sum(self._mean_and(scale, stepper.block))
             medium.finish(weights=self.sharded)
-            return self._norm()
+            return self.norm.value()
         medium.sum(self._mean_and(scale, self._store), stored=True)
         medium.finish(weights=False)
-        norm = self._norm()
+        norm = self.norm.value()
         if not math.isfinite(norm):
             return norm
         factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0  # torch's clip_grad_norm_
@@ -391,13 +391,9 @@ class Averager:
         return norm
 
     def _mean_and(self, scale: float, then: Sink) -> Sink:
-        units = self.medium.units
-
         def sink(number: int, start: int, stop: int, total: torch.Tensor) -> None:
             total.mul_(scale)
-            units[number][start // UNIT : stop // UNIT] = torch.linalg.vector_norm(
-                total.view(-1, UNIT), dim=1
-            )
+            self.norm.note(number, start, stop, total)
             then(number, start, stop, total)
 
         return sink
@@ -406,30 +402,6 @@ class Averager:
         target = self.medium.slots[0][number][start:stop]
         if target.data_ptr() != mean.data_ptr():
             target.copy_(mean)
-
-    def _norm(self) -> float:
-        """Add up the parameters' squares: the same bits on every rank, layout of replicas and split.
-
-        A parameter's units are its own, added in one order; the sum over parameters is exact
-        (Shewchuk 1997, by math.fsum), so it does not show which stage has which. Collective over the stages.
-        """
-        squares: list[float] = []
-        for space, units in zip(self.spaces, self.medium.units):
-            starts = [seat.start // UNIT for seat in space.seats if seat.numbers]
-            if starts:
-                squares += np.add.reduceat(np.square(units.numpy()), starts).tolist()
-        if self.pipe:
-            squares = self._of_all_stages(squares)
-        return math.sqrt(math.fsum(squares)) if np.isfinite(squares).all() else math.nan
-
-    def _of_all_stages(self, squares: list[float]) -> list[float]:
-        """Give every stage's numbers on each, in order. Collective over the stages."""
-        assert self.pipe is not None
-        if not self._counts:  # the same in every step
-            self._counts = self.pipe.allgather(len(squares))
-        found = np.empty(sum(self._counts))
-        self.pipe.Allgatherv(np.array(squares), (found, self._counts))
-        return found.tolist()
 
     def _step_stored(self, factor: float, whole: bool) -> None:
         """Clip and step by the mean gradient that lies in slot 0."""
@@ -465,13 +437,7 @@ class Averager:
 
         Units tell where; what a rank itself computed tells which of the unit's parameters.
         """
-        near = set()
-        for space, units in zip(self.spaces, self.medium.units):
-            bad = set(np.flatnonzero(~np.isfinite(units.numpy())).tolist())
-            for seat in space.seats:
-                last = max(seat.start, seat.stop - 1)
-                if bad & set(range(seat.start // UNIT, last // UNIT + 1)):
-                    near.add(seat.name)
+        near = self.norm.near_bad()
         mine = [name for name in near if not bool(torch.isfinite(self.gradient(name)).all())]
         found = set().union(*self.comm.allgather(mine)) or near
         named = [name for name in self.named if name in found]

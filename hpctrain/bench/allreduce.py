@@ -1,11 +1,4 @@
-"""`hpctrain bench allreduce`: the sum of gradients against Gloo, Open MPI and the memory itself.
-
-ours      the default: each rank sums its part straight from the memory that a node shares; the
-          result lies where every rank can read it
-openmpi   the faster of Allreduce in and out of place
-gloo      torch.distributed.all_reduce
-limit     each rank reads n buffers of its part and writes into one of them, without waiting
-"""
+"""`hpctrain bench allreduce`: the sum of gradients against Gloo, Open MPI and the memory itself."""
 
 from typing import Any
 
@@ -20,6 +13,12 @@ from hpctrain.averaging.space import Space, cut
 from hpctrain.bench.measure import alternate, each, row
 from hpctrain.topology import Topology
 
+CONTENDERS = {
+    "ours": "each rank sums its part straight from the memory that a node shares, for all to read",
+    "openmpi": "the faster of Allreduce in and out of place",
+    "gloo": "torch.distributed.all_reduce",
+    "limit": "each rank reads n buffers of its part and writes into one of them, without waiting",
+}
 SIZES = [1 << bits for bits in (12, 14, 16, 18, 20, 22, 24, 26, 28)]
 """Bytes of float32, from 4 KiB to 256 MiB."""
 

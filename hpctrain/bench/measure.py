@@ -121,14 +121,26 @@ def document(rows: list[dict[str, Any]]) -> str:
     return json.dumps({"machine": machine(), "versions": versions(), "rows": rows}, indent=1)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Give rows as text: milliseconds, and each peer's ratio to ours."""
-    lines = []
+def table(rows: list[dict[str, Any]], meanings: Mapping[str, str]) -> str:
+    """Give rows as text: a table a case, with what each contender is.
+
+    >>> print(table([row("x", 2, 8, {"ours": [1.0, 1.0], "gloo": [3.0, 5.0]})], {"ours": "the default"}))
+    x, 2 ranks    ms  quartiles     ÷ ours
+    ours        1000  1000 to 1000          the default
+    gloo        4000  2500 to 5500    4.00
+    """
+    tables = []
     for entry in rows:
-        cells = [f"{name} {1e3 * value:.3f} ms" for name, value in entry["seconds"].items()]
-        ratios = [f"{name} {value:.2f}x" for name, value in entry["ratio"].items()]
-        lines.append(f"{entry['case']:24} {', '.join(cells)}  |  {', '.join(ratios)}")
-    return "\n".join(lines)
+        ranks = f"{entry['ranks']} rank{'s' * (entry['ranks'] > 1)}"
+        cells = [(f"{entry['case']}, {ranks}", "ms", "quartiles", "÷ ours", "")]
+        for name, seconds in entry["seconds"].items():
+            low, high = (f"{1e3 * value:.4g}" for value in entry["spread"][name])
+            ratio = f"{entry['ratio'][name]:.2f}" if name in entry["ratio"] else ""
+            cells.append((name, f"{1e3 * seconds:.4g}", f"{low} to {high}", ratio, meanings.get(name, "")))
+        a, b, c, d, _ = (max(map(len, column)) for column in zip(*cells))
+        lines = [f"{n:{a}}  {ms:>{b}}  {q:{c}}  {r:>{d}}  {what}".rstrip() for n, ms, q, r, what in cells]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def start_gloo(comm: MPI.Intracomm) -> None:

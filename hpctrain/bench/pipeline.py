@@ -1,22 +1,7 @@
 """`hpctrain bench pipeline`: forward and backward of a step in stages, against torch's own pipelining.
 
-ours          1F1B; one stage a rank
-ours_…        GPipe, ZB-H1 and interleaved (two stages a rank), each strict; ours_fast ZB-H1 with weight
-              gradients merged; ours_plain 1F1B, each tensor one MPI message; ours_autograd 1F1B, layers and
-              their gradients left to torch
-torch_1f1b    torch.distributed.pipelining, Schedule1F1B, over Gloo
-torch_…       the same with ScheduleGPipe, with ScheduleInterleavedZeroBubble of one stage a rank
-              (torch_zb), and of two ScheduleInterleaved1F1B, ScheduleZBVZeroBubble and ScheduleDualPipeV
-alone         one process, the whole model, the same micro-batches; the other ranks idle
-bubble        alone ÷ p times (m+p-1)/m: even stages, free messages, cores that do not disturb one another
-limit         no communication: every stage runs its part on data of its own, times (m+p-1)/m
-autograd_limit  the same with layers and gradients left to torch
-work          `limit` without the factor, what the slowest stage has to do: work ÷ seconds is utilisation
-
-In the emulated cases layers sleep (`emulated.py`), GPipe, fast, plain, autograd and torch's zero bubbles
-are left out, work is known, and instead of the other bounds and alone stand
-
-simulated_…   what the simulator expects of 1F1B, ZB-H1 and interleaved, messages taking no time
+In the emulated cases layers sleep (`emulated.py`): GPipe, fast, plain, autograd, torch's zero bubbles, one
+process and the bounds from it are left out; work is known, and the simulator says what it expects.
 
 No optimizer and no averaging: they are measured by `bench step`.
 """
@@ -49,6 +34,29 @@ from hpctrain.pipeline.transport import Transport
 from hpctrain.staged import StagedEngine
 from hpctrain.topology import Topology
 
+CONTENDERS = {
+    "ours": "1F1B, one stage a rank",
+    "ours_gpipe": "GPipe",
+    "ours_zb": "ZB-H1: a backward in halves, weight gradients where a rank would wait",
+    "ours_fast": "ZB-H1 with weight gradients of several micro-batches merged (parallel.gradients = fast)",
+    "ours_interleaved": "interleaved 1F1B, two stages a rank",
+    "ours_plain": "1F1B, each tensor one MPI message",
+    "ours_autograd": "1F1B, layers and their gradients left to torch",
+    "torch_1f1b": "torch.distributed.pipelining over Gloo: Schedule1F1B",
+    "torch_gpipe": "… ScheduleGPipe",
+    "torch_zb": "… ScheduleInterleavedZeroBubble, one stage a rank",
+    "torch_interleaved": "… ScheduleInterleaved1F1B, two stages a rank",
+    "torch_zbv": "… ScheduleZBVZeroBubble, two stages a rank",
+    "torch_dualpipev": "… ScheduleDualPipeV, two stages a rank",
+    "alone": "one process, the whole model, the same micro-batches; the other ranks idle",
+    "limit": "no communication: every stage on data of its own, times (m+p-1)/m",
+    "autograd_limit": "the same with layers and gradients left to torch",
+    "work": "what the slowest stage has to do (limit without the factor): work ÷ ms is utilisation",
+    "bubble": "alone ÷ p times (m+p-1)/m: even stages, free messages, cores that do not disturb one another",
+    "simulated_1f1b": "the simulator's 1F1B, messages taking no time",
+    "simulated_zb": "… ZB-H1",
+    "simulated_interleaved": "… interleaved",
+}
 ROUNDS = 9
 
 

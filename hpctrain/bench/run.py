@@ -19,15 +19,15 @@ def bench(
     keep_memory(os.environ)
     stages = comm.size if what == "pipeline" else 1
     with Topology.build(comm, stages, device="cpu") as topology:
-        if what == "allreduce":
+        measured = {"allreduce": allreduce, "pipeline": pipeline, "step": step}[what]
+        if measured is allreduce:
             bad = [case for case in cases or [] if not case.isdigit() or int(case) % 4096 or not int(case)]
             if bad:
                 raise ConfigError(f"--case {bad[0]}: bytes, a multiple of 4096, were expected")
             rows = allreduce.bench(topology, [int(case) for case in cases] if cases else None, rounds)
         else:
-            measured = pipeline if what == "pipeline" else step
             bad = [case for case in cases or [] if case not in measured.CASES]
             if bad:
                 raise ConfigError(f"--case {bad[0]!r} is no case: {nearest(bad[0], measured.CASES)}")
             rows = measured.bench(topology, cases, rounds)
-    return measure.document(rows) if as_json else measure.table(rows)
+    return measure.document(rows) if as_json else measure.table(rows, measured.CONTENDERS)

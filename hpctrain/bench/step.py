@@ -1,11 +1,4 @@
-"""`hpctrain bench step`: whole training steps against DistributedDataParallel.
-
-ours         the default: gradients straight into place, summed and stepped by AdamW through the
-             node's memory
-ddp_fused    DDP over Gloo, gradient_as_bucket_view, AdamW(fused=True)
-ddp_foreach  the same with AdamW(foreach=True)
-limit        forward and backward alone: nothing averaged, nothing stepped
-"""
+"""`hpctrain bench step`: whole training steps against DistributedDataParallel."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,6 +15,12 @@ from hpctrain.models.residual import ResidualNet
 from hpctrain.models.unet import UNet
 from hpctrain.topology import Topology
 
+CONTENDERS = {
+    "ours": "gradients straight into place, summed and stepped by AdamW through the node's memory",
+    "ddp_fused": "DDP over Gloo, gradient_as_bucket_view, AdamW(fused=True)",
+    "ddp_foreach": "the same with AdamW(foreach=True)",
+    "limit": "forward and backward alone: nothing averaged, nothing stepped",
+}
 ROUNDS = 25
 
 

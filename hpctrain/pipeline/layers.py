@@ -135,6 +135,8 @@ class Layers:
             value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]
             if changes and stage:
                 value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
+            elif isinstance(value, torch.Tensor) and stage:
+                value = changeable(value)
             elif stage:
                 value = _pytree.tree_map_only(torch.Tensor, changeable, value)
             with drawing.of(stream, begin, value) as counting:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Layout:
         leaves, tree = json.loads(text)
         return cls(tuple(map(tuple, leaves)), _pytree.treespec_loads(tree))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What is the same for the same layouts only; True and 1 are other values."""
         return f"{self.leaves!r} {written(self.tree)}"

@@ -147,15 +147,13 @@ class Writer:
         if self._looked:
             return
         self._looked = True
-        before = plain_values(self.skeleton)
+        twin = skeleton(self.module, self.fake)  # what it keeps for later calls has no memory
+        before = plain_values(twin)
         with suppress(Exception), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            self.skeleton(*arguments[0], **arguments[1])
-        after = plain_values(self.skeleton)
+            twin(*arguments[0], **arguments[1])
+        after = plain_values(twin)
         changed = [name for name, value in before.items() if after.get(name, value) != value]
-        for name in changed:
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.skeleton.get_submodule(owner), attribute, before[name])
         if changed:
             LOGGER.warning(
                 "the forward changes %s: it is written down once, so in stages that stays as it is, and what "

@@ -29,7 +29,8 @@ def test_step_measures_ddp_beside_ours(launcher):
     assert set(row["seconds"]) == {"ours", "ddp_fused", "ddp_foreach", "limit"}
     table = launcher.ranks(1, "bench", "step", "--case", "cnn batch=16", *FEW)
     assert table.status == 0, table.text
-    assert table.out.startswith("cnn batch=16 ")
+    assert table.out.startswith("cnn batch=16, 1 rank ")
+    assert "nothing averaged, nothing stepped\n" in table.out
 
 
 def test_wrong_cases_are_named(launcher):

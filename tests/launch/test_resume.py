@@ -39,6 +39,10 @@ def test_finished_smaller_larger_and_different(launcher, small, tmp_path):
     assert other.status == 2
     assert "train.batch: the run has 8, asked is 4" in other.err
     assert "optimizer.init_args: the run has {'lr': 0.01}, asked is {'lr': 1}" in other.err
+    slip = launcher.ranks(2, "train", "small.toml", "--model.init_args.widht", "4")
+    assert slip.status == 2
+    assert "widht" in slip.err
+    assert "another configuration" not in slip.text
     larger = launcher.ranks(2, "train", "small.toml", "--train.steps", "24")
     assert larger.status == 0, larger.text
     assert "resuming" in larger.out

@@ -65,7 +65,10 @@ def test_predictions_of_synchronised_batchnorm_in_stages(launcher, small, tmp_pa
 
 def test_what_does_not_fit_is_refused_with_the_numbers(launcher, small):
     for stages, text in (
-        ("3", "parallel.stages = 3 does not divide the 4 ranks that MPI started: run with -n 6 or set"),
+        (
+            "3",
+            "parallel.stages = 3 does not divide the 4 ranks that MPI started: run with -n 3 or -n 6, or set",
+        ),
         ("0", "parallel.stages = 0: at least 1 was expected"),
     ):
         ended = launcher.ranks(4, "train", "small.toml", "--parallel.stages", stages)
