@@ -12,6 +12,7 @@ import termios
 import threading
 import time
 import traceback
+from contextlib import suppress
 from types import TracebackType
 
 from mpi4py import MPI
@@ -58,9 +59,11 @@ def end_all_ranks(kind: type[BaseException], error: BaseException, trace: Traceb
     ending = f": all {size} ranks are ended" if size > 1 else ""
     last = traceback.extract_tb(trace)[-1:]
     place = "".join(f" at {frame.filename}:{frame.lineno}" for frame in last)
-    _say(f"{text}r{rank}/{size} | uncaught {kind.__name__}{place}{ending}\n")
-    if size > 1:
-        world.Abort(1)
+    try:
+        _say(f"{text}r{rank}/{size} | uncaught {kind.__name__}{place}{ending}\n")
+    finally:
+        if size > 1:
+            world.Abort(1)
 
 
 def _thread_hook(arguments: threading.ExceptHookArgs) -> None:
@@ -71,12 +74,19 @@ def _thread_hook(arguments: threading.ExceptHookArgs) -> None:
 def end_with_message(world: MPI.Intracomm, text: str, status: int) -> None:
     """Print an error of this rank alone and abort the job with a status; does not return."""
     time.sleep(min(STAGGER_SECONDS * world.rank, LONGEST_WAIT_SECONDS))
-    _say(f"r{world.rank}/{world.size} | error: {text}\n")
-    world.Abort(status)
+    try:
+        _say(f"r{world.rank}/{world.size} | error: {text}\n")
+    finally:
+        world.Abort(status)
 
 
 def _say(text: str) -> None:
-    """Write to stderr, and wait till mpirun has read it: an abort overtakes what lies in the pipe."""
+    """Write to stderr, and wait till mpirun has read it: an abort overtakes what lies in the pipe.
+
+    Raises what a stderr of the program's own raises; where there is none, nothing is said.
+    """
+    if sys.stderr is None:
+        return
     sys.stderr.write(text)
     sys.stderr.flush()
     until = time.monotonic() + READ_SECONDS
@@ -86,10 +96,8 @@ def _say(text: str) -> None:
 
 
 def _unread() -> int:
-    """Bytes in the pipe of stderr that its reader has not taken; 0 for a file or a terminal."""
+    """Bytes in the pipe of stderr that its reader has not taken; 0 for whatever is no pipe."""
     unread = array.array("i", [0])
-    try:
+    with suppress(Exception):  # a program may have put anything in its place
         fcntl.ioctl(sys.stderr.fileno(), termios.FIONREAD, unread)
-    except OSError:  # stderr is a file, or something of a test's own
-        return 0
     return unread[0]

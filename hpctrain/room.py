@@ -15,14 +15,15 @@ LARGEST = 32 << 20
 MEMINFO, STATUS, OWN_GROUP = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/proc/self/cgroup")
 
 
-def room(processes: int, swap: bool = False) -> float:
+def room(processes: int, most: bool = False, shared: bool = False) -> float:
     """Give the bytes left for each of so many processes of this machine; infinite where nobody says. Local.
 
-    The least of: what the machine has available, with `swap` what it can swap, too; what control groups leave
-    (Slurm sets them); this process' own limits of addresses and of data (ulimit -v, ulimit -d).
+    The least of: what the machine has available; what control groups leave (Slurm sets them); this process'
+    own limits of addresses and of data (ulimit -v, ulimit -d). `most`: all that can be had, with swap and
+    what lies free in this process; `shared`: for memory that processes share, which is no data of one.
     """
-    shared = min([*of_machine(swap), *of_groups()], default=float("inf")) / processes
-    return min([shared, *of_process()])
+    all_of_them = min([*of_machine(most), *of_groups(most)], default=float("inf")) / processes
+    return min([all_of_them, *of_process(most, shared)])
 
 
 def ran_out(error: BaseException) -> bool:
@@ -30,37 +31,73 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-def of_machine(swap: bool) -> Iterator[float]:
+def meminfo(name: str) -> float | None:
+    """Give bytes by their name in /proc/meminfo."""
+    found = (line.split() for line in lines(MEMINFO))
+    return next((1024.0 * int(words[1]) for words in found if words[0] == f"{name}:"), None)
+
+
+def of_machine(most: bool) -> Iterator[float]:
     """Give what the kernel could still hand out."""
-    fields = {line.split()[0]: line.split()[1] for line in lines(MEMINFO)}
-    if "MemAvailable:" in fields:
-        yield 1024.0 * (int(fields["MemAvailable:"]) + swap * int(fields.get("SwapFree:", 0)))
+    available = meminfo("MemAvailable")
+    if available is not None:
+        yield available + most * (meminfo("SwapFree") or 0.0)
 
 
-def of_groups() -> Iterator[float]:
+def of_groups(most: bool) -> Iterator[float]:
     """Give what is left in each control group (version 2) that this process is in, to the root."""
     for line in lines(OWN_GROUP):
         if not line.startswith("0::/"):
             continue
         own = CGROUP / line.strip().removeprefix("0::/")
         for folder in [own, *own.parents]:
-            most, used = lines(folder / "memory.max"), lines(folder / "memory.current")
-            if most and used and most[0].strip() != "max":
+            limit, used = lines(folder / "memory.max"), lines(folder / "memory.current")
+            if limit and used and limit[0].strip() != "max":
                 stat = dict(line.split() for line in lines(folder / "memory.stat"))
-                files = float(stat.get("inactive_file", 0))  # pages of files, which make room when asked
-                yield max(0.0, float(most[0]) - float(used[0]) + files)
+                # pages of files, which make room when asked
+                files = float(stat.get("inactive_file", 0)) + float(stat.get("active_file", 0))
+                left = float(limit[0]) - float(used[0]) + files
+                yield max(0.0, left + most * of_swap(folder))
             if folder == CGROUP:
                 break
 
 
-def of_process() -> Iterator[float]:
+def of_swap(folder: Path) -> float:
+    """Give what a control group may still swap."""
+    free = meminfo("SwapFree") or 0.0
+    limit, used = lines(folder / "memory.swap.max"), lines(folder / "memory.swap.current")
+    if limit and used and limit[0].strip() != "max":
+        return min(free, max(0.0, float(limit[0]) - float(used[0])))
+    return free
+
+
+def of_process(most: bool, shared: bool) -> Iterator[float]:
     """Give what this process' own limits leave: of addresses, and of private memory that can be written."""
     used = [int(field) for line in lines(STATUS) for field in line.split()]
     for limit, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
         soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY:
+        if soft != resource.RLIM_INFINITY and not (shared and limit == resource.RLIMIT_DATA):
             taken = os.sysconf("SC_PAGE_SIZE") * used[field] if used else 0
-            yield max(0.0, float(soft - taken))
+            yield max(0.0, float(soft - taken) + most * free_inside())
+
+
+class Mallinfo(ctypes.Structure):
+    """What `man mallinfo2` says."""
+
+    _fields_ = (
+        *((f"_{number}", ctypes.c_size_t) for number in range(8)),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    )
+
+
+def free_inside() -> float:
+    """Give the bytes that the C library holds and has not lent; 0 where it doesn't say."""
+    ask = getattr(LIBRARY, "mallinfo2", None)
+    if ask is None:
+        return 0.0
+    ask.restype = Mallinfo
+    return float(ask().fordblks)
 
 
 def give_back() -> None:

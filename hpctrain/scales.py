@@ -8,6 +8,7 @@ from mpi4py import MPI
 from hpctrain import network
 from hpctrain.averaging import groups
 from hpctrain.config import Config
+from hpctrain.data import order
 from hpctrain.data.loader import AHEAD
 from hpctrain.engine import precision
 from hpctrain.pipeline import simulate
@@ -47,13 +48,17 @@ def scales_of(
     turns = world.allreduce(-(-node.size // len(cores)) if topology.crowded else 1, op=MPI.MAX)
     # a node has one copy of a stage's weights and of the optimizer's numbers, each rank its gradients
     sharing = sum(stage == topology.stage for stage, _ in neighbours)
-    shared = (1.0 + groups.state_copies(config.optimizer)) / sharing
-    copies = world.allreduce(1.0 + shared, op=MPI.MAX)
+    state = groups.state_copies(config.optimizer)
+    copies = world.allreduce(1.0 + (1.0 + state) / sharing, op=MPI.MAX)
+    state *= config.optimizer.class_path.startswith("torch.optim.")  # others may have it in eight bits
+    least = world.allreduce(1.0 + (1.0 + state) / sharing, op=MPI.MIN)
+    sizes = order.sizes(config.train.batch, count)
 
     def limits() -> Limits:
         give_back()  # what measuring took
         left = max(0.0, room(node.size) + built - OTHERS - read)
-        most, share = (room(processes, swap=True) + built for processes in (1, node.size))
+        of_several = topology.replicas > 1  # they share a node's memory
+        most, share = (room(processes, True, of_several) + built for processes in (1, node.size))
         mine = [stage == topology.stage for stage in range(topology.stages)]
         usual, largest = ([size if own else math.inf for own in mine] for size in (left, most))
         return Limits(usual, largest, share)
@@ -70,6 +75,8 @@ def scales_of(
         plans,
         own,
         copies,
+        least,
+        min(sizes) / max(sizes),
         precision(config.train.autocast, topology.device),
         (node.rank % turns, turns),
         "never" if synced else config.parallel.recompute,

@@ -74,7 +74,7 @@ def layout_error(size: int, stages: int) -> str:
     near = min(legal, key=lambda s: abs(s - stages))
     fewer = size // max(1, stages) * max(1, stages)
     more = max(1, -(-size // max(1, stages))) * max(1, stages)
-    ranks = " or ".join(f"-n {count}" for count in (fewer, more) if count)
+    ranks = " or ".join(f"-n {count}" for count in sorted({fewer, more}) if count)
     return (
         f"parallel.stages = {stages} does not divide the {size} ranks that MPI started: "
         f"run with {ranks}, or set parallel.stages = {near}"

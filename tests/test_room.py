@@ -65,5 +65,5 @@ def test_room_is_what_the_system_leaves(tmp_path, monkeypatch):
     (tmp_path / "own").write_text("0::/slurm/job\n")
     monkeypatch.setattr(room, "CGROUP", tmp_path)
     monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "own")
-    assert sorted(room.of_groups()) == [900, 3_400]
+    assert sorted(room.of_groups(False)) == [900, 3_400]
     assert room.room(2) == 450

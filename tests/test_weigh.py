@@ -19,7 +19,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline import expected, fit, profile, split, weigh
 from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.held import Living
-from hpctrain.pipeline.profile import Limits, Work
+from hpctrain.pipeline.profile import Held, Limits, Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
 from hpctrain.scales import schedules
@@ -82,7 +82,7 @@ def even(monkeypatch):
 def scales(world, stages=2, limits=None, kept=None, copies=4.0):
     ranks = [list(range(stage, world.size, stages)) or [0] for stage in range(stages)]
     plans = [Plan("1f1b", 1, lives(kept or [1] * stages))]
-    return Scales(world, ranks, lambda: of(limits or [float("inf")] * stages), plans, 4, copies)
+    return Scales(world, ranks, lambda: of(limits or [float("inf")] * stages), plans, 4, copies, copies)
 
 
 def of(limits, aside=0.0):
@@ -153,8 +153,8 @@ def test_operators_are_cut_by_their_time(world, even):
 def test_equal_times_keep_the_estimate(world, even):
     """A measurement that differs by little does not move the cut from run to run."""
     for costs in ((1.0, 1.0, 1.0, 1.0), (1.02, 1.0, 0.98, 1.0)):
-        assert choose(2, [1, 1, 1, 1], [0] * 4, works(*costs), scales(world)).parts == [(0, 2), (2, 4)]
-    assert choose(2, [1, 1, 1, 1], [0] * 4, works(3, 1, 1, 1), scales(world)).parts == [(0, 1), (1, 4)]
+        assert choose(2, [1, 1, 1, 1], [Held(0)] * 4, works(*costs), scales(world)).parts == [(0, 2), (2, 4)]
+    assert choose(2, [1, 1, 1, 1], [Held(0)] * 4, works(3, 1, 1, 1), scales(world)).parts == [(0, 1), (1, 4)]
 
 
 @pytest.mark.mpi
@@ -165,7 +165,7 @@ def test_a_slow_rank_gets_less(world, monkeypatch):
     pieces = works(*[3.0 if world.rank == slow else 1.0] * 8)
     speeds = scales(world)
     speeds.ranks = [[0], [slow]]
-    found = choose(2, [1] * 8, [0] * 8, pieces, speeds)
+    found = choose(2, [1] * 8, [Held(0)] * 8, pieces, speeds)
     assert found.parts == ([(0, 6), (6, 8)] if world.size > 1 else [(0, 4), (4, 8)])
     if world.size > 1:
         assert "ranks differ: speeds of the stages 1.00, 0.33" in found.said
@@ -183,7 +183,7 @@ def test_memory_moves_the_cut_warns_and_refuses(world, even):
         found = replace(found, most=[mebi * limit for limit in most]) if most else found
         asked.limits = lambda: found
         pieces = [partial(Work, 1.0, 0.0, 0.0, 5 * mebi, own=3 * mebi)] * 4
-        return choose(2, [1] * 4, [10 * mebi] * 4, pieces, asked, named=named)
+        return choose(2, [1] * 4, [Held(10 * mebi)] * 4, pieces, asked, named=named)
 
     assert cut([90, 90]).parts == [(0, 2), (2, 4)]
     assert not cut([90, 90]).said
@@ -227,7 +227,7 @@ def test_named_cuts_are_weighed_too(world, even):
         found = of([mebi * limit for limit in limits], mebi * aside)
         asked.limits, asked.recompute = lambda: found, recompute
         pieces = [lambda: Work(1.0, 1.0, 1.0, 5 * mebi, own=5 * mebi)] * 4
-        return choose(2, [1] * 4, [10 * mebi] * 4, pieces, asked, named=list(named))
+        return choose(2, [1] * 4, [Held(10 * mebi)] * 4, pieces, asked, named=list(named))
 
     found = cut([90, 150])
     assert (found.parts, found.schedule, found.pieces) == ([(0, 1), (1, 4)], "1f1b", 0)
@@ -275,7 +275,7 @@ def test_what_is_expected_of_each_stage_is_told(world, even):
         partial(Work, n * 2e-3, n * 3e-3, n * 5e-3, 5 * mebi, moment=n * mebi, gives=mebi // 4)
         for n in (1, 3)
     )
-    choice = choose(2, [1] * 4, [10 * mebi] * 4, [small, small, small, large], asked)
+    choice = choose(2, [1] * 4, [Held(10 * mebi)] * 4, [small, small, small, large], asked)
     assert [one.most for one in choice.needs] == [122 * mebi, 39 * mebi]  # a pass, messages at one end
     links, names = {0: [1], 1: []}, [["a", "b", "c"], ["d"]]
     cut = SimpleNamespace(choice=choice, stages=2, names=names.__getitem__, links=lambda: (links, links))
@@ -295,19 +295,21 @@ def test_what_is_expected_of_each_stage_is_told(world, even):
 def test_memory_asks_for_recomputation(world, even):
     """Two micro-batches' activations don't fit, one's do."""
     asked = scales(world, limits=[90, 90], kept=[2, 1])
-    assert "memory may run out" in choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).warned[0]
+    assert (
+        "memory may run out" in choose(2, [1] * 4, [Held(10)] * 4, works(1, 1, 1, 1, kept=5), asked).warned[0]
+    )
     asked.recompute = "auto"
-    found = choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked)
+    found = choose(2, [1] * 4, [Held(10)] * 4, works(1, 1, 1, 1, kept=5), asked)
     assert (found.recompute, found.parts, found.warned) == (True, [(0, 2), (2, 4)], [])
     assert found.said[0].startswith("stages run forward again for backward, as memory asks for it")
     assert [work.input_gradient for work in found.passes] == [2.0, 0.0]  # the last one keeps its graph
     asked.limits = lambda: of([60, 60], 100)  # nor does one's: the least is taken all the same
-    found = choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked)
+    found = choose(2, [1] * 4, [Held(10)] * 4, works(1, 1, 1, 1, kept=5), asked)
     assert found.recompute
     assert [one.times for one in found.needs] == [1, 1]
     assert "memory may run out" in found.warned[0]
     asked.limits = lambda: of([100, 100])
-    assert not choose(2, [1] * 4, [10] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
+    assert not choose(2, [1] * 4, [Held(10)] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
 
 
 KEPT = {"1f1b": [2, 1], "zb-h1": [2, 2], "interleaved": [3, 3, 2, 2]}
@@ -320,7 +322,7 @@ def test_the_fastest_schedule_is_chosen(world, even):
     def chosen(ranks, micro_batches, work, pieces=8, kept=None, shared=False, limits=None):
         kept = kept or {n: [ranks] * ranks * (1 + (n == "interleaved")) for n in CHOSEN}
         asked = with_plans(world, ranks, micro_batches, kept, limits)
-        return choose(ranks, [1] * pieces, [10] * pieces, [lambda: work] * pieces, asked, shared)
+        return choose(ranks, [1] * pieces, [Held(10)] * pieces, [lambda: work] * pieces, asked, shared)
 
     halves, whole = Work(1.0, 1.0, 1.0, 5), Work(1.0, 2.0, 0.0, 5)
     found = chosen(2, 4, halves)
@@ -362,12 +364,12 @@ def test_a_backward_that_is_dear_to_split_stays_whole(world, even):
     dear, cheap = Work(1.0, 1.5, 1.0, 0, joint=2.0), Work(1.0, 1.0, 1.0, 0, joint=2.0)
     asked = with_plans(world, 2, 10, KEPT)
     pieces = [lambda work=work: work for work in (dear, cheap, cheap, dear)]
-    found = choose(2, [1] * 4, [0] * 4, pieces, asked)
+    found = choose(2, [1] * 4, [Held(0)] * 4, pieces, asked)
     assert found.at_once == [0, 3]
     assert [(work.input_gradient, work.weight_gradient) for work in found.passes] == [(3.0, 1.0)] * 2
     assert "of 4 pieces of the model 2 compute all their gradients at once" in found.said[-1]
     asked.micro_batches = 2
-    assert choose(2, [1] * 4, [0] * 4, pieces, asked).at_once == []
+    assert choose(2, [1] * 4, [Held(0)] * 4, pieces, asked).at_once == []
 
 
 @pytest.mark.mpi
@@ -466,14 +468,14 @@ def test_what_cannot_be_measured_is_estimated_on_all_ranks(world):
     def refuses():
         raise MemoryError("no 5 bytes")
 
-    told = choose(2, [1] * 4, [0] * 4, [*works(1, 1, 9), refuses], scales(world))
+    told = choose(2, [1] * 4, [Held(0)] * 4, [*works(1, 1, 9), refuses], scales(world))
     assert told.warned == [
         "the cut is by estimate, as pieces can't be measured alone (MemoryError: no 5 bytes): memory is short, "
         "and nothing says if it suffices"
     ]
     assert not told.said
     pieces = [*works(1, 1, 9), fails]
-    found = choose(2, [1] * 4, [0] * 4, pieces, scales(world))
+    found = choose(2, [1] * 4, [Held(0)] * 4, pieces, scales(world))
     assert found.parts == [(0, 2), (2, 4)]
     assert found.said == [
         "the cut is by estimate, as pieces can't be measured alone (ValueError: not with these numbers)"
@@ -496,7 +498,7 @@ def test_weight_gradients_that_wait_take_memory(world, even):
         asked = scales(world, limits=[500, 500])
         asked.plans = [Plan("zb-h1", 1, lives)]
         pieces = [lambda: Work(1.0, 1.0, 1.0, 5, late=8)] * 4
-        return [one.most for one in choose(2, [1] * 4, [10] * 4, pieces, asked).needs]
+        return [one.most for one in choose(2, [1] * 4, [Held(10)] * 4, pieces, asked).needs]
 
     assert needs([[(2, 0)], [(1, 0)]]) == [100, 90]
     assert needs([[(2, 0), (1, 1)], [(1, 0), (0, 2)]]) == [80 + 26, 80 + 32]
@@ -566,8 +568,8 @@ def test_slow_messages_move_the_cut(world, even):
     pieces = [
         lambda gives=gives: Work(1.0, 1.0, 1.0, 0, gives=gives) for gives in (10**6, 12 * 10**6, 10**6, 0)
     ]
-    assert choose(2, [1] * 4, [0] * 4, pieces, spread(world, [])).parts == [(0, 2), (2, 4)]
-    found = choose(2, [1] * 4, [0] * 4, pieces, spread(world, [WIRE, WIRE]))
+    assert choose(2, [1] * 4, [Held(0)] * 4, pieces, spread(world, [])).parts == [(0, 2), (2, 4)]
+    found = choose(2, [1] * 4, [Held(0)] * 4, pieces, spread(world, [WIRE, WIRE]))
     assert found.parts in ([(0, 1), (1, 4)], [(0, 3), (3, 4)])
     assert found.wire(0, 1) == found.wire(1, 0) == pytest.approx(1.001)
     links = {0: [1], 1: []}
@@ -575,7 +577,7 @@ def test_slow_messages_move_the_cut(world, even):
     cut = SimpleNamespace(choice=found, stages=2, names=names.__getitem__, links=lambda: (links, links))
     assert "messages between nodes at 1 MB/s, 1,000 µs each" in expected.table(cut, "1f1b", 4)[-1]
     only_back = [Wire(), WIRE]  # from the last rank to the first: interleaved alone uses it
-    assert choose(2, [1] * 4, [0] * 4, pieces, spread(world, only_back)).parts == [(0, 2), (2, 4)]
+    assert choose(2, [1] * 4, [Held(0)] * 4, pieces, spread(world, only_back)).parts == [(0, 2), (2, 4)]
 
 
 @pytest.mark.mpi
@@ -585,7 +587,9 @@ def test_slow_messages_keep_stages_few(world, even):
     def chosen(seconds):
         asked = with_plans(world, 4, 4, {n: [4] * 4 * (1 + (n == "interleaved")) for n in CHOSEN})
         asked.wires = [Wire(seconds, 0.0)] * 4
-        return choose(4, [1] * 8, [0] * 8, [lambda: Work(1.0, 2.0, 0.0, 0, gives=1)] * 8, asked).schedule
+        return choose(
+            4, [1] * 8, [Held(0)] * 8, [lambda: Work(1.0, 2.0, 0.0, 0, gives=1)] * 8, asked
+        ).schedule
 
     assert chosen(0.0) == "interleaved"
     assert chosen(1.5) == "1f1b"
@@ -630,7 +634,7 @@ def test_a_greedy_piece_is_its_own_stages_alone(world, even):
     asked = scales(world, limits=[100, 100], copies=1.0)
     asked.recompute = "auto"
     pieces = [partial(Work, 1.0, 1.0, 1.0, 0), partial(Work, 1.0, 1.0, 1.0, 0, moment=80)]
-    found = choose(2, [1] * 2, [60, 10], pieces, asked)
+    found = choose(2, [1] * 2, [Held(60), Held(10)], pieces, asked)
     assert (found.parts, found.recompute, found.warned) == ([(0, 1), (1, 2)], False, [])
     assert [one.most for one in found.needs] == [60, 90]
 

@@ -52,7 +52,11 @@ class Scales:
     micro_batches: int
     """Of a replica."""
     copies: float
-    """Bytes that a byte of weights takes in all: itself, its gradient, the optimizer's."""
+    """Bytes that a byte of trained weights takes in all: itself, its gradient, the optimizer's."""
+    least: float = 1.0
+    """The same, as far as it is certain, on the rank with the least."""
+    fewest: float = 1.0
+    """Samples of the smallest micro-batch, by those of the largest."""
     around: AbstractContextManager[Any] = field(default_factory=nullcontext)
     """What passes run under."""
     turn: tuple[int, int] = (0, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition, slowest
 from hpctrain.pipeline.choice import Choice, Need, Plan, Scales, Wire
-from hpctrain.pipeline.profile import Limits, Profile, Work, cost_of
+from hpctrain.pipeline.profile import Held, Limits, Profile, Work, cost_of
 from hpctrain.pipeline.schedule import programs
 from hpctrain.pipeline.simulate import simulate
 
@@ -42,7 +42,7 @@ class Load:
 
     @classmethod
     def of(
-        cls, plan: Plan, weights: Sequence[float], profile: Profile, scales: Scales, recomputes: bool
+        cls, plan: Plan, weights: Sequence[Held], profile: Profile, scales: Scales, recomputes: bool
     ) -> "Load":
         """Take what was measured. Pure."""
         ranks = len(scales.ranks)
@@ -52,7 +52,7 @@ class Load:
         lives = [[(min(a, 1), b) for a, b in pairs] for pairs in plan.lives[:-1]]
         return cls(
             [work.seconds + recomputes * work.forward for work in profile.works],
-            [scales.copies * size for size in weights],
+            [scales.copies * own.trained + own.other for own in weights],
             profile.works,
             [*lives, plan.lives[-1]] if recomputes else plan.lives,
             [profile.limits.usual[stage % ranks] / plan.virtual for stage in range(stages)],
@@ -120,7 +120,7 @@ class Load:
 def fitted(
     plan: Plan,
     estimates: Sequence[float],
-    weights: Sequence[float],
+    weights: Sequence[Held],
     profile: Profile,
     scales: Scales,
     tried: Choice | None = None,
@@ -174,7 +174,7 @@ def fitted(
 
 def certain(
     plan: Plan,
-    weights: Sequence[float],
+    weights: Sequence[Held],
     works: Sequence[Work],
     limits: Limits,
     scales: Scales,
@@ -182,16 +182,18 @@ def certain(
 ) -> None:
     """Refuse what can't fit however memory is shared out on a node. Pure.
 
-    Counted are only weights, gradients, the optimizer's numbers, and what nothing but the pieces themselves
-    can keep for backward; against all that a rank could have, and what all ranks of a pipeline have together.
+    Counted are only weights, gradients, what torch's own optimizers have, and of the smallest micro-batches
+    what nothing but the pieces themselves can keep for backward; against all that a rank could have, and what
+    all ranks of a pipeline have together.
     """
     stages, ranks = len(scales.ranks) * plan.virtual, len(scales.ranks)
     recomputes = scales.recompute != "never"
     kept = [max(count for count, _ in pairs) for pairs in plan.lives]
     times = [1 if recomputes and stage < stages - 1 else count for stage, count in enumerate(kept)]
-    held = [scales.copies * size for size in weights]
-    needs = [[[size + count * work.own for size, work in zip(held, works)]] for count in times]
-    every = sum(held) + min(times) * sum(work.own for work in works)
+    held = [scales.least * own.trained + own.other for own in weights]
+    kept_by = [scales.fewest * work.own for work in works]
+    needs = [[[size + count * own for size, own in zip(held, kept_by)]] for count in times]
+    every = sum(held) + min(times) * sum(kept_by)
     most = [limits.most[stage % ranks] for stage in range(stages)]
     what = "weights, gradients, the optimizer's numbers and what micro-batches keep for backward alone"
     advice = "" if recomputes else 'parallel.recompute = "auto", '

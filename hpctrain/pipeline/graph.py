@@ -20,7 +20,7 @@ from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
-from hpctrain.pipeline.profile import of_operators
+from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner
 from hpctrain.pipeline.trace import Like, Traced, Writer
 from hpctrain.pipeline.weigh import choose, used_once
@@ -130,11 +130,11 @@ class Graph:
         for i, node in enumerate(nodes):
             traced.stage[node.name] = sum(edge <= i for edge in edges) - 1
 
-    def _weights(self, held: list[set[str]]) -> list[int]:
-        """Give the bytes of each piece's weights; one that several use is the first one's."""
+    def _weights(self, held: list[set[str]]) -> list[Held]:
+        """Give the bytes of each piece's tensors; of one that several use, the first one's."""
         before, found = set[str](), []
         for names in held:
-            found.append(sum(self.real[name].nbytes for name in names - before))
+            found.append(Held.of(self.real[name] for name in names - before))
             before |= names
         return found
 

@@ -12,7 +12,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.part import Env, Part, begins, gave, naming
-from hpctrain.pipeline.profile import of_layers
+from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
 
@@ -25,6 +25,13 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
         given = list(layers())
         if not all(isinstance(layer, nn.Module) and id(layer) in names for layer in given):
             raise ConfigError(f"{type(module).__name__}.layers() must give submodules of the model, in order")
+        listed = {id(p) for layer in given for p in layer.parameters()}
+        left = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in listed]
+        if left:
+            raise ConfigError(
+                f"{type(module).__name__}.layers() leaves out {left[0]}, and stages run what it lists, not "
+                f"the forward: put it into a module that is listed, or freeze it (requires_grad_(False))"
+            )
         return [(names[id(layer)], layer) for layer in given]
     if not in_a_row(module):
         return None
@@ -43,6 +50,16 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _flat(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
+
+
+def weights_of(modules: list[nn.Module]) -> list[Held]:
+    """Give the bytes of each module's tensors; of one that several use, the first one's. Pure."""
+    found, before = [], set[int]()
+    for module in modules:
+        own = {id(t): t for t in [*module.parameters(), *module.buffers()] if id(t) not in before}
+        found.append(Held.of(own.values()))
+        before |= own.keys()
+    return found
 
 
 class _Through(torch.autograd.Function):
@@ -88,7 +105,7 @@ class Layers:
         self.choice = choose(
             self.stages,
             [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
-            [sum(p.nbytes for p in layer.parameters()) for layer in modules],
+            weights_of(modules),
             of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
             None if hooked else scales,  # a user's hooks run when the model does
             shared,

@@ -111,6 +111,21 @@ def cost_of(passes: Sequence[Work]) -> Cost:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Bytes of a piece's own tensors; what several pieces use is the first one's."""
+
+    trained: int
+    other: int = 0
+    """Frozen weights and buffers."""
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor]) -> "Held":
+        """Count them. Pure."""
+        sizes = [(tensor.requires_grad, tensor.nbytes) for tensor in tensors]
+        return cls(sum(n for grad, n in sizes if grad), sum(n for grad, n in sizes if not grad))
+
+
+@dataclass(frozen=True)
 class Limits:
     """Bytes that stages may take, as far as one rank knows, or all of them."""
 

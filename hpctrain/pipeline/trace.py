@@ -7,6 +7,7 @@ import logging
 import os
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import (
     AbstractContextManager,
@@ -17,11 +18,12 @@ from contextlib import (
     suppress,
 )
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree, checkpoint
 
 from hpctrain.errors import ConfigError
@@ -133,6 +135,8 @@ class Writer:
                 constants[node.name] = getattr(program.graph_module, str(node.target))
             elif node.op == "output":
                 outputs = [a.name if isinstance(a, fx.Node) else Constant(a) for a in node.args[0]]
+        for node in nodes:
+            self._sayable(node, constants)
         return Traced(
             nodes,
             {str(k): v for k, v in inputs.items()},
@@ -148,18 +152,42 @@ class Writer:
             return
         self._looked = True
         twin = skeleton(self.module, self.fake)  # what it keeps for later calls has no memory
-        before = plain_values(twin)
+        seen, alive = [plain_values(twin)], list[Any]()  # a tensor's id is another's once it is gone
         with suppress(Exception), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            twin(*arguments[0], **arguments[1])
-        after = plain_values(twin)
-        changed = [name for name, value in before.items() if after.get(name, value) != value]
+            for _ in range(2):  # the first may make what the others only use
+                alive += [dict(vars(m)) for m in twin.modules()]
+                twin(*arguments[0], **arguments[1])
+                seen.append(plain_values(twin))
+        pairs = [(name, a[name], b.get(name)) for a, b in pairwise(seen) for name in a]
+        changed = list(dict.fromkeys(name for name, before, after in pairs if before != after))
         if changed:
             LOGGER.warning(
                 "the forward changes %s: it is written down once, so in stages that stays as it is, and what "
                 "hangs on it, too (hpctrain verify compares with one process)",
                 ", ".join(changed[:3]),
             )
+
+    def _sayable(self, node: fx.Node, constants: dict[str, Any]) -> None:
+        """Refuse an operator that would do something else by itself than in its forward. Local."""
+        apart = any(isinstance(constants.get(a.name), FakeTensor) for a in node.all_input_nodes)
+        mapped = getattr(node.target, "__module__", "").startswith("torch._functorch")
+        if not apart and not mapped:
+            return
+        what = (
+            "torch.func or torch.vmap in the forward is more than operators can say"
+            if mapped
+            else "the forward takes a tensor behind torch's back (.data, torch.autograd.grad, or one that "
+            "another object keeps), and operators would not have its numbers; .detach() and, for buffers, "
+            "in-place operators under torch.no_grad() can be written down"
+        )
+        lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+        place = f", at {lines[-2].strip()}: `{lines[-1].strip()}`" if len(lines) > 1 else ""
+        raise ConfigError(
+            f"parallel.stages = {self.stages}: operator {node.name} of {path_of(node) or 'the model'}"
+            f"{place}: {what}; or make the model an nn.Sequential, or give it a method layers() that lists "
+            f"submodules which follow one another"
+        )
 
     def _known_shape(self, node: fx.Node) -> None:
         """Refuse an operator that gives as many numbers as other numbers say. Local."""
@@ -260,13 +288,38 @@ def regions_kept() -> Iterator[None]:
 
 
 def plain_values(module: nn.Module) -> dict[str, Any]:
-    """Give the numbers, flags and strings that the modules have as attributes, by name. Local."""
+    """Give what tells the modules' own attributes from other ones, by name, where `plain` can. Local."""
     return {
-        f"{name}.{key}".lstrip("."): value
+        f"{name}.{key}".lstrip("."): plain(value)
         for name, m in module.named_modules()
         for key, value in vars(m).items()
-        if isinstance(value, (bool, int, float, str))
+        if key not in OWN
+        and plain(value) is not None
+        and not (isinstance(value, torch.Tensor) and m._forward_pre_hooks)  # as old weight_norm's
     }
+
+
+OWN = vars(nn.Module()).keys()
+"""Attributes of every module."""
+MOST_LEAVES = 100
+"""Of a list or dictionary that is looked at."""
+
+
+def plain(value: Any) -> Any:
+    """Give what tells one plain value from another, None for other values. Local.
+
+    >>> plain(3), plain({"n": [1, 2]}), plain(nn.Identity())
+    ('3', "{'n': [1, 2]}", None)
+    """
+    if isinstance(value, (bool, int, float, str)):
+        return repr(value)  # that of not a number is itself
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version
+    if isinstance(value, (list, dict, set, deque)) and len(value) <= MOST_LEAVES:
+        leaves = [*value] if isinstance(value, set) else _pytree.tree_leaves(value)
+        if all(isinstance(leaf, (bool, int, float, str, torch.Tensor)) for leaf in leaves):
+            return repr(_pytree.tree_map_only(torch.Tensor, id, value))
+    return None
 
 
 def same(tensor: torch.Tensor) -> torch.Tensor:
@@ -302,4 +355,8 @@ def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         wanted = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if wanted else empty
+    for value in (value for m in module.modules() for value in vars(m).values()):
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # a hook computes it in each call
+            with fake:
+                memo[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     return copy.deepcopy(module, memo)

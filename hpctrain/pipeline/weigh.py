@@ -13,7 +13,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline.balance import partition
 from hpctrain.pipeline.choice import Choice, Plan, Scales
 from hpctrain.pipeline.fit import certain, fitted
-from hpctrain.pipeline.profile import Unmeasured, Work, measure
+from hpctrain.pipeline.profile import Held, Unmeasured, Work, measure
 
 T = TypeVar("T")
 UNKNOWN = Work(0.0, 0.0, 0.0, 0)
@@ -24,7 +24,7 @@ SPLIT_WORTH = 1.1
 def choose(
     stages: int,
     estimates: Sequence[float],
-    weights: Sequence[float],
+    weights: Sequence[Held],
     pieces: Sequence[Callable[[], Work]],
     scales: Scales | None,
     shared: bool = False,
@@ -79,7 +79,8 @@ def choose(
             f"to let those of the weights wait would take longer"
         )
     best.at_once, best.shared, best.ranks = at_once, shared, scales.ranks
-    best.works, best.weights, best.pieces = profile.works, list(weights), count
+    best.works, best.pieces = profile.works, count
+    best.weights = [own.trained + own.other for own in weights]
     return best
 
 
