@@ -32,6 +32,7 @@ from hpctrain.engine import Engine
 from hpctrain.errors import ConfigError, nearest
 from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss, takes_reduction
+from hpctrain.models.build import FILLED
 from hpctrain.piece import Piece
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.schedule import SCHEDULES
@@ -158,7 +159,8 @@ def check_classes(config: Config) -> None:
         raise ConfigError(f"parallel.schedule = {config.parallel.schedule!r}: {near}")
     if not config.model.class_path:
         raise ConfigError("model.class_path is not set: name a torch.nn.Module, such as my_module.MyModel")
-    construct.find_class(config.model.class_path, "model.class_path")
+    own = {n: value for n, value in config.model.init_args.items() if n not in FILLED}
+    construct.check(ClassPath(config.model.class_path, own), "model", given=FILLED)
     construct.check(config.data.task, "data.task")
     loss_arguments(config.train.loss)
     groups.check(config.optimizer)

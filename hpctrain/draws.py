@@ -9,11 +9,13 @@ pipeline stage to work that another rank does. So each call that draws first set
 down: the same ones, so that a stage which runs operators k, k + 1, … has the masks of one process.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from hpctrain.keys import key
+from hpctrain.log import LOGGER
 from hpctrain.modes import unlooking
 
 T = TypeVar("T")
@@ -201,6 +204,24 @@ class Drawing:
         buffers = (b for m in self._others for b in m._buffers.values() if b is not None)
         leaves = (leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor))
         return [(id(tensor), tensor._version) for tensor in chain(buffers, leaves)]
+
+
+def of_others() -> dict[str, Any]:
+    """Give the states of the global generators that are not torch's, which no stream sets. Local."""
+    _, numbers, *rest = np.random.get_state(legacy=True)
+    return {"NumPy": (np.asarray(numbers).tobytes(), rest), "Python": random.getstate()}
+
+
+def tell_of_others(before: dict[str, Any], what: str) -> bool:
+    """Warn where numbers were drawn from them since then; tell whether it did. Local."""
+    names = [name for name, state in of_others().items() if state != before[name]]
+    if names:
+        LOGGER.warning(
+            "the model's forward (or what ran beside it) draws from the global random numbers of %s: %s; "
+            "draw from torch, whose numbers are set for each micro-batch",
+            *(" and ".join(names), what),
+        )
+    return bool(names)
 
 
 def run_again(forward: Callable[[], T], records: list[Any]) -> T:

@@ -15,7 +15,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data import order
 from hpctrain.data.loader import Step
-from hpctrain.draws import Drawing, Draws, again, run_again, set_generators
+from hpctrain.draws import Drawing, Draws, again, of_others, run_again, set_generators, tell_of_others
 from hpctrain.errors import DivergedError, HpctrainError, RankError
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.keys import key
@@ -95,7 +95,7 @@ class Engine:
         self._drawing = Drawing([self.module])
         self._drawn = 0, range(0)
         """Stream of the latest forward, and its draws."""
-        self._read, self._ended, self._stepped = 0.0, 0.0, False
+        self._read, self._ended, self._stepped, self._told = 0.0, 0.0, False, False
         self.waited = 0.0
         """Seconds that the step's passes waited for other stages."""
         self.activation_bytes = 0
@@ -207,11 +207,19 @@ class Engine:
         stream = key(self.seed, number, micro_batch)
         set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
-        with self.straight.forward():
+        with self.straight.forward(), self._watching_others():
             found = run_again(lambda: self._loss(batch, stream), self.averager.running.records)
         if resident:
             self.activation_bytes = max(self.activation_bytes, resident_bytes() - resident)
         return self._checked(number, micro_batch, batch, found)
+
+    @contextmanager
+    def _watching_others(self) -> Iterator[None]:
+        """Tell of random numbers that are not torch's, once; only the first step is watched."""
+        before = None if self._stepped or self._told else of_others()
+        yield
+        if before:
+            self._told = tell_of_others(before, "results depend on the layout")
 
     def _checked(
         self, number: int, micro_batch: int, batch: Batch, found: tuple[torch.Tensor, torch.Tensor]

@@ -171,7 +171,7 @@ class StagedEngine(Engine):
         set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
         marks = self.averager.running.marks() if stage.recomputes else {}
-        with self.straight.forward(), self._precision():
+        with self.straight.forward(), self._precision(), self._watching_others():
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), self.averager.running.records)
         if stage.recomputes and self.averager.running.marks() == marks:

@@ -148,6 +148,16 @@ class KeepsTensor(Odd):
         return self.inner(torch.cat([x, self.grid.expand(len(x), -1)], 1)[:, WIDTH // 2 : -WIDTH // 2])
 
 
+class OldNorm(Odd):
+    """A weight that is no parameter: a hook computes it."""
+
+    def add(self):
+        self.normed = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
+
+    def middle(self, x):
+        return self.inner(torch.tanh(self.normed(x)))
+
+
 class Warming(Odd):
     """Counts its calls, and does something else in the first ones."""
 

@@ -1,5 +1,7 @@
 """Models that pipelines tend to get wrong; all map (n, 5) to (n, 2)."""
 
+import random
+
 import numpy as np
 import torch
 from helpers import Net
@@ -793,3 +795,103 @@ class Bound(nn.Module):
     def forward(self, x):
         x = own_linear(torch.tanh(self.first(x)), self.unseen.weight, self.unseen.bias)
         return self.last(torch.tanh(self.seen(torch.tanh(x))))
+
+
+class Parts(nn.Module):
+    """Gives a value, and a part of it that lies in its memory."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.line = nn.Linear(width, width)
+
+    def forward(self, x):
+        x = self.line(x) * 1.0
+        return x, x[:, :2], (x[:, :4], x[:, 4:])
+
+
+class TakesParts(nn.Module):
+    """Uses all of them; changes the value in place, or not."""
+
+    def __init__(self, width, changes):
+        super().__init__()
+        self.line, self.changes = nn.Linear(width, width), changes
+
+    def forward(self, value):
+        x, part, (one, other) = value
+        x = x.mul_(2.0) if self.changes else x * 2.0
+        return self.line(x + torch.cat([other, one], 1)) + part.sum(1, keepdim=True)
+
+
+def parts_row(in_features, out_features, changes=False):
+    """Layers that hand on several tensors of one memory."""
+    return nn.Sequential(
+        nn.Linear(in_features, 8), Parts(8), TakesParts(8, changes), nn.Linear(8, out_features)
+    )
+
+
+class Two(nn.Module):
+    """Two layers."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.first, self.second = nn.Linear(in_features, 16), nn.Linear(16, out_features)
+
+
+class ChangesData(Two):
+    """Keeps a mean as a codebook does."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        self.mean.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return self.second(x - self.mean)
+
+
+class OwnGradient(Two):
+    """A force: the gradient of an energy."""
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x)).requires_grad_()
+        (force,) = torch.autograd.grad(torch.tanh(x).sum(), x, create_graph=True)
+        return self.second(x + force)
+
+
+class Mapped(Two):
+    def forward(self, x):
+        return self.second(torch.vmap(lambda row: torch.tanh(self.first(row)))(x))
+
+
+class Listing(Two):
+    """Its forward does more than its layers."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.position = nn.Parameter(torch.zeros(16))
+
+    def layers(self):
+        return [self.first, self.second]
+
+    def forward(self, x):
+        return self.second(self.first(x) + self.position)
+
+
+class Jitters(nn.Module):
+    """Draws from NumPy's and Python's random numbers."""
+
+    def forward(self, x):
+        return x * (1.0 + 0.01 * np.random.rand() + 0.01 * random.random())
+
+
+class Jittery(Two):
+    """The same among operators."""
+
+    def forward(self, x):
+        return self.second(Jitters()(self.first(x)))
+
+
+def jittery_row(in_features, out_features):
+    """The same in a row of layers."""
+    return nn.Sequential(nn.Linear(in_features, 8), Jitters(), nn.Linear(8, out_features))

@@ -101,6 +101,17 @@ def test_forward_that_does_not_fit(signature, names):
         models.by_name(forward_of(signature), names)
 
 
+@pytest.mark.parametrize(
+    ("signature", "names"), [("wnd, t2m", ["t2m", "wind"]), ("b, a, c=None", ["a", "d"])]
+)
+def test_a_name_at_another_place_is_no_position(signature, names):
+    """One typo would swap the inputs, silently."""
+    with pytest.raises(
+        ConfigError, match=f"by position {names[0]} would be taken for another; (wnd: did|b: )"
+    ):
+        models.by_name(forward_of(signature), names)
+
+
 def test_unet_is_a_cylinder():
     """Turning the globe turns the answer; the position maps apart, longitude has no edge."""
     torch.manual_seed(0)

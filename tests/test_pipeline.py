@@ -361,6 +361,70 @@ def test_averaging_between_nodes_begins_while_stages_still_work(
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("cuts", [["2"], ["3"]])
+def test_tensors_of_one_memory_may_cross_but_not_be_changed(world, build, cuts):
+    """At the other end each has memory of its own; within a stage they may be."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build("parts_row", 2, micro_batches=5, cuts=cuts), "parts_row")
+    job = build("parts_row", 2, micro_batches=5, cuts=cuts, arguments={"changes": True})
+    if cuts == ["3"]:
+        has_bits_of_one_process(world, job, "parts_row")
+        return
+    with pytest.raises(
+        ConfigError, match=r"stage 1 \(layers 2 to 3\) changes in place .* layer 1 gives lie in one"
+    ):
+        job.engine.step(0, job.loader.read(0))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("ChangesData", r"operator mul_ of .*stage_models.py.*takes a tensor behind torch's back \(.data"),
+        ("OwnGradient", r"operator .* of .*takes a tensor behind torch's back \(.data, torch.autograd.grad"),
+        ("Mapped", "torch.func or torch.vmap in the forward is more than operators can say"),
+    ],
+)
+def test_what_operators_cannot_say_is_refused(world, build, model, what):
+    """torch.export alone would leave it out, and numbers would be others."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match=what):
+        build(model, 2, micro_batches=2)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("jittery_row", "results depend on the layout"),
+        ("Jittery", "written down once, each stays the same number"),
+    ],
+)
+def test_random_numbers_that_are_not_torchs_are_told_of(world, build, caplog, model, what):
+    if world.size != 2:
+        pytest.skip("two stages")
+    with caplog.at_level("WARNING", LOGGER.name):
+        job = build(model, 2, micro_batches=2)
+        for number in range(2):
+            job.engine.step(number, job.loader.read(0))
+    told = f"draws from the global random numbers of NumPy and Python: {what}; draw from torch"
+    said = sum(told in message for message in caplog.messages)
+    assert sum(world.allgather(said)) == (2 if model == "Jittery" else 1)
+
+
+@pytest.mark.mpi
+def test_layers_that_leave_a_parameter_out_are_refused(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(
+        ConfigError, match=r"Listing.layers\(\) leaves out position, and stages run what it lists"
+    ):
+        build("Listing", 2, micro_batches=2)
+
+
+@pytest.mark.mpi
 def test_the_layers_that_the_documentation_shows(world, build, tmp_path, monkeypatch):
     if world.size != 2:
         pytest.skip("two stages")

@@ -38,7 +38,9 @@ from hpctrain.averaging.steppers import Shapes, group_settings
 from hpctrain.averaging.sync_norm import Meeting, SyncBatchNorm
 from hpctrain.config import Averaging
 from hpctrain.errors import DriftError, HpctrainError
+from hpctrain.log import LOGGER
 from hpctrain.piece import Piece, of_module
+from hpctrain.room import ran_out
 from hpctrain.wire import raise_together
 
 FLAGS = ("errors", "stops", "saves", "changed", "broken")
@@ -186,7 +188,7 @@ class Averager:
         return Overlap(medium, self.places)
 
     def close(self) -> None:
-        """Take the hooks off the user's parameters and give them memory of their own. Local."""
+        """Take the hooks off the user's parameters; give them memory of their own, if there is any. Local."""
         failing = sys.exc_info()[0] is not None
         if self.overlap:
             self.overlap.close()
@@ -197,13 +199,18 @@ class Averager:
             self.sync.close()
         self.places.close()
         self.running.close()
+        short = False
         for parameter in self.named.values():
             parameter.grad = None
             try:
                 parameter.data = parameter.data.clone()
-            except RuntimeError:
-                if not failing:  # else there is no memory, and the error on its way is the one to show
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out(error):
                     raise
+                parameter.data = parameter.data.new_empty(0)  # what is mapped goes: better none than a crash
+                short = True
+        if short and not failing:
+            LOGGER.warning("no memory for weights outside of the node's: the module has none any more")
         self.weights = []
         self.medium.close()
 

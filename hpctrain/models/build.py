@@ -21,7 +21,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from hpctrain import construct
 from hpctrain.config import ClassPath
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, nearest
 from hpctrain.models.deferred import Deferred
 
 Shapes = dict[str, tuple[int, ...]]
@@ -134,6 +134,14 @@ def by_name(module: nn.Module, names: list[str]) -> bool:
         raise ConfigError(
             f"{type(module).__name__}.forward takes {', '.join(p.name for p in parameters)}, "
             f"data.inputs give {', '.join(names)}: their number must agree"
+        )
+    elsewhere = [n for at, n in enumerate(names) if n in keyword and keyword.index(n) != at]
+    if elsewhere:  # by position it would be taken for another
+        missing = next((name for name in keyword if name not in names), "")
+        raise ConfigError(
+            f"{type(module).__name__}.forward takes {', '.join(keyword)}, data.inputs give "
+            f"{', '.join(names)}: by position {elsewhere[0]} would be taken for another"
+            f"{f'; {missing}: {nearest(missing, names)}' if missing else ''}"
         )
     return False
 

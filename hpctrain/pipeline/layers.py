@@ -11,6 +11,8 @@ from hpctrain.draws import Drawing
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Scales
+from hpctrain.pipeline.held import tensors_in
+from hpctrain.pipeline.message import SHARES
 from hpctrain.pipeline.part import Env, Part, begins, gave, naming
 from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.trace import Like
@@ -156,12 +158,21 @@ class Layers:
                 value = changeable(value)
             elif stage:
                 value = _pytree.tree_map_only(torch.Tensor, changeable, value)
+            taken = tensors_in(value) if stage else []
+            shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
+            versions = [leaf._version for leaf in taken]
             with drawing.of(stream, begin, value) as counting:
                 for name, layer in layers:
                     what = f"layer {name} ({type(layer).__name__})"
                     with naming(what, value):
                         value = layer(value)
                     gave(what.__str__, value)
+            if shared and versions != [leaf._version for leaf in taken]:
+                raise ConfigError(
+                    f"stage {stage} (layers {layers[0][0]} to {layers[-1][0]}) changes in place what it got, "
+                    f"and several tensors that layer {self.layers[start - 1][0]} gives lie in one memory, "
+                    f"which they do not at this end: change nothing there, or cut elsewhere (parallel.cuts)"
+                )
             return {"output" if last else f"value {stage}": value}, counting.count
 
         before = {stage - 1: [f"value {stage - 1}"]} if stage else {}

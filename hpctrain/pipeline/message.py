@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils import _pytree
 
 from hpctrain.errors import HpctrainError
@@ -28,12 +30,18 @@ CROSSING = (
 )
 
 
+MOST_PLACES = 1 << 22
+SHARES = "_shares_memory_with_others"
+"""Attribute of a tensor that came: where it was sent from, others of the message lie in its memory, too."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a message holds besides the bytes of its tensors."""
 
     leaves: tuple[Any, ...]
-    """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line, without gaps) or ("c", value)."""
+    """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line, without gaps, with others in one
+    memory) or ("c", value)."""
     tree: _pytree.TreeSpec
 
     def encode(self) -> bytes:
@@ -58,11 +66,13 @@ class Layout:
             if leaf[0] == "c":
                 leaves.append(leaf[1])
             else:
-                _, kind, shape, strides, grad, behind, gaps = leaf
+                _, kind, shape, strides, grad, behind, gaps, shares = leaf
                 flat = next(left).view(getattr(torch, kind))
                 if gaps:
                     flat = with_gaps(flat, shape, strides, behind)
                 leaves.append(flat.as_strided(shape, strides).to(device).requires_grad_(grad))
+                if shares:
+                    setattr(leaves[-1], SHARES, True)
         return _pytree.tree_unflatten(leaves, self.tree)
 
 
@@ -126,6 +136,47 @@ def mostly_gaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return reach > 2 * math.prod(own) > 0
 
 
+def lie_together(one: torch.Tensor, other: Any) -> bool:
+    """Whether another tensor has some of the memory of this one. Local."""
+    if not isinstance(other, torch.Tensor):
+        return False
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() or not one.numel():
+        return False
+    if one.dtype != other.dtype:
+        return True
+    between = other.storage_offset() - one.storage_offset()
+    return meet(tuple(one.shape), one.stride(), tuple(other.shape), other.stride(), between)
+
+
+@lru_cache(maxsize=256)
+def meet(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    shape_2: tuple[int, ...],
+    strides_2: tuple[int, ...],
+    between: int,
+) -> bool:
+    """Whether two tensors of one memory have an element in common, the second so many elements behind. Pure.
+
+    Large ones that reach over one another are held for such.
+
+    >>> meet((2, 2), (4, 1), (2, 2), (4, 1), 2), meet((2, 2), (4, 1), (2, 3), (4, 1), 1)
+    (False, True)
+    """
+    if not (span(shape, strides) > between and span(shape_2, strides_2) > -between):
+        return False
+    if max(math.prod(once(shape, strides)), math.prod(once(shape_2, strides_2))) > MOST_PLACES:
+        return True
+
+    def places(shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
+        every = np.zeros(1, np.int64)
+        for size, stride in zip(shape, strides):
+            every = (every[:, None] + stride * np.arange(1 if stride == 0 else size)).ravel()
+        return every
+
+    return bool(np.isin(places(shape, strides), places(shape_2, strides_2) + between).any())
+
+
 def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Give all memory between a tensor's first and last element, flat; whether without its gaps. Local."""
     shape, strides = tensor.shape, tensor.stride()
@@ -157,13 +208,18 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
         ) from None
     listed: list[Any] = []
     flats: list[torch.Tensor] = []
-    for leaf in leaves:
+    for at, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             laid = leaf.detach().to("cpu").resolve_conj().resolve_neg()
             flat, gaps = memory_of(laid)
             kind = str(leaf.dtype).removeprefix("torch.")
-            behind = laid.data_ptr() % LINE
-            listed.append(("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind, gaps))
+            behind, shares = (
+                laid.data_ptr() % LINE,
+                any(lie_together(leaf, other) for number, other in enumerate(leaves) if number != at),
+            )
+            listed.append(
+                ("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind, gaps, shares)
+            )
             flats.append(flat.view(torch.uint8))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             listed.append(("c", leaf))
@@ -177,7 +233,7 @@ def bytes_of(layout: Layout) -> list[tuple[int, int]]:
     found = []
     for leaf in layout.leaves:
         if leaf[0] == "t":
-            _, kind, shape, strides, _, behind, gaps = leaf
+            _, kind, shape, strides, _, behind, gaps, _ = leaf
             size = getattr(torch, kind).itemsize
             count = math.prod(once(shape, strides)) if gaps else span(shape, strides)
             found.append((size * count, behind // size * size))

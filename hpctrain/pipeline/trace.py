@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree, checkpoint
 
+from hpctrain.draws import of_others, tell_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.log import LOGGER
@@ -83,6 +84,7 @@ class Writer:
                 name: torch.zeros((samples, *shape), dtype=dtype) for name, (shape, dtype) in like.items()
             }
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
+        others = of_others()
         try:
             with (
                 warnings.catch_warnings(),
@@ -114,6 +116,8 @@ class Writer:
                 f"down, so it can't be cut{cause}; {instead}make the model an nn.Sequential, or "
                 f"give it a method layers() that lists submodules which follow one another"
             ) from None
+        if not self._looked:
+            tell_of_others(others, "written down once, each stays the same number")
         self._warn_of_state(arguments)
         signature = program.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
