@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from hpctrain.keys import key
-from hpctrain.log import LOGGER
 from hpctrain.modes import unlooking
 
 T = TypeVar("T")
@@ -212,16 +211,15 @@ def of_others() -> dict[str, Any]:
     return {"NumPy": (np.asarray(numbers).tobytes(), rest), "Python": random.getstate()}
 
 
-def tell_of_others(before: dict[str, Any], what: str) -> bool:
-    """Warn where numbers were drawn from them since then; tell whether it did. Local."""
+def told_of_others(before: dict[str, Any], what: str) -> str:
+    """Say from which of them numbers were drawn since then; nothing if from none. Local."""
     names = [name for name, state in of_others().items() if state != before[name]]
-    if names:
-        LOGGER.warning(
-            "the model's forward (or what ran beside it) draws from the global random numbers of %s: %s; "
-            "draw from torch, whose numbers are set for each micro-batch",
-            *(" and ".join(names), what),
-        )
-    return bool(names)
+    if not names:
+        return ""
+    return (
+        f"the model's forward (or what ran beside it) draws from the global random numbers of "
+        f"{' and '.join(names)}: {what}; draw from torch, whose numbers are set for each micro-batch"
+    )
 
 
 def run_again(forward: Callable[[], T], records: list[Any]) -> T:

@@ -28,10 +28,11 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data import order
 from hpctrain.data.loader import Step
-from hpctrain.draws import Drawing, Draws, again, of_others, run_again, set_generators, tell_of_others
+from hpctrain.draws import Drawing, Draws, again, of_others, run_again, set_generators, told_of_others
 from hpctrain.errors import DivergedError, HpctrainError, RankError
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.keys import key
+from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
 from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
@@ -218,8 +219,10 @@ class Engine:
         """Tell of random numbers that are not torch's, once; only the first step is watched."""
         before = None if self._stepped or self._told else of_others()
         yield
-        if before:
-            self._told = tell_of_others(before, "results depend on the layout")
+        told = told_of_others(before, "results depend on the layout") if before else ""
+        if told:
+            self._told = True
+            LOGGER.warning("%s", told)
 
     def _checked(
         self, number: int, micro_batch: int, batch: Batch, found: tuple[torch.Tensor, torch.Tensor]

@@ -26,7 +26,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree, checkpoint
 
-from hpctrain.draws import of_others, tell_of_others
+from hpctrain.draws import of_others, told_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.log import LOGGER
@@ -116,8 +116,9 @@ class Writer:
                 f"down, so it can't be cut{cause}; {instead}make the model an nn.Sequential, or "
                 f"give it a method layers() that lists submodules which follow one another"
             ) from None
-        if not self._looked:
-            tell_of_others(others, "written down once, each stays the same number")
+        told = told_of_others(others, "written down once, each stays the same number")
+        if told and not self._looked:
+            LOGGER.warning("%s", told)
         self._warn_of_state(arguments)
         signature = program.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
