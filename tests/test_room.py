@@ -67,3 +67,49 @@ def test_room_is_what_the_system_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "own")
     assert sorted(room.of_groups(False)) == [900, 3_400]
     assert room.room(2) == 450
+
+
+def test_room_at_the_most(tmp_path, monkeypatch):
+    """Swap, what lies free in the process, and, for memory that processes share, no limit of data."""
+    (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\nSwapFree: 500 kB\n")
+    (tmp_path / "own").write_text("0::/job\n")
+    (tmp_path / "job").mkdir()
+    for name, text in (("max", "90000"), ("current", "50000"), ("stat", "active_file 30000\n")):
+        (tmp_path / "job" / f"memory.{name}").write_text(text)
+    for name, path in (("MEMINFO", "meminfo"), ("OWN_GROUP", "none"), ("CGROUP", ".")):
+        monkeypatch.setattr(room, name, tmp_path / path)
+    assert [room.room(1), room.room(2), room.room(1, most=True)] == [1024e3, 512e3, 1536e3]
+    monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "own")
+    assert room.room(1) == 70000
+    assert room.room(1, most=True) == 70000 + 512e3
+    (tmp_path / "job" / "memory.swap.max").write_text("7000")
+    (tmp_path / "job" / "memory.swap.current").write_text("1000")
+    assert room.room(1, most=True) == 76000
+    monkeypatch.setattr(room, "OWN_GROUP", tmp_path / "none")
+    monkeypatch.setattr(room, "MEMINFO", tmp_path / "none")
+    assert room.room(1, most=True) == float("inf")
+    monkeypatch.setattr(room, "free_inside", lambda: 5000.0)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + 2**28, before[1]))
+        assert room.room(1, most=True, shared=True) == float("inf")
+        assert room.room(1) < room.room(1, most=True) < 2**29
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_what_lies_free_in_the_process_is_counted():
+    """A fresh process whose heap has a hole: blocks below the size that the kernel lends one by one."""
+    program = """
+from hpctrain import room
+blocks = [bytearray(100_000) for _ in range(200)]
+last = bytearray(100_000)
+before = room.free_inside()
+del blocks
+print(room.free_inside() - before)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert 15e6 < float(found.stdout) < 25e6

@@ -19,6 +19,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline import expected, fit, profile, split, weigh
 from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.held import Living
+from hpctrain.pipeline.layers import weights_of
 from hpctrain.pipeline.profile import Held, Limits, Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
@@ -215,6 +216,19 @@ def test_memory_moves_the_cut_warns_and_refuses(world, even):
     assert cut([60, 60], kept=(4, 1), aside=44).warned
     with pytest.raises(ConfigError, match="its 4 layers need 208.0 MiB, 2 stages have 206.0"):
         cut([60, 60], kept=(4, 1), aside=43)
+
+
+def test_what_is_certain_is_counted_once():
+    """What a layer was given another may have kept; frozen weights have no gradient, shared ones lie once."""
+    rows = [nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.ReLU()]
+    x = torch.randn(8, 64)
+    works_ = [piece() for piece in profile.of_layers(rows, x, set())]
+    assert [work.kept for work in works_] == [8 * 64 * 4] * 4
+    assert [work.own for work in works_] == [0, 8 * 64 * 4, 0, 8 * 64 * 4]
+    rows[2].requires_grad_(False)
+    held = weights_of([rows[0], rows[2], rows[0], nn.BatchNorm1d(4)])
+    each = 4 * (64 * 64 + 64)
+    assert held == [Held(each, 0), Held(0, each), Held(0, 0), Held(2 * 4 * 4, 2 * 4 * 4 + 8)]
 
 
 @pytest.mark.mpi
