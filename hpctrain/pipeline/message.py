@@ -213,10 +213,8 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
             laid = leaf.detach().to("cpu").resolve_conj().resolve_neg()
             flat, gaps = memory_of(laid)
             kind = str(leaf.dtype).removeprefix("torch.")
-            behind, shares = (
-                laid.data_ptr() % LINE,
-                any(lie_together(leaf, other) for number, other in enumerate(leaves) if number != at),
-            )
+            behind = laid.data_ptr() % LINE
+            shares = any(lie_together(leaf, other) for number, other in enumerate(leaves) if number != at)
             listed.append(
                 ("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind, gaps, shares)
             )

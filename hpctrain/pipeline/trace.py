@@ -7,7 +7,6 @@ import logging
 import os
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import (
     AbstractContextManager,
@@ -15,10 +14,8 @@ from contextlib import (
     nullcontext,
     redirect_stderr,
     redirect_stdout,
-    suppress,
 )
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +29,7 @@ from hpctrain.gradient import CALLED
 from hpctrain.log import LOGGER
 from hpctrain.modes import Replaced, watched
 from hpctrain.pipeline.operators import MARKS, TAKEN, path_of
+from hpctrain.pipeline.state import changed_by
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -157,15 +155,9 @@ class Writer:
             return
         self._looked = True
         twin = skeleton(self.module, self.fake)  # what it keeps for later calls has no memory
-        seen, alive = [plain_values(twin)], list[Any]()  # a tensor's id is another's once it is gone
-        with suppress(Exception), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+        with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            for _ in range(2):  # the first may make what the others only use
-                alive += [dict(vars(m)) for m in twin.modules()]
-                twin(*arguments[0], **arguments[1])
-                seen.append(plain_values(twin))
-        pairs = [(name, a[name], b.get(name)) for a, b in pairwise(seen) for name in a]
-        changed = list(dict.fromkeys(name for name, before, after in pairs if before != after))
+            changed = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
         if changed:
             LOGGER.warning(
                 "the forward changes %s: it is written down once, so in stages that stays as it is, and what "
@@ -290,41 +282,6 @@ def regions_kept() -> Iterator[None]:
     finally:
         if before is not None:
             setattr(checkpoint, name, before)
-
-
-def plain_values(module: nn.Module) -> dict[str, Any]:
-    """Give what tells the modules' own attributes from other ones, by name, where `plain` can. Local."""
-    return {
-        f"{name}.{key}".lstrip("."): plain(value)
-        for name, m in module.named_modules()
-        for key, value in vars(m).items()
-        if key not in OWN
-        and plain(value) is not None
-        and not (isinstance(value, torch.Tensor) and m._forward_pre_hooks)  # as old weight_norm's
-    }
-
-
-OWN = vars(nn.Module()).keys()
-"""Attributes of every module."""
-MOST_LEAVES = 100
-"""Of a list or dictionary that is looked at."""
-
-
-def plain(value: Any) -> Any:
-    """Give what tells one plain value from another, None for other values. Local.
-
-    >>> plain(3), plain({"n": [1, 2]}), plain(nn.Identity())
-    ('3', "{'n': [1, 2]}", None)
-    """
-    if isinstance(value, (bool, int, float, str)):
-        return repr(value)  # that of not a number is itself
-    if isinstance(value, torch.Tensor):
-        return id(value), value._version
-    if isinstance(value, (list, dict, set, deque)) and len(value) <= MOST_LEAVES:
-        leaves = [*value] if isinstance(value, set) else _pytree.tree_leaves(value)
-        if all(isinstance(leaf, (bool, int, float, str, torch.Tensor)) for leaf in leaves):
-            return repr(_pytree.tree_map_only(torch.Tensor, id, value))
-    return None
 
 
 def same(tensor: torch.Tensor) -> torch.Tensor:
