@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain.assemble import Job, warn_of_unlike_processors
+from hpctrain.assemble import Job, check_classes, warn_of_unlike_processors
 from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint.files import complete_steps
 from hpctrain.config import Config, differences
@@ -68,6 +68,7 @@ def look(config: Config, run: RunFolder) -> tuple[Config, loading.Stored | None]
         return config, None  # it never got to a checkpoint: there is nothing to go on with or to lose
     lines = differences(before, asked)
     if lines:
+        check_classes(config)  # a slip is no other configuration
         raise ConfigError(different(run, lines))
     stored, passed_over = loading.newest(run.checkpoints)
     if stored is None:

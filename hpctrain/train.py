@@ -37,7 +37,6 @@ def train(config: Config, comm: MPI.Intracomm) -> int:
         log.start(topology)
         with closing(RunFolder(Path(config.train.run_folder), writes=topology.world_rank == 0)) as run:
             with together(topology.comms.world, name_rank=False):
-                assemble.check_classes(config)  # before it is compared: a slip is no other configuration
                 run.hold()
             config, stored = resume(config, run, topology)
             with closing(assemble.build(config, topology, learn=stored is None)) as job:

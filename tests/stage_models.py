@@ -806,7 +806,7 @@ class Parts(nn.Module):
 
     def forward(self, x):
         x = self.line(x) * 1.0
-        return x, x[:, :2], (x[:, :4], x[:, 4:])
+        return x, x[:, :2], (x[:, :4], x[:, 4:]), x
 
 
 class TakesParts(nn.Module):
@@ -817,9 +817,9 @@ class TakesParts(nn.Module):
         self.line, self.changes = nn.Linear(width, width), changes
 
     def forward(self, value):
-        x, part, (one, other) = value
+        x, part, (one, other), same = value
         x = x.mul_(2.0) if self.changes else x * 2.0
-        return self.line(x + torch.cat([other, one], 1)) + part.sum(1, keepdim=True)
+        return self.line(x + same + torch.cat([other, one], 1)) + part.sum(1, keepdim=True)
 
 
 def parts_row(in_features, out_features, changes=False):

@@ -5,6 +5,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from hpctrain import abort
 
 
@@ -28,6 +30,53 @@ def test_last_words_are_waited_for_till_they_are_read(monkeypatch):
         abort._say("nobody reads this\n")  # nor is it waited for ever
         assert abort.READ_SECONDS <= time.monotonic() - began < 10
     os.close(reading)
+
+
+class Tee:
+    """What a program may put in the place of stderr: it has no descriptor."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        """Nothing waits."""
+
+
+def test_any_stderr_will_do(monkeypatch):
+    tee = Tee()
+    monkeypatch.setattr(sys, "stderr", tee)
+    abort._say("the disk\n")
+    assert tee.text == "the disk\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    abort._say("nowhere\n")
+
+
+class World:
+    """Beside the real ones of tests/launch/test_abort.py: what is called of it."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self.aborted = []
+
+    def Abort(self, status):
+        self.aborted.append(status)
+
+
+def test_a_stderr_that_fails_hinders_no_abort(monkeypatch):
+    with open(os.devnull, "w") as closed:
+        pass
+    monkeypatch.setattr(sys, "stderr", closed)
+    world = World()
+    with pytest.raises(ValueError, match="closed file"):
+        abort.end_with_message(world, "the disk", 2)
+    monkeypatch.setattr(abort, "_open", [world])
+    with pytest.raises(ValueError, match="closed file"):
+        abort.end_all_ranks(OSError, OSError("the disk"), None)
+    assert world.aborted == [2, 1]
 
 
 def test_a_file_is_not_waited_for(monkeypatch, tmp_path):

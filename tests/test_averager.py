@@ -13,6 +13,7 @@ from hpctrain.averaging import space
 from hpctrain.averaging.averager import Averager
 from hpctrain.config import Averaging
 from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.log import LOGGER
 
 
 def averager_of(module, comm, lr=0.1, bucket_bytes=200, **options):
@@ -354,3 +355,19 @@ def test_recomputed_batchnorm_keeps_its_momentum_and_statistics(world):
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(getattr(module.norm, name), getattr(alone.norm, name))
     averager.close()
+
+
+@pytest.mark.mpi
+def test_closing_without_memory_for_copies_ends_in_a_warning(world, monkeypatch, caplog):
+    """All that is mapped goes: a parameter that showed it would end the process. It ended finished runs."""
+    module = nn.Linear(30, 30)
+    averager = Averager(module, torch.optim.SGD(module.parameters(), lr=0.1), world)
+
+    def clone(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", LOGGER.name):
+        patch.setattr(torch.Tensor, "clone", clone)
+        averager.close()
+    assert [parameter.numel() for parameter in module.parameters()] == [0, 0]
+    assert caplog.messages == ["no memory for weights outside of the node's: the module has none any more"]

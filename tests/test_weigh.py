@@ -19,7 +19,6 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline import expected, fit, profile, split, weigh
 from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.held import Living
-from hpctrain.pipeline.layers import weights_of
 from hpctrain.pipeline.profile import Held, Limits, Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
@@ -226,9 +225,32 @@ def test_what_is_certain_is_counted_once():
     assert [work.kept for work in works_] == [8 * 64 * 4] * 4
     assert [work.own for work in works_] == [0, 8 * 64 * 4, 0, 8 * 64 * 4]
     rows[2].requires_grad_(False)
-    held = weights_of([rows[0], rows[2], rows[0], nn.BatchNorm1d(4)])
+    modules = [rows[0], rows[2], rows[0], nn.BatchNorm1d(4)]
+    held = Held.of_each([*m.parameters(), *m.buffers()] for m in modules)
     each = 4 * (64 * 64 + 64)
     assert held == [Held(each, 0), Held(0, each), Held(0, 0), Held(2 * 4 * 4, 2 * 4 * 4 + 8)]
+
+
+@pytest.mark.mpi
+def test_what_is_likely_warns_and_what_is_certain_ends(world, even):
+    """Certain: 20 of 10 trained, 5 frozen, half of 4 kept a piece; likely 40 of the trained, and all that is kept."""
+    mebi = 1 << 20
+
+    def cut(share):
+        asked = scales(world, limits=[mebi * 60.0] * 2, copies=4.0)
+        asked.least, asked.fewest = 2.0, 0.5
+        asked.limits = lambda: Limits([mebi * 60.0] * 2, [mebi * 1000.0] * 2, mebi * share / 2)
+        pieces = [partial(Work, 1.0, 0.0, 0.0, 4 * mebi, own=4 * mebi)] * 4
+        return choose(2, [1] * 4, [Held(10 * mebi, 5 * mebi)] * 4, pieces, asked)
+
+    found = cut(108)
+    assert "its 4 layers need 196.0 MiB" in found.warned[0]
+    assert [one.held for one in found.needs] == [90 * mebi] * 2
+    assert found.weights == [15 * mebi] * 4
+    with pytest.raises(
+        ConfigError, match="alone take 108.0 MiB, and the ranks of its 2 stages have 107.9 left"
+    ):
+        cut(107.9)
 
 
 @pytest.mark.mpi

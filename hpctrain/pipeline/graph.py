@@ -115,7 +115,7 @@ class Graph:
         self.choice = choose(
             self.stages,
             [sum(costs[a:b]) for a, b in pieces],
-            self._weights(held),
+            Held.of_each([self.real[name] for name in names] for names in held),
             [
                 partial(of_operators, nodes[a:b], traced, self.real, may_wait, self.inputs, bytes_at[b])
                 for a, b in pieces
@@ -129,14 +129,6 @@ class Graph:
         edges = [pieces[start][0] for start, _ in self.choice.parts]
         for i, node in enumerate(nodes):
             traced.stage[node.name] = sum(edge <= i for edge in edges) - 1
-
-    def _weights(self, held: list[set[str]]) -> list[Held]:
-        """Give the bytes of each piece's tensors; of one that several use, the first one's."""
-        before, found = set[str](), []
-        for names in held:
-            found.append(Held.of(self.real[name] for name in names - before))
-            before |= names
-        return found
 
     def _held(self, nodes: list[fx.Node], traced: Traced) -> set[str]:
         """Give the parameters and buffers that operators use, by their first names."""

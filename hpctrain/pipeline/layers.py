@@ -54,16 +54,6 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
-def weights_of(modules: list[nn.Module]) -> list[Held]:
-    """Give the bytes of each module's tensors; of one that several use, the first one's. Pure."""
-    found, before = [], set[int]()
-    for module in modules:
-        own = {id(t): t for t in [*module.parameters(), *module.buffers()] if id(t) not in before}
-        found.append(Held.of(own.values()))
-        before |= own.keys()
-    return found
-
-
 class _Through(torch.autograd.Function):
     """The same memory, as a value that may be changed in place: what came from a stage before is a leaf."""
 
@@ -107,7 +97,7 @@ class Layers:
         self.choice = choose(
             self.stages,
             [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
-            weights_of(modules),
+            Held.of_each([*m.parameters(), *m.buffers()] for m in modules),
             of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
             None if hooked else scales,  # a user's hooks run when the model does
             shared,

@@ -119,10 +119,15 @@ class Held:
     """Frozen weights and buffers."""
 
     @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor]) -> "Held":
-        """Count them. Pure."""
-        sizes = [(tensor.requires_grad, tensor.nbytes) for tensor in tensors]
-        return cls(sum(n for grad, n in sizes if grad), sum(n for grad, n in sizes if not grad))
+    def of_each(cls, pieces: Iterable[Iterable[torch.Tensor]]) -> list["Held"]:
+        """Count the tensors of each piece. Pure."""
+        found, before = list[Held](), set[int]()
+        for tensors in pieces:
+            own = {id(tensor): tensor for tensor in tensors if id(tensor) not in before}
+            before |= own.keys()
+            sizes = [(tensor.requires_grad, tensor.nbytes) for tensor in own.values()]
+            found.append(cls(sum(n for grad, n in sizes if grad), sum(n for grad, n in sizes if not grad)))
+        return found
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def plain_values(module: nn.Module) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """Give what tells one plain value from another, None for other values. Local.
 
-    >>> plain(3), plain({"n": [1, 2]}), plain(nn.Identity())
-    ('3', "{'n': [1, 2]}", None)
+    >>> plain(3), plain(float("nan")), plain({"n": [1, 2]}), plain(nn.Identity())
+    ('3', 'nan', "{'n': [1, 2]}", None)
     """
     if isinstance(value, (bool, int, float, str)):
         return repr(value)  # that of not a number is itself

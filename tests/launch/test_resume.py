@@ -43,6 +43,10 @@ def test_finished_smaller_larger_and_different(launcher, small, tmp_path):
     assert slip.status == 2
     assert "widht" in slip.err
     assert "another configuration" not in slip.text
+    dry = launcher.ranks(1, "train", "small.toml", "--model.init_args.widht", "4", "--dry-run")
+    assert dry.status == 2
+    assert "widht" in dry.err
+    assert "another configuration" not in dry.text
     larger = launcher.ranks(2, "train", "small.toml", "--train.steps", "24")
     assert larger.status == 0, larger.text
     assert "resuming" in larger.out
