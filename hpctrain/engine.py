@@ -214,12 +214,15 @@ class Engine:
             self.activation_bytes = max(self.activation_bytes, resident_bytes() - resident)
         return self._checked(number, micro_batch, batch, found)
 
-    @contextmanager
-    def _watching_others(self) -> Iterator[None]:
+    def _watching_others(self) -> AbstractContextManager[None]:
         """Tell of random numbers that are not torch's, once; only the first step is watched."""
-        before = None if self._stepped or self._told else of_others()
+        return nullcontext() if self._stepped or self._told else self._telling_of_others()
+
+    @contextmanager
+    def _telling_of_others(self) -> Iterator[None]:
+        before = of_others()
         yield
-        told = told_of_others(before, "results depend on the layout") if before else ""
+        told = told_of_others(before, "results depend on the layout")
         if told:
             self._told = True
             LOGGER.warning("%s", told)

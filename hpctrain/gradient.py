@@ -23,7 +23,7 @@ the user's code, autocast, functorch, modes of the user's, small weights.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,16 +115,13 @@ class StraightIntoPlace:
         """Let what these add to their gradients never wait: for them a split backward is too dear. Local."""
         self._never_later.update(map(id, parameters))
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Watch the calls of a forward; costs nothing where no layer could gain."""
+    def forward(self) -> AbstractContextManager[None]:
+        """Give what watches the calls of a forward; it costs nothing where no layer could gain. Local."""
         if not self.weights or self.compiled:
-            yield
-            return
+            return nullcontext()
         self.by_onednn = products.allowed()
         self._modes = torch._C._len_torch_function_stack()
-        with self._taking:
-            yield
+        return self._taking
 
     @contextmanager
     def accumulating(self, micro_batch: int = -1) -> Iterator[None]:

@@ -8,6 +8,7 @@ sample. A sample of full weight adds 1 to W, so uneven batches and masks need no
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,11 +65,17 @@ def weigh(
         )
     each = values.numel() // count
     if weights is None:
-        return values.sum() / each, torch.tensor(float(count), device=values.device)
+        return values.sum() / each, number(float(count), values.device)
     if weights.ndim > values.ndim:
         weights = weights.reshape(count, -1).mean(dim=1)
     weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
     return (values * weights).sum() / each, weights.expand_as(values).sum() / each
+
+
+@lru_cache(maxsize=64)
+def number(value: float, device: torch.device) -> torch.Tensor:
+    """Give a number as a tensor, the same one each time: nothing changes it. Pure."""
+    return torch.tensor(value, device=device)
 
 
 def pairs(outputs: Any, targets: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -396,7 +396,7 @@ def test_an_interrupted_wait_ends(world, apart, monkeypatch):
             apart.receive(source, FORWARD, 4)
     way = apart._incoming[source, FORWARD]
     found = way.taken(0, lambda done: until(apart, source, done))
-    assert torch.equal(found.lend()[0].view(torch.float32), large(4))
+    assert torch.equal(found.flats[0].view(torch.float32), large(4))
     apart.finish()
 
 

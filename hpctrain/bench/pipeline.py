@@ -93,8 +93,8 @@ def one_case(topology: Topology, name: str, rounds: int | None) -> dict[str, Any
         contenders = {who: step for who, step in contenders.items() if who not in AWAKE}
     else:
         contenders["alone"] = alone_step(topology, case, x, y)
-        contenders["limit"] = limit_step(topology, engines["ours"][1], case, x)
-        contenders["autograd_limit"] = limit_step(topology, engines["ours_autograd"][1], case, x)
+        contenders["limit"] = limit_step(topology, engines["ours"][1], case, x, y)
+        contenders["autograd_limit"] = limit_step(topology, engines["ours_autograd"][1], case, x, y)
     times = alternate(comm, contenders, rounds or (emulated.ROUNDS if case.sleeps else ROUNDS))
     if case.sleeps:
         times |= simulated(topology, case)
@@ -201,8 +201,10 @@ def alone_step(topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor)
     return step
 
 
-def limit_step(topology: Topology, engine: StagedEngine, case: Case, x: torch.Tensor) -> Callable[[], None]:
-    """Run this rank's part on data of its own, gradients straight into place as in ours."""
+def limit_step(
+    topology: Topology, engine: StagedEngine, case: Case, x: torch.Tensor, y: torch.Tensor
+) -> Callable[[], None]:
+    """Run this rank's part on data of its own, gradients straight into place and the loss as in ours."""
     cut = engine.pipeline.cut
     assert isinstance(cut, Layers)
     first, last = cut.ranges[topology.stage]
@@ -213,18 +215,25 @@ def limit_step(topology: Topology, engine: StagedEngine, case: Case, x: torch.Te
             given = layer(given)
     layers = [layer for _, layer in cut.layers[first:last]]
     leaves = [one.clone().requires_grad_(first > 0) for one in given.chunk(case.micro_batches)]
+    targets = [Batch(np.arange(len(one)), {}, {"y": one}) for one in y.chunk(case.micro_batches)]
+    is_last = topology.stage == topology.stages - 1
+    gradient: torch.Tensor | None = None
 
     def step() -> None:
         engine.averager.begin(range(case.micro_batches))
         engine.straight.begin(case.micro_batches)
-        for leaf in leaves:
+        nonlocal gradient
+        for leaf, target in zip(leaves, targets):
             value = leaf
             with engine.straight.forward():
                 for layer in layers:
                     value = layer(value)
-                total = value.square().sum()
+            if is_last:
+                value, _ = engine.loss(value, target)
+            elif gradient is None or gradient.shape != value.shape:
+                gradient = torch.full_like(value, 1e-3)
             with engine.straight.accumulating():
-                torch.autograd.backward(total)
+                torch.autograd.backward(value, None if is_last else gradient)
             leaf.grad = None
 
     return step

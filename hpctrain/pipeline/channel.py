@@ -11,7 +11,6 @@ buffers from the first one on.
 """
 
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,8 +55,12 @@ class Buffer:
             raw = np.empty(size + 2 * LINE, np.uint8)
             first = -raw.ctypes.data % LINE + behind
             self.arrays.append(raw[first : first + size])
+        self.flats = [torch.from_numpy(array) for array in self.arrays]
+        """The same bytes."""
         self.requests: list[MPI.Prequest] = []
-        self._lent: list[weakref.ref[Any]] = []
+        self._storages = [flat.untyped_storage()._cdata for flat in self.flats]
+        self._alone = [torch._C._storage_Use_Count(storage) for storage in self._storages]
+        """How many hold the memory of each tensor while nobody else does."""
 
     @property
     def nbytes(self) -> int:
@@ -66,14 +69,8 @@ class Buffer:
 
     @property
     def free(self) -> bool:
-        """Whether nobody holds a tensor in it."""
-        return all(lent() is None for lent in self._lent)
-
-    def lend(self) -> list[torch.Tensor]:
-        """Give the bytes of each tensor; the buffer is not free while memory of one is held. Local."""
-        views = [array[:] for array in self.arrays]
-        self._lent = [weakref.ref(view) for view in views]
-        return [torch.from_numpy(view) for view in views]
+        """Whether nobody holds a tensor that lies in it."""
+        return [torch._C._storage_Use_Count(storage) for storage in self._storages] == self._alone
 
     def start(self) -> None:
         """Start its requests, in order: alike pieces of one message are told apart by it alone. Local."""
@@ -169,8 +166,8 @@ class Outgoing(Way):
             buffers.appendleft(buffer)
         buffers.rotate(-1)
         buffer = buffers[-1]
-        for array, flat in zip(buffer.arrays, flats, strict=True):
-            torch.from_numpy(array).copy_(flat)
+        for room, flat in zip(buffer.flats, flats, strict=True):
+            room.copy_(flat)
         return buffer
 
     def close(self) -> None:
@@ -213,11 +210,12 @@ class Incoming(Way):
         if self._cut or not self.steady(number):
             return Buffer(self.layouts[number])
         buffers = self.buffers.setdefault(number, deque())
-        free = next((buffer for buffer in buffers if buffer.free), None)
-        if free is None:
-            free = Buffer(self.layouts[number])
-            buffers.append(free)
-        return free
+        for _ in range(len(buffers)):
+            buffers.rotate(-1)
+            if buffers[-1].free:  # the one that was lent first is asked first
+                return buffers[-1]
+        buffers.append(Buffer(self.layouts[number]))
+        return buffers[-1]
 
     def posted(self, number: int) -> bool:
         """Whether a buffer is there for the next message of a layout. Local."""

@@ -54,25 +54,6 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
-class _Through(torch.autograd.Function):
-    """The same memory, as a value that may be changed in place: what came from a stage before is a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.detach()  # counts its changes with x, by which a forward that can't run again is known
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
-
-
-def changeable(value: torch.Tensor) -> torch.Tensor:
-    """Give a tensor that the first layer of a stage may change in place, without a copy. Local."""
-    if not (value.requires_grad and torch.is_grad_enabled()):
-        return value
-    return _Through.apply(value)  # type: ignore[no-untyped-call, no-any-return]
-
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -144,10 +125,6 @@ class Layers:
             value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]
             if changes and stage:
                 value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
-            elif isinstance(value, torch.Tensor) and stage:
-                value = changeable(value)
-            elif stage:
-                value = _pytree.tree_map_only(torch.Tensor, changeable, value)
             taken = tensors_in(value) if stage else []
             shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
             versions = [leaf._version for leaf in taken]

@@ -70,7 +70,10 @@ class Layout:
                 flat = next(left).view(getattr(torch, kind))
                 if gaps:
                     flat = with_gaps(flat, shape, strides, behind)
-                leaves.append(flat.as_strided(shape, strides).to(device).requires_grad_(grad))
+                made = flat.as_strided(shape, strides)
+                if device != "cpu":
+                    made = made.to(device)
+                leaves.append(made.requires_grad_() if grad else made)
                 if shares:
                     setattr(leaves[-1], SHARES, True)
         return _pytree.tree_unflatten(leaves, self.tree)
@@ -177,8 +180,16 @@ def meet(
     return bool(np.isin(places(shape, strides), places(shape_2, strides_2) + between).any())
 
 
+@lru_cache(maxsize=256)
+def layout_of(leaves: tuple[Any, ...], tree: _pytree.TreeSpec) -> Layout:
+    """Give the layout of tensors alone: the same one for the same ones, whose key is made once. Pure."""
+    return Layout(leaves, tree)
+
+
 def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Give all memory between a tensor's first and last element, flat; whether without its gaps. Local."""
+    if tensor.is_contiguous():
+        return tensor.view(-1), False
     shape, strides = tensor.shape, tensor.stride()
     if mostly_gaps(shape, strides):
         return tensor.as_strided(once(shape, strides), strides).contiguous().view(-1), True
@@ -192,6 +203,16 @@ def with_gaps(flat: torch.Tensor, shape: Sequence[int], strides: Sequence[int], 
     own = once(shape, strides)
     room.as_strided(own, strides).copy_(flat.view(own))
     return room
+
+
+@lru_cache(maxsize=64)
+def name_of(dtype: torch.dtype) -> str:
+    """Give a dtype's name in torch. Pure.
+
+    >>> name_of(torch.float32)
+    'float32'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
@@ -210,20 +231,21 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
     flats: list[torch.Tensor] = []
     for at, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            laid = leaf.detach().to("cpu").resolve_conj().resolve_neg()
+            laid = leaf.detach()
+            if laid.device.type != "cpu" or laid.is_conj() or laid.is_neg():
+                laid = laid.to("cpu").resolve_conj().resolve_neg()
             flat, gaps = memory_of(laid)
-            kind = str(leaf.dtype).removeprefix("torch.")
             behind = laid.data_ptr() % LINE
             shares = any(lie_together(leaf, other) for number, other in enumerate(leaves) if number != at)
-            listed.append(
-                ("t", kind, tuple(leaf.shape), laid.stride(), leaf.requires_grad, behind, gaps, shares)
-            )
+            kind, shape, grad = name_of(leaf.dtype), tuple(leaf.shape), leaf.requires_grad
+            listed.append(("t", kind, shape, laid.stride(), grad, behind, gaps, shares))
             flats.append(flat.view(torch.uint8))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             listed.append(("c", leaf))
         else:
             raise HpctrainError(f"a {type(leaf).__name__} would cross to stage {stage}: {CROSSING}")
-    return Packed(micro_batch, draws, Layout(tuple(listed), tree), flats)
+    make = layout_of if len(flats) == len(leaves) else Layout  # 1, 1.0 and True are equal
+    return Packed(micro_batch, draws, make(tuple(listed), tree), flats)
 
 
 def bytes_of(layout: Layout) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """One stage at work: receives, runs its part, sends, and the same backwards, micro-batch by micro-batch.
 
-What came from earlier stages are leaves of this stage's own graph: their gradients are what goes
-back. What went to later stages gets its gradient from there. Where several stages use a value, the
-gradient of the later ones comes to the one before as a start to add to: as autograd adds in one process.
+What came from earlier stages begins this stage's own graph: its gradients are what goes back. What went to
+later stages gets its gradient from there. Where several stages use a value, the gradient of the later ones
+comes to the one before as a start to add to: as autograd adds in one process.
 
 A stage that fails goes on with its program in name only: it takes what comes and sends word that
 it failed, so that every other stage ends its own program too and all meet where errors are counted.
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.message import pack
+from hpctrain.pipeline.message import SHARES, pack
 from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
 from hpctrain.pipeline.trace import Like
@@ -43,8 +43,43 @@ class Kept:
     """The random stream, and the draws before the part."""
     gradients: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """What came back for values given or used here."""
-    returned: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Gradients of what was received, by the id of the leaf: as they come, `.grad` would lay them anew."""
+    returned: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Gradients of what was received, by the id of the value: as they come, `.grad` would lay them anew."""
+
+    def begin(self, values: Env) -> Env:
+        """Give what was received as values that this stage's graph begins with. Local."""
+        return {
+            name: self._begun(value)
+            if isinstance(value, torch.Tensor)
+            else _pytree.tree_map_only(torch.Tensor, self._begun, value)
+            for name, value in values.items()
+        }
+
+    def _begun(self, leaf: torch.Tensor) -> torch.Tensor:
+        if not leaf.requires_grad:
+            return leaf
+        caught: list[torch.Tensor] = []
+        value: torch.Tensor = _Begin.apply(leaf, caught)  # type: ignore[no-untyped-call]
+        if hasattr(leaf, SHARES):
+            setattr(value, SHARES, True)
+        self.returned[id(value)] = caught
+        return value
+
+
+class _Begin(torch.autograd.Function):
+    """What came, as a value that may be changed in place, which a leaf may not; catches its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, caught: list[torch.Tensor]) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.caught = caught
+        return x.detach()  # counts its changes with x, by which a forward that can't run again is known
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[None, None]:
+        if gradient is not None:
+            ctx.caught.append(gradient)
+        return None, None
 
 
 class Stage:
@@ -93,14 +128,12 @@ class Stage:
         failures: list[Exception] = []
         for producer in sorted(p for p in part.needs if p != INPUT):
             try:
-                kept.received[producer], draws = self.transport.receive(*self.of(producer, FORWARD), v)
+                values, draws = self.transport.receive(*self.of(producer, FORWARD), v)
+                kept.received[producer] = kept.begin(values)
                 kept.draws = max(kept.draws, draws)
             except Exception as error:
                 failures.append(error)
         raise_first(failures)
-        for leaf in _pytree.tree_leaves(kept.received):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(catcher(kept.returned, id(leaf)))  # type: ignore[no-untyped-call]
 
     def forward(self, v: int, part: Part, inputs: Env, stream: int) -> Any:
         """Run the part; gives the model's output on the last stage. Local."""
@@ -213,7 +246,8 @@ class Stage:
         packed = {}
         for target, names in part.returns.items():
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
-            gradients = [kept.returned.get(id(leaf)) for leaf in leaves]
+            caught = [kept.returned.get(id(leaf)) for leaf in leaves]
+            gradients = [found[0] if found else None for found in caught]
             packed[target] = pack(target, v, gradients, 0)
         self.transport.start(*((*self.to(target, BACKWARD), ready) for target, ready in packed.items()))
 
@@ -266,12 +300,3 @@ def same(one: Any, other: Any) -> bool:
 def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     """Give the same numbers without what made them, still to be differentiated."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def catcher(into: dict[int, torch.Tensor], at: int) -> Callable[[torch.Tensor], None]:
-    """Make a hook that keeps a gradient."""
-
-    def catch(gradient: torch.Tensor) -> None:
-        into[at] = gradient.detach()
-
-    return catch

@@ -204,7 +204,7 @@ class Transport:
             raise
         if how == BUFFERS:
             buffer = way.taken(number, wait)
-        flats = buffer.lend()
+        flats = buffer.flats
         if how == MESSAGES:
             for array in buffer.arrays:
                 for piece in self._pieces(rank, array):
@@ -213,9 +213,10 @@ class Transport:
         elif how >= 0:
             assert self._slots is not None
             self._slots.take(self._on_node[rank], how, flag, flats)
-        if flats:
+        found = layout.tree_of(flats, self.device)
+        if flats:  # the buffer is held now
             way.expect(number, self._deepest + POSTED)
-        return layout.tree_of(flats, self.device), draws
+        return found, draws
 
     def drop(self, rank: int, tag: int, micro_batch: int) -> None:
         """Take what a rank sends and keep nothing of it. Waits for it."""
