@@ -102,7 +102,13 @@ class StagedEngine(Engine):
         pipeline.transport.begin(pipeline.kept)
         waited = pipeline.transport.waited
         given = {v: step.micro_batches[v].inputs if v in step.micro_batches else {} for v in working}
-        parts = pipeline.parts({v: (sizes[v], inputs) for v, inputs in given.items()}, True)
+        batches = {v: (sizes[v], inputs) for v, inputs in given.items()}
+        try:
+            parts = pipeline.parts(batches, True, f"at step {number}")
+        except HpctrainError as error:
+            if not error.agreed:
+                raise
+            return failure or error
         for instruction in program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual):
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             if not sizes[v]:
@@ -260,7 +266,7 @@ class StagedEngine(Engine):
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)
         pipeline.transport.begin(GROUP, looks=1)
-        parts = pipeline.parts({v: (len(b), b.inputs) for v, b in enumerate(batches)}, False)
+        parts = pipeline.parts({v: (len(b), b.inputs) for v, b in enumerate(batches)}, False, "in evaluation")
         every = range(len(batches))
         for instruction in forward_only(
             self.schedule, pipeline.rank, pipeline.ranks, every, pipeline.virtual

@@ -1029,6 +1029,39 @@ def test_reading_that_fails_on_one_stage_ends_on_all(world, build):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("kind", [ValueError, ConfigError])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_one_stage_cannot_write_down_again_ends_on_all(
+    world, build, monkeypatch, kind, training
+):
+    """The smaller micro-batch of an uneven batch shows only in the first step, or in evaluation."""
+    if world.size == 1:
+        pytest.skip("needs two stages")
+    stages = max(layouts(world.size))
+    job = build("Row", stages, batch=5 * (world.size // stages), micro_batches=2 * (world.size // stages))
+    real = Writer.write
+
+    def write(self, samples, in_training, like):
+        if world.rank == world.size - 1 and samples == 2 and in_training == training:
+            raise kind("trouble")
+        return real(self, samples, in_training, like)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "write", write)
+        with pytest.raises(HpctrainError, match="trouble") as raised:
+            if training:
+                job.engine.step(0, job.loader.read(0))
+            else:
+                batches = iter([job.task.batch(np.arange(2))])
+                job.engine.evaluate(batches, lambda outputs, batch: {})
+    text = str(raised.value)
+    where = r"at step 0, micro-batch \d" if training else "in evaluation, micro-batch 0"
+    assert re.search(rf"{where} of 2 samples, stage {stages - 1}", text)
+    assert re.findall(r"rank \d of \d", text) == [f"rank {world.size - 1} of {world.size}"]
+    assert all(other == text for other in world.allgather(text))
+
+
+@pytest.mark.mpi
 def test_waiting_for_another_stage_is_no_computing(world, build):
     """The first stage's forward takes long: the others wait for each micro-batch."""
     if world.size == 1:

@@ -12,12 +12,13 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import KINDS, TIED, Transport
+from hpctrain.wire import together
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Pipeline:
                 f"{most:,}: take fewer (parallel.virtual_stages)"
             )
         self.stages = [Stage(cut, number, transport, recomputes) for number in numbers]
+        self._met = set[tuple[int, bool]]()
+        """Numbers of samples that parts were made for, and whether in training."""
 
     @property
     def reads_inputs(self) -> bool:
@@ -70,8 +73,24 @@ class Pipeline:
         """Names of the modules that each stage runs. Local."""
         return [self.cut.names(stage.stage) for stage in self.stages]
 
-    def parts(self, batches: Mapping[int, tuple[int, Env]], training: bool) -> dict[tuple[Stage, int], Part]:
-        """Say what each stage does with each micro-batch, given its samples and inputs. Local."""
+    def parts(
+        self, batches: Mapping[int, tuple[int, Env]], training: bool, when: str
+    ) -> dict[tuple[Stage, int], Part]:
+        """Say what each stage does with each micro-batch, given its samples and inputs.
+
+        Local, but where there are as many samples as never before: then a forward may have to be written
+        down, and what fails on one stage is raised on all. `when` is for that error.
+        """
+        new = {(samples, training) for samples, _ in batches.values()} - self._met
+        if not new:
+            return self._parts(batches, training, when)
+        self._met |= new
+        with together(self.transport.comm):
+            return self._parts(batches, training, when)
+
+    def _parts(
+        self, batches: Mapping[int, tuple[int, Env]], training: bool, when: str
+    ) -> dict[tuple[Stage, int], Part]:
         made: dict[tuple[Stage, int, str], Part] = {}
         found = {}
         for v, (samples, inputs) in batches.items():
@@ -79,7 +98,14 @@ class Pipeline:
             for stage in self.stages:
                 key = stage, samples, repr(like)
                 if key not in made:
-                    made[key] = stage.part(samples, training, like)
+                    try:
+                        made[key] = stage.part(samples, training, like)
+                    except Exception as error:
+                        where = f"{when}, micro-batch {v} of {samples} samples, stage {stage.stage}"
+                        if isinstance(error, HpctrainError):
+                            raise type(error)(f"{error} ({where})") from error
+                        error.add_note(where)
+                        raise
                 found[stage, v] = made[key]
         return found
 
