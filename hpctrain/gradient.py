@@ -230,7 +230,7 @@ class StraightIntoPlace:
         """Whether a gradient of this backward goes straight into its place. Local."""
         own_way = (
             not self.filling
-            or parameter._backward_hooks  # the user's hooks want to see the gradient
+            or hooked(parameter, ours=1)  # the user's want to see the gradient; `Places` has one
             or parameter.dtype != dtype
         )
         return not own_way and self._places.place(parameter) is not None
@@ -289,6 +289,11 @@ class StraightIntoPlace:
         found = self._places.place(parameter)
         assert found is not None
         return found
+
+
+def hooked(parameter: torch.Tensor, ours: int = 0) -> bool:
+    """Whether a hook of the user's is to be called with a parameter's gradient; `ours` are not. Local."""
+    return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks or ()) > ours
 
 
 def seen(module: nn.Module) -> dict[int, torch.Tensor]:

@@ -199,6 +199,14 @@ class Tied(nn.Module):
         return self.last(torch.tanh(h @ self.into.weight.t()) @ self.into.weight)
 
 
+class HookedTie(Tied):
+    """A hook on the gradient of what several stages use."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.into.weight.register_hook(lambda g: 2 * g)
+
+
 class Normed(nn.Module):
     """A BatchNorm of samples, which needs two of them."""
 

@@ -97,6 +97,29 @@ def test_only_what_is_wanted_is_made(monkeypatch):
     assert isinstance(module[3].weight_hh_l1, FakeTensor)
 
 
+def noted():
+    """What a constructor writes on a parameter, for an optimizer of its own, say."""
+    layer = nn.Linear(100, 100)
+    layer.weight.decays, layer.weight.mask = False, torch.ones(100, 100)
+    return layer
+
+
+def hooked():
+    layer = nn.Linear(100, 100)
+    layer.weight.register_hook(lambda g: 2 * g)
+    return layer
+
+
+def test_what_stands_on_a_parameter_stays_there():
+    module, written, _ = models.without_memory(ClassPath("test_deferred.noted", {}), 3)
+    assert isinstance(module.weight, FakeTensor)
+    written.materialise(module, [module.weight], "cpu")
+    assert type(module.weight) is nn.Parameter
+    assert module.weight.decays is False
+    assert torch.equal(module.weight.mask, torch.ones(100, 100))
+    assert set(vars(module.weight)) == {"decays", "mask"}
+
+
 def test_a_model_of_a_terabyte_can_be_built():
     """And a layer of it made: nothing else takes memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -129,5 +152,8 @@ def test_what_cannot_run_without_memory_is_built_whole():
     assert written is None
     assert bool((module.weight == 1).all())
     assert reason
+    module, written, reason = models.without_memory(ClassPath("test_deferred.hooked", {}), 3)
+    assert (written, len(module.weight._backward_hooks)) == (None, 1)
+    assert "a hook on the gradient of weight" in reason
     with pytest.raises(ConfigError, match="no such width"):
         models.without_memory(ClassPath("test_deferred.failing", {}), 3)

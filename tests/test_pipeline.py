@@ -305,6 +305,15 @@ def test_a_backward_of_ones_own_is_refused_not_lost(world, build, model, what):
 
 
 @pytest.mark.mpi
+def test_a_hook_on_what_several_stages_use_is_refused(world, build):
+    """None of them has the whole gradient; one stage with all its uses has."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match="hook on the gradient of into.weight, which stages 0 and 1 both"):
+        build("HookedTie", 2, micro_batches=2)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("model", ["reversing_row", "Filling"])
 def test_layers_may_do_what_operators_cannot_say(world, build, model):
     """A backward of their own, a look at numbers; also in a subclass of nn.Sequential."""

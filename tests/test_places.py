@@ -20,6 +20,19 @@ def places_of(*sizes):
     return list(named.values()), places
 
 
+def test_what_a_users_hook_returns_is_for_torch_to_refuse():
+    """It hands that on to our hook."""
+    (parameter,), places = places_of(4)
+    places.close()
+    parameter.register_post_accumulate_grad_hook(lambda p: p.grad)
+    spaces = deal({"p": parameter}, {id(parameter): 0}, 1)
+    places = Places({"p": parameter}, spaces)
+    places.point(0, [torch.zeros(space.size) for space in spaces])
+    places.begin()
+    with pytest.raises(RuntimeError, match="should return None"):
+        parameter.sum().backward()
+
+
 def test_a_portion_that_comes_late_is_refused_by_name():
     (first, second), places = places_of(UNIT, UNIT)
     told = []

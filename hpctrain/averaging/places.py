@@ -10,6 +10,8 @@ buckets are told in their order, so that all ranks mean the same ones.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,10 @@ class Places:
         self._views = [torch.empty(0)] * len(self.named)
         self._fresh = [True] * len(self.named)
         self._slot = -1
-        self._hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.named.values()]  # type: ignore[no-untyped-call]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self.ready, p))  # type: ignore[no-untyped-call]
+            for p in self.named.values()
+        ]
         self._telling: Callable[[int], None] | None = None
         self._buckets_of: list[list[int]] = [[] for _ in self.named]
         self.order: list[int] = []
@@ -151,8 +156,11 @@ class Places:
         if self._final is None or index in self._final:
             self._note_final(index)
 
-    def ready(self, parameter: torch.Tensor) -> None:
-        """Note that autograd has brought a parameter's gradient of this backward. Local."""
+    def ready(self, parameter: torch.Tensor, *_: Any) -> None:
+        """Note that autograd has brought a parameter's gradient of this backward. Local.
+
+        What else is given may be anything: torch hands on what a hook of the user's returned, then refuses it.
+        """
         index = self._index[id(parameter)]
         view, grad = self._views[index], parameter.grad
         if grad is not None:  # else nothing came this way: it was filled in place, or there is none

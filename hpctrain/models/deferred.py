@@ -83,6 +83,9 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lines: list[Line] = []
         self._kept: dict[int, torch.Tensor] = {}
         """A tensor of each memory: while it is kept no other memory has its number."""
+        with self.shapes:
+            self._own = {*vars(nn.Parameter(torch.empty(0)))}
+        """Attributes that a parameter without memory has itself."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -220,6 +223,9 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = value.detach().to(device)
                 if isinstance(tensor, nn.Parameter):
                     value = nn.Parameter(value, tensor.requires_grad)
+                    for name, noted in vars(tensor).items():  # `weight.no_decay = True`, say
+                        if name not in self._own:
+                            setattr(value, name, self._real(noted))
             made[id(tensor)] = value
         for owner in module.modules():
             for kept in (owner._parameters, owner._buffers):

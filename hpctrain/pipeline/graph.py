@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.gradient import seen
+from hpctrain.gradient import hooked, seen
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
@@ -120,7 +120,9 @@ class Graph:
                 partial(of_operators, nodes[a:b], traced, self.real, may_wait, self.inputs, bytes_at[b])
                 for a, b in pieces
             ],
-            scales,
+            None
+            if any(map(hooked, self.real.values()))
+            else scales,  # a user's hooks run when the model does
             shared,
             named,
         )

@@ -13,6 +13,7 @@ from mpi4py import MPI
 from torch import nn
 
 from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.gradient import hooked
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
@@ -203,6 +204,12 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[
             raise ConfigError(
                 f"stages {stages[0]} and {stages[-1]} both call the BatchNorm of {name}, whose running "
                 f"statistics have one place: set parallel.cuts so that one stage makes all its calls"
+            )
+        if len(stages) > 1 and hooked(tensor):
+            raise ConfigError(
+                f"there is a hook on the gradient of {name}, which stages {stages[0]} and {stages[-1]} both "
+                f"use: none of them has the whole gradient of a micro-batch; set parallel.cuts so that one "
+                f"stage makes all its uses, or leave the hook out"
             )
         if len(stages) > 1:
             ties.append(Tie(name, here, users[0], tuple(users[1:])))

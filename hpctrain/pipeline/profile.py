@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
-from hpctrain.gradient import StraightIntoPlace
+from hpctrain.gradient import StraightIntoPlace, hooked
 from hpctrain.pipeline.held import Living, bytes_kept, tensors_in
 from hpctrain.pipeline.operators import called, changes
 from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
@@ -342,7 +342,7 @@ def streams_kept() -> Iterator[None]:
 def may_wait(tensors: Iterable[torch.Tensor], seen: Iterable[int]) -> set[int]:
     """Give the ids of tensors among those `seen` whose gradients a step would let wait. Local."""
     ids = set(seen)
-    return {id(t) for t in tensors if id(t) in ids and t.requires_grad and not t._backward_hooks}
+    return {id(t) for t in tensors if id(t) in ids and t.requires_grad and not hooked(t)}
 
 
 def of_operators(
