@@ -159,7 +159,7 @@ class Places:
     def ready(self, parameter: torch.Tensor, *_: Any) -> None:
         """Note that autograd has brought a parameter's gradient of this backward. Local.
 
-        What else is given may be anything: torch hands on what a hook of the user's returned, then refuses it.
+        What else is given may be anything: torch hands on what a user's hook returned, and then refuses it.
         """
         index = self._index[id(parameter)]
         view, grad = self._views[index], parameter.grad
