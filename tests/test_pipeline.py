@@ -28,7 +28,10 @@ from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline import profile, weigh
+from hpctrain.pipeline.graph import Graph
+from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.operators import forbidden
+from hpctrain.pipeline.part import input_of
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
@@ -715,6 +718,20 @@ def test_no_stage_begins_between_what_changes_a_table_and_who_reads_it():
     at = {node.name: i for i, node in enumerate(traced.nodes)}
     changed, read = at["embedding_renorm_"], at["embedding"]
     assert set(range(changed + 1, read + 1)) <= forbidden(traced.nodes, at)
+
+
+def test_values_go_when_no_operator_wants_them_any_more():
+    """As in the model's own forward: evaluation would take as much memory as training."""
+    module = odd_models.PlainMean(5, 2).eval()
+    x = torch.zeros(300, 5)
+    graph = Graph(module, {"x": x}, False, 1)
+    graph.place([])
+    part, most = graph.part(0, 300, False), []
+    for forward in (lambda: module(x), lambda: part.run({input_of("x"): x}, 7, 0)):
+        with torch.no_grad(), Living() as living:
+            forward()
+        most.append(living.most)
+    assert most[1] <= most[0]
 
 
 @pytest.mark.mpi

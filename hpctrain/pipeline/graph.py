@@ -241,7 +241,8 @@ class Graph:
             if drawn := draws_of(node, traced.constants):
                 numbers[node.name] = count
                 count += drawn
-        part.run = Runner(self.module, self.real.__getitem__, traced, mine, numbers, stage == last)
+        gives = {name for names in part.gives.values() for name in names}
+        part.run = Runner(self.module, self.real.__getitem__, traced, mine, numbers, stage == last, gives)
         return part
 
 

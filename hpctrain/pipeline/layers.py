@@ -9,7 +9,7 @@ from torch.utils import _pytree
 
 from hpctrain.draws import Drawing
 from hpctrain.errors import ConfigError
-from hpctrain.gradient import hooked, seen
+from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.held import tensors_in
 from hpctrain.pipeline.message import SHARES
@@ -73,15 +73,14 @@ class Layers:
         """
         modules = [layer for _, layer in self.layers]
         every = [module for layer in modules for module in layer.modules()]
-        has_hooks = any(getattr(module, kind) for module in every for kind in HOOKS)
-        has_hooks = has_hooks or any(hooked(p) for layer in modules for p in layer.parameters())
+        hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
         alone, shared = used_once([{*map(id, [*m.parameters(), *m.buffers()])} for m in modules])
         self.choice = choose(
             self.stages,
             [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
             Held.of_each([*m.parameters(), *m.buffers()] for m in modules),
             of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
-            None if has_hooks else scales,  # a user's hooks run when the model does
+            None if hooked else scales,  # a user's hooks run when the model does
             shared,
             begins(cuts, [name for name, _ in self.layers], "layers") if cuts else None,
         )

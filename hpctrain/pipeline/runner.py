@@ -34,6 +34,20 @@ class Runner:
     nodes: list[fx.Node]
     numbers: dict[str, int]
     last: bool
+    gives: set[str]
+    """Names of values for other stages."""
+
+    def __post_init__(self) -> None:
+        """Say behind which operator each value is wanted no more: there it goes, as in the model's own."""
+        outputs = {name for name in self.traced.outputs if isinstance(name, str)} if self.last else set()
+        ends: dict[str, fx.Node] = {}
+        for node in self.nodes:
+            ends |= dict.fromkeys([node.name, *(a.name for a in node.all_input_nodes)], node)
+        kept = self.gives | outputs | self.traced.held.keys() | self.traced.constants.keys()
+        self._gone: dict[fx.Node, list[str]] = {node: [] for node in self.nodes}
+        for name, node in ends.items():
+            if name not in kept:
+                self._gone[node].append(name)
 
     def __call__(self, given: Env, stream: int, start: int) -> tuple[Env, int]:
         """Run from what was given; draws are numbered over the whole forward."""
@@ -60,6 +74,9 @@ class Runner:
                 error.add_note(f"in {place_of(node)}, given {shapes_of((arguments, named))}")
                 raise
             gave(partial(place_of, node), env[node.name])
+            for name in self._gone[node]:
+                del env[name]
+            del arguments, named
         if self.last:
             values = [o.value if isinstance(o, Constant) else self._output(o, env) for o in traced.outputs]
             env["output"] = _pytree.tree_unflatten(values, traced.tree)

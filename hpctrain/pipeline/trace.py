@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree, checkpoint
 
 from hpctrain.draws import of_others, told_of_others
@@ -321,4 +322,8 @@ def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
         if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # a hook computes it in each call
             with fake:
                 memo[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    return copy.deepcopy(module, memo)
+    twin = copy.deepcopy(module, memo)
+    for norm in twin.modules():
+        if isinstance(norm, _BatchNorm) and norm.momentum is None:
+            norm.momentum = 0.1  # the module itself is run, whose plain mean no operator can say
+    return twin
