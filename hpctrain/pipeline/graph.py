@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.gradient import hooked, seen
+from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
