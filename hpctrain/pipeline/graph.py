@@ -120,9 +120,7 @@ class Graph:
                 partial(of_operators, nodes[a:b], traced, self.real, may_wait, self.inputs, bytes_at[b])
                 for a, b in pieces
             ],
-            None
-            if any(map(hooked, self.real.values()))
-            else scales,  # a user's hooks run when the model does
+            scales,
             shared,
             named,
         )
