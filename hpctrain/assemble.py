@@ -44,7 +44,7 @@ from hpctrain.topology import Topology, processor
 from hpctrain.wire import from_root, together
 
 EVALUATION_BATCH = 16
-"""Samples of one evaluation batch: its results must not depend on ranks or `train.batch`."""
+"""Samples of an evaluation batch, at most, and no more than a step's: results must not depend on ranks."""
 
 
 @dataclass
@@ -132,9 +132,10 @@ class Job:
         The split is cut in one way on every layout; whole batches are dealt out.
         """
         length = len(self.index.splits[split])
-        starts = range(0, length, EVALUATION_BATCH)
+        size = min(EVALUATION_BATCH, self.config.train.batch)
+        starts = range(0, length, size)
         first, last = order.block(self.topology.replica, self.topology.replicas, len(starts))
-        return [(at, min(at + EVALUATION_BATCH, length)) for at in starts[first:last]]
+        return [(at, min(at + size, length)) for at in starts[first:last]]
 
     def split_batches(self, split: str) -> Iterator[Batch]:
         """This replica's evaluation batches of a split, in order."""
@@ -273,7 +274,8 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
         train.seed,
         maker(task, portion.pipeline),
     )
-    keep_memory(os.environ)  # of steps; not the holes that building leaves
+    short = portion.pipeline is not None and portion.pipeline.cut.choice.exact
+    keep_memory(os.environ, exact=short)  # of steps; not the holes that building leaves
     # SyncBatchNorm gives the same on any layout with one micro-batch a replica, whatever their number
     kept = replace(config.parallel, micro_batches="auto" if portion.synced else count)
     resolved = replace(config, model=portion.model, parallel=kept)

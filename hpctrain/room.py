@@ -12,6 +12,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt's parameters, in malloc.h."""
 LARGEST = 32 << 20
 """Bytes of a block in the heap, at most: the C library takes no more."""
+APART = 256 << 10
+"""Bytes of a block that is given back by itself, at least, where memory is short."""
 MEMINFO, STATUS, OWN_GROUP = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/proc/self/cgroup")
 
 
@@ -107,12 +109,15 @@ def give_back() -> None:
         trim(0)
 
 
-def keep_memory(environment: Mapping[str, str]) -> None:
+def keep_memory(environment: Mapping[str, str], exact: bool = False) -> None:
     """Let memory that is freed stay with this process, for the next step, unless the user has a word on it.
 
     The C library gives the end of its heap back whenever that is free; a step frees its activations there,
     and the kernel would fill the next step's with zeros, page by page (`man mallopt`). What was freed before
     goes back. Nothing happens where the C library is not glibc. Local.
+
+    `exact`: large blocks are given back one by one instead, and leave no holes: torch asks for memory that
+    begins at a line, and the C library before version 2.38 does not take what is exactly as large for it.
     """
     tuned = "glibc.malloc" in environment.get("GLIBC_TUNABLES", "")
     if tuned or any(name.startswith("MALLOC_") for name in environment):
@@ -120,8 +125,9 @@ def keep_memory(environment: Mapping[str, str]) -> None:
     mallopt = getattr(LIBRARY, "mallopt", None)
     if mallopt:
         give_back()
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(MMAP_THRESHOLD, LARGEST)
+        if not exact:
+            mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_THRESHOLD, APART if exact else LARGEST)
 
 
 def lines(path: Path) -> list[str]:

@@ -342,6 +342,45 @@ def adding_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, 8), *[Adding() for _ in range(7)], nn.Linear(8, out_features))
 
 
+class Squash(nn.Module):
+    """Keeps three times what it gets for its backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.drop = nn.Parameter(torch.ones(1)), nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.drop(torch.tanh(self.scale * x))
+
+
+class Inflate(nn.Module):
+    """Many numbers of few."""
+
+    def __init__(self, in_features: int, width: int):
+        super().__init__()
+        self.line, self.width = nn.Linear(in_features, 64), width
+
+    def forward(self, x):
+        return self.line(x).repeat(1, self.width // 64)
+
+
+class Deflate(nn.Module):
+    """Few numbers of many."""
+
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.line = nn.Linear(64, out_features)
+
+    def forward(self, x):
+        return self.line(x.unflatten(1, (-1, 64)).mean(dim=1))
+
+
+def inflated_row(in_features: int, out_features: int, width: int = 2**19) -> nn.Sequential:
+    """Few weights, and very much to keep between forward and backward."""
+    squashing = [Squash() for _ in range(22)]
+    return nn.Sequential(Inflate(in_features, width), *squashing, Deflate(out_features))
+
+
 class Clashing(nn.Module):
     """Its operators have names that a dataset may have."""
 

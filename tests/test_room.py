@@ -11,6 +11,23 @@ import pytest
 
 from hpctrain import room
 
+HOLED = """
+import os
+import torch
+from hpctrain.room import keep_memory
+keep_memory(dict(), exact={exact})
+pages = lambda: int(open("/proc/self/statm").read().split()[1])
+before, most = pages(), 0
+for step in range(6):
+    kept = []
+    for _ in range(40):
+        kept.append(torch.zeros(1 << 19))
+        passing = torch.zeros(1 << 19) + torch.zeros(1 << 19)
+        small = [torch.zeros(1000) for _ in range(3)]
+        kept.append(small)
+    most = max(most, pages() - before)
+print(most * os.sysconf("SC_PAGE_SIZE") / (42 << 21))
+"""
 STEPS = """
 import resource
 from hpctrain.room import keep_memory
@@ -42,6 +59,21 @@ def test_memory_stays_with_the_process(environment, keeps):
     )
     pages = int(found.stdout)
     assert pages < 100 if keeps else pages > 2000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_an_exact_heap_has_no_holes():
+    """The most pages of forty tensors of 2 MiB that stay and two that go, by their size."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    found = {}
+    for exact in (False, True):
+        program = HOLED.format(exact=exact)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=clean, check=True, capture_output=True, text=True, timeout=60
+        )
+        found[exact] = float(done.stdout)
+    assert found[True] < 1.15
+    assert found[True] < found[False] + 0.02
 
 
 def test_room_is_what_the_system_leaves(tmp_path, monkeypatch):

@@ -74,6 +74,12 @@ class Rows(nn.Module):
 
 
 @pytest.fixture
+def solid(monkeypatch):
+    """Lets tensors take their size."""
+    monkeypatch.setattr(fit, "HOLES", 1.0)
+
+
+@pytest.fixture
 def even(monkeypatch):
     """All ranks are equally fast, whatever else the machine does."""
     monkeypatch.setattr(profile, "yardstick", lambda: 1.0)
@@ -173,7 +179,7 @@ def test_a_slow_rank_gets_less(world, monkeypatch):
 
 
 @pytest.mark.mpi
-def test_memory_moves_the_cut_warns_and_refuses(world, even):
+def test_memory_moves_the_cut_warns_and_refuses(world, even, solid):
     """Four layers of 10 MiB of weights, with gradients and optimizer 40, each keeping 5 a micro-batch, 3 its own."""
     mebi = 1 << 20
 
@@ -328,7 +334,34 @@ def test_what_is_expected_of_each_stage_is_told(world, even):
 
 
 @pytest.mark.mpi
-def test_memory_asks_for_recomputation(world, even):
+def test_memory_asks_for_a_heap_without_holes(world, even):
+    """Two layers of 10, with gradients and optimizer 40, keep twice 5 each: 100 in all, 108 with holes."""
+    asked = scales(world, limits=[108, 200], kept=[2, 1])
+    pieces = works(1, 1, 1, 1, kept=5)
+
+    def chosen(*limits):
+        asked.limits = lambda: of([*limits])
+        return choose(2, [1] * 4, [Held(10)] * 4, pieces, asked)
+
+    assert not chosen(108, 200).exact
+    found = chosen(107, 200)
+    assert (found.exact, found.recompute, found.warned, found.parts) == (True, False, [], [(0, 2), (2, 4)])
+    assert found.said[0].startswith("large tensors are given back to the system one by one")
+    assert found.needs[0].most == 100  # what is told is what tensors take
+    assert found.passes[0].forward == pytest.approx(2.0 + fit.FRESH * 10 / 2)
+    assert chosen(99, 200).parts == [(0, 1), (1, 4)]
+    assert chosen(99, 99).warned
+    assert chosen(99, 99).exact  # there, too
+    asked.recompute = "auto"  # once 5 each: 90, 94 with holes
+    assert (chosen(107, 107).exact, chosen(107, 107).recompute) == (True, False)  # a forward is longer here
+    assert (chosen(94, 94).exact, chosen(94, 94).recompute) == (False, True)
+    assert (chosen(90, 90).exact, chosen(90, 90).recompute) == (True, True)
+    pieces = works(1e-12, 1e-12, 1e-12, 1e-12, kept=5)  # and shorter here
+    assert (chosen(107, 107).exact, chosen(107, 107).recompute) == (False, True)
+
+
+@pytest.mark.mpi
+def test_memory_asks_for_recomputation(world, even, solid):
     """Two micro-batches' activations don't fit, one's do."""
     asked = scales(world, limits=[90, 90], kept=[2, 1])
     assert (
@@ -352,7 +385,7 @@ KEPT = {"1f1b": [2, 1], "zb-h1": [2, 2], "interleaved": [3, 3, 2, 2]}
 
 
 @pytest.mark.mpi
-def test_the_fastest_schedule_is_chosen(world, even):
+def test_the_fastest_schedule_is_chosen(world, even, solid):
     """Weight gradients fill gaps; several stages a rank shorten them where there is nothing to fill them with."""
 
     def chosen(ranks, micro_batches, work, pieces=8, kept=None, shared=False, limits=None):

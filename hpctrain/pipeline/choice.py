@@ -87,7 +87,11 @@ class Need:
     @property
     def most(self) -> float:
         """At its peak."""
-        return self.held + self.times * self.kept + self.more
+        return self.with_holes(1.0)
+
+    def with_holes(self, times: float) -> float:
+        """At its peak, where what comes and goes takes so many times its size."""
+        return self.held + times * (self.times * self.kept + self.more)
 
 
 @dataclass
@@ -112,6 +116,8 @@ class Choice:
     """As in `Scales`; empty where not measured."""
     recompute: bool = False
     """Whether memory asks for it."""
+    exact: bool = False
+    """Whether memory asks for large tensors to be given back one by one."""
     said: list[str] = field(default_factory=list)
     """For the log."""
     warned: list[str] = field(default_factory=list)

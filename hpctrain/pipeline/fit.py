@@ -17,6 +17,10 @@ from hpctrain.pipeline.simulate import simulate
 
 WORTH = 1.1
 """By how much a measured cut must be better than the estimate's."""
+HOLES = 1.4
+"""How many times their size tensors take in the C library's heap, for the holes between them (measured)."""
+FRESH = 2e-9
+"""Seconds for a byte that a micro-batch keeps, where the kernel makes its memory each time (measured)."""
 MESSAGES = 4
 """Messages that a stage has memory for at either end: two that leave, two that come."""
 
@@ -39,10 +43,18 @@ class Load:
     """By stage."""
     wires: list[Wire]
     """By stage, to the next one."""
+    holes: float
+    """How many times its size takes what comes and goes."""
 
     @classmethod
     def of(
-        cls, plan: Plan, weights: Sequence[Held], profile: Profile, scales: Scales, recomputes: bool
+        cls,
+        plan: Plan,
+        weights: Sequence[Held],
+        profile: Profile,
+        scales: Scales,
+        recomputes: bool,
+        exact: bool = False,
     ) -> "Load":
         """Take what was measured. Pure."""
         ranks = len(scales.ranks)
@@ -51,18 +63,22 @@ class Load:
         # what was received and sent stays too where forward runs again, which is little beside a graph
         lives = [[(min(a, 1), b) for a, b in pairs] for pairs in plan.lives[:-1]]
         return cls(
-            [work.seconds + recomputes * work.forward for work in profile.works],
+            [
+                work.seconds + recomputes * work.forward
+                for work in (map(fresh, profile.works) if exact else profile.works)
+            ],
             [scales.copies * own.trained + own.other for own in weights],
             profile.works,
             [*lives, plan.lives[-1]] if recomputes else plan.lives,
             [profile.limits.usual[stage % ranks] / plan.virtual for stage in range(stages)],
             [of_rank[stage % ranks] for stage in range(stages)],
             [scales.wires[stage % ranks] if scales.wires else Wire() for stage in range(stages)],
+            1.0 if exact else HOLES,
         )
 
     def bytes_of(self, at: int, kept: int, late: int) -> float:
         """Bytes of a piece, for so many micro-batches at once as in a pair of `lives`."""
-        return self.held[at] + kept * self.works[at].kept + late * self.works[at].late
+        return self.held[at] + self.holes * (kept * self.works[at].kept + late * self.works[at].late)
 
     @property
     def ends(self) -> list[float]:
@@ -81,15 +97,16 @@ class Load:
         for (a, b), lives, limit in zip(parts, self.lives, self.limits):
             held, kept = sum(self.held[a:b]), float(sum(work.kept for work in self.works[a:b]))
             times = max(count for count, _ in lives)
-            most = max(sum(self.bytes_of(at, *pair) for at in range(a, b)) for pair in lives)
+            late = float(sum(work.late for work in self.works[a:b]))
+            most = max(count * kept + behind * late for count, behind in lives)
             moment = max(work.moment for work in self.works[a:b])
-            more = most - held - times * kept + ends[a] + ends[b] + moment
+            more = most - times * kept + ends[a] + ends[b] + moment
             found.append(Need(held, kept, times, more, limit))
         return found
 
     def fits(self, parts: Sequence[tuple[int, int]]) -> bool:
         """Tell whether every stage of a cut has the memory. Pure."""
-        return all(one.most <= one.limit for one in self.need(parts))
+        return all(one.with_holes(self.holes) <= one.limit for one in self.need(parts))
 
     def slowest(self, parts: Sequence[tuple[int, int]]) -> float:
         """Seconds of the slowest stage of a cut. Pure."""
@@ -103,18 +120,20 @@ class Load:
         stages, wires = len(self.speeds), self.seconds_of_messages
         if named:
             for stage, need in enumerate(self.need(named)):
-                if limited and need.most > need.limit:
+                size = need.with_holes(self.holes)
+                if limited and size > need.limit:
                     raise ConfigError(
                         f"the model does not fit where parallel.cuts cuts it: stage {stage} needs "
-                        f"{need.most / 2**20:,.1f} MiB and has {need.limit / 2**20:,.1f}"
+                        f"{size / 2**20:,.1f} MiB and has {need.limit / 2**20:,.1f}"
                     )
             return named
         if not limited:
             return partition(self.costs, stages, speeds=self.speeds, wires=wires)
         every = range(len(self.costs))
         needs = [[[self.bytes_of(at, *pair) for at in every] for pair in lives] for lives in self.lives]
-        moments = [float(work.moment) for work in self.works]
-        return partition(self.costs, stages, needs, self.limits, self.speeds, self.ends, moments, wires)
+        moments = [self.holes * work.moment for work in self.works]
+        ends = [self.holes * size for size in self.ends]
+        return partition(self.costs, stages, needs, self.limits, self.speeds, ends, moments, wires)
 
 
 def fitted(
@@ -130,28 +149,30 @@ def fitted(
 
     `tried` is another schedule's, whose cut is the best here too if there are as many stages and it fits.
     """
-    recompute = scales.recompute == "always"
-    load = Load.of(plan, weights, profile, scales, recompute)
+    asked = scales.recompute == "always"
+    load = Load.of(plan, weights, profile, scales, asked)
     stages = len(load.speeds)
-    if tried and len(tried.parts) == stages and tried.recompute == recompute and load.fits(tried.parts):
+    same_way = tried and tried.recompute == asked and not tried.exact
+    if tried and same_way and len(tried.parts) == stages and load.fits(tried.parts):
         same = replace(tried, schedule=plan.schedule, said=[*tried.said], needs=load.need(tried.parts))
         return with_seconds(same, plan, scales)
     said, warned = list[str](), list[str]()
-    try:
-        best = load.best(named)
-    except ConfigError as error:
-        again = Load.of(plan, weights, profile, scales, True)
-        recompute = recompute or scales.recompute == "auto"
-        try:
-            if scales.recompute != "auto":
-                raise
-            best, load = again.best(named), again
-            said.append(f"stages run forward again for backward, as memory asks for it: else {error}")
-        except ConfigError:
-            certain(plan, weights, profile.works, profile.limits, scales, named)
-            warned.append(f"memory may run out: {error}")
-            load = again if recompute else load  # the least that it can take
-            best = load.best(named, limited=False)
+    found, errors = possible(plan, weights, profile, scales, named)
+    if found:
+        load, recompute, exact, best = found
+        if recompute > asked:
+            said.append(f"stages run forward again for backward, as memory asks for it: else {errors[-1]}")
+        if exact:
+            said.append(
+                "large tensors are given back to the system one by one, which is slower: kept for the next "
+                "ones, as else, they might not fit for the holes between them"
+            )
+    else:
+        certain(plan, weights, profile.works, profile.limits, scales, named)
+        warned.append(f"memory may run out: {errors[1]}")
+        recompute, exact = scales.recompute != "never", True  # the least that it can take
+        load = Load.of(plan, weights, profile, scales, recompute, exact)
+        best = load.best(named, limited=False)
     guess = named or partition(estimates, stages)
     fits = bool(warned) or load.fits(guess)
     if fits and load.slowest(guess) <= WORTH * load.slowest(best):
@@ -162,14 +183,47 @@ def fitted(
         said.append(f"the model is cut by measured times: {why}")
     if len(set(load.speeds)) > 1:
         said.append(f"ranks differ: speeds of the stages {', '.join(f'{s:.2f}' for s in load.speeds)}")
-    found = passes(profile, best, load.speeds)
+    costs = passes(profile, best, load.speeds)
+    if exact:
+        costs = [*map(fresh, costs)]
     if recompute:
-        found = [*map(twice, found[:-1]), found[-1]]
+        costs = [*map(twice, costs[:-1]), costs[-1]]
     choice = Choice(
-        best, found, load.need(best), len(estimates), recompute=recompute, said=said, warned=warned,
-        schedule=plan.schedule,
+        best, costs, load.need(best), len(estimates), recompute=recompute, exact=exact, said=said,
+        warned=warned, schedule=plan.schedule,
     )  # fmt: skip
     return with_seconds(choice, plan, scales)
+
+
+def possible(
+    plan: Plan,
+    weights: Sequence[Held],
+    profile: Profile,
+    scales: Scales,
+    named: list[tuple[int, int]] | None,
+) -> tuple[tuple[Load, bool, bool, list[tuple[int, int]]] | None, list[ConfigError]]:
+    """Give the way to use memory whose slowest stage is fastest, if any fits, and why others don't. Pure.
+
+    (load, whether forward runs again, whether large tensors are given back one by one, cut.) Forward runs
+    again by itself only where nothing else fits without holes.
+    """
+    asked = scales.recompute == "always"
+    ways = [(asked, False), (asked, True)]
+    if scales.recompute == "auto":
+        ways += [(True, False), (True, True)]
+    found, errors = list[tuple[float, tuple[Load, bool, bool, list[tuple[int, int]]]]](), list[ConfigError]()
+    for number, (recompute, exact) in enumerate(ways):
+        if number == 2 and found and not found[0][1][2]:
+            break  # memory does not ask for it
+        load = Load.of(plan, weights, profile, scales, recompute, exact)
+        try:
+            cut = load.best(named)
+        except ConfigError as error:
+            errors.append(error)
+        else:
+            seconds = load.slowest(cut) / (1.0 if number else WORTH)
+            found.append((seconds, (load, recompute, exact, cut)))
+    return min(found, key=lambda one: one[0])[1] if found else None, errors
 
 
 def certain(
@@ -231,6 +285,13 @@ def twice(work: Work) -> Work:
     """Give what a stage costs that runs its forward twice. Pure."""
     joint = work.forward + work.joint if work.joint else 0.0
     return replace(work, input_gradient=work.forward + work.input_gradient, joint=joint)
+
+
+def fresh(work: Work) -> Work:
+    """Give what a piece costs whose memory the kernel makes each time, half of it in either pass. Pure."""
+    more = FRESH * work.kept / 2.0
+    joint = work.joint + more if work.joint else 0.0
+    return replace(work, forward=work.forward + more, input_gradient=work.input_gradient + more, joint=joint)
 
 
 def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[float]) -> list[Work]:

@@ -67,7 +67,8 @@ def choose(
             continue
         least = f" (taken if {plan.worth - 1.0:.0%} shorter)"
         simulated.append(f"{plan.schedule} {1e3 * found.seconds:.1f} ms{least}")
-        fits = bool(found.warned) <= bool(best.warned) and found.recompute <= best.recompute
+        fits = bool(found.warned) <= bool(best.warned)
+        fits = fits and found.recompute <= best.recompute and found.exact <= best.exact
         if fits and found.seconds * plan.worth < best.seconds:
             best = found
     if others:

@@ -100,6 +100,28 @@ def test_a_failing_layer_ends_the_job_with_its_name(launcher, small, backward):
     assert "stage 1, rank " in ended.err
 
 
+def test_a_job_recomputes_where_its_memory_asks_for_it(launcher, small, tmp_path):
+    """The first stage would keep eight micro-batches, some 70 MiB each; with the limit the bits are the same."""
+    words = ["train", "small.toml", "--model.class_path", "stage_models.inflated_row", "--train.steps", "2"]
+    words += ["--parallel.stages", "2", "--parallel.micro_batches", "8", "--parallel.schedule", "gpipe"]
+
+    def run(folder, most="unlimited", *more):
+        command = [sys.executable, "-m", "hpctrain", *words, "--train.run_folder", folder, *more]
+        return launcher.run("mpirun", "-n", 2, "bash", "-c", f"ulimit -d {most}; exec " + shlex.join(command))
+
+    plain, tight = run("plain"), run("tight", 900 * 1024)
+    assert (plain.status, tight.status) == (0, 0), plain.text + tight.text
+    said = "stages run forward again for backward, as memory asks for it"
+    assert said not in plain.text
+    assert said in tight.text
+    assert "memory may run out" not in tight.text
+    assert losses(tmp_path / "plain") == losses(tmp_path / "tight")
+    assert same_bits(weights(tmp_path / "plain"), weights(tmp_path / "tight"))
+    never = run("never", 900 * 1024, "--parallel.recompute", "never")
+    assert never.status != 0, never.text
+    assert "memory" in never.text
+
+
 def test_a_model_too_large_for_one_rank_trains_in_four_stages(launcher, small, tmp_path):
     """A gibibyte of weights, gradients and moments; each rank may have 900 MiB, the libraries' own included."""
     words = ["train", "small.toml", "--model.class_path", "stage_models.heavy", "--train.steps", "2"]
