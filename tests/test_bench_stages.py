@@ -52,7 +52,7 @@ def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
             engine.pipeline.close()
             engine.averager.close()
     for name, places in found.items():
-        if name != "ours_interleaved":  # has other layers on a rank
+        if "interleaved" not in name:  # has other layers on a rank
             # sums of 16 rows in other orders: fast merges products, autograd adds them
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(places, found["ours"])), (
                 name

@@ -39,7 +39,10 @@ CONTENDERS = {
     "ours_gpipe": "GPipe",
     "ours_zb": "ZB-H1: a backward in halves, weight gradients where a rank would wait",
     "ours_fast": "ZB-H1 with weight gradients of several micro-batches merged (parallel.gradients = fast)",
+    "ours_1f1b_fast": "1F1B with the same",
+    "ours_gpipe_fast": "GPipe with the same",
     "ours_interleaved": "interleaved 1F1B, two stages a rank",
+    "ours_interleaved_fast": "interleaved 1F1B with weight gradients merged",
     "ours_plain": "1F1B, each tensor one MPI message",
     "ours_autograd": "1F1B, layers and their gradients left to torch",
     "torch_1f1b": "torch.distributed.pipelining over Gloo: Schedule1F1B",
@@ -61,7 +64,8 @@ ROUNDS = 9
 
 
 AWAKE = (
-    *("ours_fast", "ours_plain", "ours_autograd", "ours_gpipe"),
+    *("ours_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"),
+    *("ours_plain", "ours_autograd", "ours_gpipe"),
     *("torch_gpipe", "torch_zb", "torch_zbv", "torch_dualpipev"),
 )
 """Left out where layers sleep."""
@@ -120,6 +124,8 @@ def our_steps(
         "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
         "ours_zb": our_step(topology, case, x, y, "zb-h1"),
         "ours_fast": our_step(topology, case, x, y, "zb-h1", fast=True),
+        "ours_1f1b_fast": our_step(topology, case, x, y, "1f1b", fast=True),
+        "ours_gpipe_fast": our_step(topology, case, x, y, "gpipe", fast=True),
         "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),
         "ours_autograd": our_step(topology, case, x, y, "1f1b"),
     }
@@ -127,6 +133,7 @@ def our_steps(
         found["ours_autograd"][1].straight = Autograd()  # type: ignore[assignment]
     if case.halves(topology.stages):
         found["ours_interleaved"] = our_step(topology, case, x, y, "interleaved")
+        found["ours_interleaved_fast"] = our_step(topology, case, x, y, "interleaved", fast=True)
     return found
 
 

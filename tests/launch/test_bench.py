@@ -49,7 +49,8 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8", *FEW)
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
-    ours = {"ours", "ours_gpipe", "ours_zb", "ours_fast", "ours_interleaved", "ours_plain", "ours_autograd"}
+    ours = {"ours", "ours_gpipe", "ours_zb", "ours_interleaved", "ours_plain", "ours_autograd"}
+    ours |= {"ours_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"}
     torchs = {f"torch_{peer}" for peer in ("1f1b", "gpipe", "zb", "interleaved", "zbv", "dualpipev")}
     seconds = row["seconds"]
     assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
