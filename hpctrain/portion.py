@@ -70,7 +70,7 @@ def build(
         deferred = None
         if topology.stages > 1:
             module, deferred, reason = models.without_memory(model, config.train.seed)
-            if deferred is None:
+            if deferred is None and not topology.world_rank:
                 LOGGER.warning(
                     "the model's constructor can't run without memory (%s): every rank builds the "
                     "whole model before it keeps its stage",
@@ -78,6 +78,11 @@ def build(
                 )
         else:
             module = models.build(model, config.train.seed).to(topology.device)
+            if config.parallel.cuts and not topology.world_rank:
+                LOGGER.warning(
+                    "parallel.cuts (%s) does nothing with parallel.stages = 1",
+                    ", ".join(config.parallel.cuts),
+                )
         refuse_extra_state(module)
         synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)

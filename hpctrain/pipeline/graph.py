@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Scales
-from hpctrain.pipeline.operators import changes, cost, draws_of, forbidden, path_of, roots
+from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins
 from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner
@@ -94,6 +94,12 @@ class Graph:
         at = {node.name: i for i, node in enumerate(nodes)}
         bad = forbidden(nodes, at)
         edges = [start for start, _ in begins(cuts, [path_of(node) for node in nodes], "modules")]
+        for stage, (a, b) in enumerate(pairwise([*edges, len(nodes)]) if cuts else ()):
+            if all(cost(node) <= A_VIEW for node in nodes[a:b]):
+                near = cuts[min(stage, len(cuts) - 1)]
+                raise ConfigError(
+                    f"parallel.cuts: {near} leaves stage {stage} nothing to compute: cut elsewhere"
+                )
         wrong = sorted(set(edges) & bad)
         if wrong:
             raise ConfigError(

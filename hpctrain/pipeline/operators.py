@@ -129,6 +129,8 @@ def forbidden(nodes: list[fx.Node], at: dict[str, int]) -> set[int]:
     return found
 
 
+A_VIEW = 1.0
+"""Work of what only shows another tensor's memory."""
 PER_NUMBER = 40.0
 """Multiplications and additions that a core does while it moves one number from and to memory."""
 PASSES = {"dropout": 5.0, "batch_norm": 3.0, "group_norm": 3.0, "layer_norm": 3.0, "native_group_norm": 3.0}
@@ -149,7 +151,7 @@ def cost(node: fx.Node) -> float:
     name = getattr(node.target, "_opname", "")
     schema = getattr(node.target, "_schema", None)
     if schema is not None and changes(node) is None and any(r.alias_info is not None for r in schema.returns):
-        return 1.0  # a view
+        return A_VIEW
     work = PER_NUMBER * moved * PASSES.get(name, 1.0)
     if name == "linear" or name.startswith("conv"):
         return work + 2.0 * size * float(shapes[1][1:].numel())
