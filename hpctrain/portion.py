@@ -79,10 +79,7 @@ def build(
         else:
             module = models.build(model, config.train.seed).to(topology.device)
             if config.parallel.cuts and not topology.world_rank:
-                LOGGER.warning(
-                    "parallel.cuts (%s) does nothing with parallel.stages = 1",
-                    ", ".join(config.parallel.cuts),
-                )
+                LOGGER.warning("parallel.cuts does nothing with parallel.stages = 1")
         refuse_extra_state(module)
         synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)

@@ -342,6 +342,17 @@ def adding_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, 8), *[Adding() for _ in range(7)], nn.Linear(8, out_features))
 
 
+class Shaped(nn.Module):
+    """Begins with a view."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x.flatten(1))))
+
+
 class Squash(nn.Module):
     """Keeps three times what it gets for its backward."""
 

@@ -1260,6 +1260,16 @@ def test_cuts_where_the_user_says(world, build):
     ):
         with pytest.raises(ConfigError, match=text):
             build("plain_row", 2, cuts=cuts)
+    with pytest.raises(ConfigError, match="parallel.cuts: first leaves stage 0 nothing to compute"):
+        build("Shaped", 2, cuts=["first"])
+
+
+@pytest.mark.mpi
+def test_cuts_without_stages_are_told(world, build, caplog):
+    with caplog.at_level("WARNING", LOGGER.name):
+        build("Shaped", 1, cuts=["second"], micro_batches=world.size)
+    told = [m for m in caplog.messages if "cuts" in m]
+    assert told == ["parallel.cuts does nothing with parallel.stages = 1"] * (world.rank == 0)
 
 
 @pytest.mark.mpi

@@ -96,10 +96,8 @@ class Graph:
         edges = [start for start, _ in begins(cuts, [path_of(node) for node in nodes], "modules")]
         for stage, (a, b) in enumerate(pairwise([*edges, len(nodes)]) if cuts else ()):
             if all(cost(node) <= A_VIEW for node in nodes[a:b]):
-                near = cuts[min(stage, len(cuts) - 1)]
-                raise ConfigError(
-                    f"parallel.cuts: {near} leaves stage {stage} nothing to compute: cut elsewhere"
-                )
+                name = cuts[min(stage, len(cuts) - 1)]
+                raise ConfigError(f"parallel.cuts: {name} leaves stage {stage} nothing to compute")
         wrong = sorted(set(edges) & bad)
         if wrong:
             raise ConfigError(
