@@ -1,5 +1,6 @@
 """Where models are cut: by time measured on made-up numbers, under each rank's memory; the model stays as it is."""
 
+import math
 import re
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain import gradient
+from hpctrain import scales as scaling
 from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Config, Optimizer
 from hpctrain.errors import ConfigError
@@ -23,6 +25,7 @@ from hpctrain.pipeline.profile import Held, Limits, Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
 from hpctrain.pipeline.weigh import choose
 from hpctrain.scales import schedules
+from hpctrain.topology import Topology
 
 NAP = 0.03
 
@@ -647,6 +650,34 @@ def test_slow_messages_move_the_cut(world, even):
     assert "messages between nodes at 1 MB/s, 1,000 µs each" in expected.table(cut, "1f1b", 4)[-1]
     only_back = [Wire(), WIRE]  # from the last rank to the first: interleaved alone uses it
     assert choose(2, [1] * 4, [Held(0)] * 4, pieces, spread(world, only_back)).parts == [(0, 2), (2, 4)]
+
+
+@pytest.mark.mpi
+def test_what_a_rank_may_take_is_asked_of_the_system(world, monkeypatch):
+    """With the weights that are built by then; of several replicas what they share is no data of one."""
+    if world.size == 3:
+        pytest.skip("two stages")
+    asked = []
+
+    def room(processes, most=False, shared=False):
+        asked.append((processes, most, shared))
+        return 2.0**40 + 10**6 * processes + 10**5 * most + 10**4 * shared
+
+    monkeypatch.setattr(scaling, "room", room)
+    config = Config()
+    config.train.batch = 8
+    with Topology.build(world, min(2, world.size), device="cpu") as topology:
+        inputs = {"x": torch.zeros(4, 8)}
+        found = scaling.scales_of(config, topology, 2 * topology.replicas, False, inputs, built=7000)
+        limits = found.limits()
+    size, several = world.size, topology.replicas > 1
+    assert asked == [(size, False, False), (1, True, several), (size, True, several)]
+    read = 2 * (scaling.AHEAD + 1) * 2 * 4 * 8 * 4
+    mine = topology.stage
+    assert limits.usual[mine] == 2.0**40 + 10**6 * size + 7000 - scaling.OTHERS - read
+    assert limits.most[mine] == 2.0**40 + 10**6 + 10**5 + 10**4 * several + 7000
+    assert limits.share == 2.0**40 + 10**6 * size + 10**5 + 10**4 * several + 7000
+    assert [math.isinf(size) for size in limits.most] == [at != mine for at in range(topology.stages)]
 
 
 @pytest.mark.mpi
