@@ -30,7 +30,7 @@ from hpctrain.data import order
 from hpctrain.data.loader import Step
 from hpctrain.draws import Drawing, Draws, again, of_others, run_again, set_generators, told_of_others
 from hpctrain.errors import DivergedError, HpctrainError, RankError
-from hpctrain.gradient import StraightIntoPlace
+from hpctrain.gradient import Places, StraightIntoPlace
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
 from hpctrain.loss import SummedLoss
@@ -91,7 +91,7 @@ class Engine:
     def __post_init__(self) -> None:
         """Learn how forward gets its inputs."""
         self.named = models.by_name(self.module, self.names)
-        self.straight = StraightIntoPlace(self.module, self.averager.places)
+        self.straight = StraightIntoPlace(self.module, self.places())
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
         self._drawing = Drawing([self.module])
         self._drawn = 0, range(0)
@@ -101,6 +101,10 @@ class Engine:
         """Seconds that the step's passes waited for other stages."""
         self.activation_bytes = 0
         """Pages that the forward of a micro-batch of the first step has added."""
+
+    def places(self) -> Places:
+        """Give where weight gradients go. Local."""
+        return self.averager.places
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use, where the averaging does not count them. Local."""

@@ -20,6 +20,7 @@ from hpctrain.data.loader import Step
 from hpctrain.draws import again, run_again, set_generators
 from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
 from hpctrain.errors import HpctrainError, RankError
+from hpctrain.gradient import Places
 from hpctrain.keys import key
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
@@ -69,6 +70,10 @@ class StagedEngine(Engine):
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
 
+    def places(self) -> Places:
+        """Give where weight gradients go, those of copies of other stages' weights too. Local."""
+        return self.pipeline.places(self.averager.places)
+
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use, its ring and buffers for messages too. Local."""
         return {**super().memory(), "between stages": self.pipeline.transport.nbytes}
@@ -99,6 +104,7 @@ class StagedEngine(Engine):
         for stage in pipeline.stages:
             stage.kept.clear()
         self.straight.begin(len(working), waits=pipeline.rank > 0)
+        pipeline.copies.begin()
         pipeline.transport.begin(pipeline.kept)
         waited = pipeline.transport.waited
         given = {v: step.micro_batches[v].inputs if v in step.micro_batches else {} for v in working}

@@ -32,7 +32,7 @@ from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.operators import forbidden
 from hpctrain.pipeline.part import input_of
-from hpctrain.pipeline.pipeline import Pipeline
+from hpctrain.pipeline.pipeline import Copies, Pipeline
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
 from hpctrain.pipeline.stage import Stage
@@ -250,7 +250,15 @@ def test_a_copy_of_a_weight_is_multiplied_as_the_weight_is(world, build, model, 
         assert any("nothing is foretold, as pieces can't be measured" in line for line in caplog.messages)
     assert "the schedule is 1f1b: no times were measured to choose by" in caplog.messages
     assert [tie.name for tie in job.pipeline.ties] == ["first.weight"]
+    taken, real = [], Copies.taken
+
+    def taking(self, copy):
+        taken.append((self._fresh[id(copy)], copy.grad))
+        return real(self, copy)
+
+    monkeypatch.setattr(Copies, "taken", taking)
     assert run(job, 1)[0][0] == alone_like(job, 1)[0][0][0]
+    assert taken == [(False, None)] * world.rank  # computed in place, not by autograd
     assert compare(job, 2) is None
 
 

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from torch import nn
 
 from hpctrain.errors import ConfigError, HpctrainError
-from hpctrain.gradient import hooked
+from hpctrain.gradient import Places, hooked
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
@@ -32,6 +32,53 @@ class Tie:
     """The rank of the first stage that uses it."""
     others: tuple[int, ...]
     """Ranks of the other stages, the owner left out."""
+
+
+class Copies:
+    """Where gradients of this rank's copies go, beside those of its own parameters (`gradient.Places`)."""
+
+    def __init__(self, own: Places, copies: Sequence[torch.Tensor]) -> None:
+        """Take the places of this rank's parameters, and its copies of others'."""
+        self._own = own
+        self._views = {id(copy): torch.empty_like(copy) for copy in copies}
+        self._fresh = dict.fromkeys(self._views, True)
+
+    def begin(self) -> None:
+        """Start a step: no gradient has joined. Local."""
+        self._fresh = dict.fromkeys(self._views, True)
+
+    def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
+        """Give the memory of a gradient and whether nothing has joined it yet; None: not managed. Local."""
+        view = self._views.get(id(parameter))
+        return self._own.place(parameter) if view is None else (view, self._fresh[id(parameter)])
+
+    def filled(self, parameter: torch.Tensor) -> None:
+        """Note that a gradient has been added in its place. Local."""
+        if id(parameter) in self._views:
+            self._fresh[id(parameter)] = False
+        else:
+            self._own.filled(parameter)
+
+    def later(self, *parameters: torch.Tensor) -> bool:
+        """Tell whether gradients may be computed after their backward; if so they are waited for. Local.
+
+        Those of copies leave behind all passes, in an order of sums that one process has not anyway.
+        """
+        own = [parameter for parameter in parameters if id(parameter) not in self._views]
+        return not own or self._own.later(*own)
+
+    def caught_up(self, parameter: torch.Tensor) -> None:
+        """Note that no gradient of the parameter waits any more. Local."""
+        if id(parameter) not in self._views:
+            self._own.caught_up(parameter)
+
+    def taken(self, copy: torch.Tensor) -> torch.Tensor | None:
+        """Give the gradient of a copy, what autograd brought added; then nothing has joined it. Local."""
+        view, fresh, brought = self._views[id(copy)], self._fresh[id(copy)], copy.grad
+        self._fresh[id(copy)], copy.grad = True, None
+        if fresh:
+            return brought
+        return view if brought is None else view.add_(brought)
 
 
 class Pipeline:
@@ -124,6 +171,12 @@ class Pipeline:
         found[0] += left  # what nobody uses
         return found
 
+    def places(self, own: Places) -> Places:
+        """Give where gradients go here: those of parameters to their `own` places. Local."""
+        copies = [tie.tensor for tie in self.ties if self.rank in tie.others and tie.tensor.requires_grad]
+        self.copies = Copies(own, copies)
+        return self.copies
+
     def collect(self, add: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
         """Bring the gradients of copies to the owners, who `add` them. Collective over the stages."""
         if self.ties:
@@ -137,9 +190,9 @@ class Pipeline:
                     if gradient is not None:
                         add(tie.tensor, gradient)  # type: ignore[arg-type]
             elif self.rank in tie.others:
-                self.transport.start((tie.owner, TIED, pack(tie.owner, number, tie.tensor.grad, 0)))
+                gradient = self.copies.taken(tie.tensor)
+                self.transport.start((tie.owner, TIED, pack(tie.owner, number, gradient, 0)))
                 self.transport.finish()
-                tie.tensor.grad = None
 
     @torch.no_grad()
     def refresh(self) -> None:
