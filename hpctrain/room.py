@@ -12,6 +12,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt's parameters, in malloc.h."""
 LARGEST = 32 << 20
 """Bytes of a block in the heap, at most: the C library takes no more."""
+REFUSED = ("allocate memory", "can't start new thread")
+"""How the system's refusals are told."""
 APART = 256 << 10
 """Bytes of a block that is given back by itself, at least, where memory is short."""
 MEMINFO, STATUS, OWN_GROUP = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/proc/self/cgroup")
@@ -30,7 +32,7 @@ def room(processes: int, most: bool = False, shared: bool = False) -> float:
 
 def ran_out(error: BaseException) -> bool:
     """Tell whether there was no memory for something: torch has no kind of error for it. Pure."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or any(words in str(error) for words in REFUSED)
 
 
 def meminfo(name: str) -> float | None:

@@ -100,8 +100,33 @@ def test_only_what_is_wanted_is_made(monkeypatch):
 def noted():
     """What a constructor writes on a parameter, for an optimizer of its own, say."""
     layer = nn.Linear(100, 100)
-    layer.weight.decays, layer.weight.mask = False, torch.ones(100, 100)
+    layer.weight.decays, layer.weight.groups = False, ["slow"]
     return layer
+
+
+def masked():
+    layer = nn.Linear(100, 100)
+    layer.weight.mask = torch.ones(100, 100)
+    return layer
+
+
+class Kind(nn.Parameter):
+    pass
+
+
+def of_a_kind():
+    layer = nn.Linear(100, 100)
+    layer.weight = Kind(torch.ones(100, 100))
+    return layer
+
+
+class Listing(nn.Module):
+    """Keeps its weights, and something else, in a list, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(100, 100)
+        self.every = [self.line.weight, torch.ones(100, 100)]
 
 
 def hooked():
@@ -115,9 +140,16 @@ def test_what_stands_on_a_parameter_stays_there():
     assert isinstance(module.weight, FakeTensor)
     written.materialise(module, [module.weight], "cpu")
     assert type(module.weight) is nn.Parameter
-    assert module.weight.decays is False
-    assert torch.equal(module.weight.mask, torch.ones(100, 100))
-    assert set(vars(module.weight)) == {"decays", "mask"}
+    assert vars(module.weight) == {"decays": False, "groups": ["slow"]}
+
+
+def test_what_is_kept_twice_stays_one():
+    module, written, _ = models.without_memory(ClassPath("test_deferred.Listing", {}), 3)
+    assert torch.equal(module.every[1], torch.ones(100, 100))
+    assert isinstance(module.line.weight, FakeTensor)
+    written.materialise(module, [module.line.weight], "cpu")
+    assert module.every[0] is module.line.weight
+    assert type(module.line.weight) is nn.Parameter
 
 
 def test_a_model_of_a_terabyte_can_be_built():
@@ -155,5 +187,10 @@ def test_what_cannot_run_without_memory_is_built_whole():
     module, written, reason = models.without_memory(ClassPath("test_deferred.hooked", {}), 3)
     assert (written, len(module.weight._backward_hooks)) == (None, 1)
     assert "a hook on the gradient of weight" in reason
+    for name, why in (("masked", "mask is noted on weight"), ("of_a_kind", "Kind is a kind of nn.Parameter")):
+        module, written, reason = models.without_memory(ClassPath(f"test_deferred.{name}", {}), 3)
+        assert written is None
+        assert why in reason
+    assert type(module.weight) is Kind
     with pytest.raises(ConfigError, match="no such width"):
         models.without_memory(ClassPath("test_deferred.failing", {}), 3)

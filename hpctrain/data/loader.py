@@ -76,10 +76,11 @@ class Loader(Generic[B]):
         self.close()
         self._stop = stop = threading.Event()
         ready: queue.Queue[Step[B]] = queue.Queue(maxsize=AHEAD)
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._fill, args=(position, ready, stop), name="hpctrain loader", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread
         while True:
             yield ready.get()
 

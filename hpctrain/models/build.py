@@ -22,7 +22,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from hpctrain import construct
 from hpctrain.config import ClassPath
 from hpctrain.errors import ConfigError, nearest
-from hpctrain.gradient import hooked
 from hpctrain.models.deferred import Deferred
 
 Shapes = dict[str, tuple[int, ...]]
@@ -84,9 +83,6 @@ def without_memory(spec: ClassPath, seed: int) -> tuple[nn.Module, Deferred | No
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by its copying
             module = build(spec, seed)
         deferred.complete(module)
-        for name, parameter in module.named_parameters():
-            if hooked(parameter):  # it may hold tensors of the constructor
-                raise NotImplementedError(f"there is a hook on the gradient of {name}")
         return module, deferred, ""
     except Exception as error:
         module = build(spec, seed)  # its own faults show again

@@ -13,7 +13,7 @@ generator on: the most that exists at a time is the largest tensor.
 A constructor that looks at a number of a large tensor gets it, by a replay.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpctrain.gradient import hooked
+from hpctrain.hidden import notes_on, plain, registered
 
 SMALL = 4096
 """Elements: tensors up to this size are made as ever, so constructors may look at them."""
@@ -83,9 +86,17 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lines: list[Line] = []
         self._kept: dict[int, torch.Tensor] = {}
         """A tensor of each memory: while it is kept no other memory has its number."""
-        with self.shapes:
-            self._own = {*vars(nn.Parameter(torch.empty(0)))}
-        """Attributes that a parameter without memory has itself."""
+
+    def __enter__(self) -> "Deferred":
+        """Begin to write down."""
+        nn.Parameter.__new__ = plain_parameters_only  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *of: Any) -> None:
+        """Write down no more."""
+        nn.Parameter.__new__ = MAKES  # type: ignore[method-assign]
+        super().__exit__(*of)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -165,22 +176,32 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- afterwards --------------------------------------------------------------------------
 
     def complete(self, module: nn.Module) -> None:
-        """Make what modules keep as plain attributes: nobody can tell who uses it. Local."""
-        for owner in module.modules():
-            for name, value in list(owner.__dict__.items()):
-                if name.startswith("_") and name in vars(nn.Module()):
-                    continue
-                if any(isinstance(leaf, FakeTensor) for leaf in _pytree.tree_leaves(value)):
-                    with torch.no_grad():
-                        owner.__dict__[name] = self._real(value)
+        """Make what modules keep as plain attributes: nobody can tell who uses it. Local.
 
-    def _real(self, values: Any) -> Any:
-        """Give a tree with the tensors it would have. Local."""
-        fakes = [t for t in _pytree.tree_leaves(values) if isinstance(t, FakeTensor)]
-        memories = self._replay({memory_of(t) for t in fakes})
+        Parameters and buffers among it are left to `materialise`. Raises NotImplementedError where something
+        hangs on a tensor that would be lost with it.
+        """
+        names = registered(module)
+        for tensor in [*module.parameters(), *module.buffers()]:
+            name, notes = names[id(tensor)], notes_on(tensor)
+            if hooked(tensor):  # it may hold tensors of the constructor
+                raise NotImplementedError(f"there is a hook on the gradient of {name}")
+            tensors = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(notes))
+            if tensors or (notes and not isinstance(tensor, nn.Parameter)):
+                raise NotImplementedError(f"{next(iter(notes))} is noted on {name}")
+        for owner, name, value in plain(module):
+            if any(isinstance(leaf, FakeTensor) for leaf in _pytree.tree_leaves(value)):
+                with torch.no_grad():
+                    vars(owner)[name] = self._real(value, names)
+
+    def _real(self, values: Any, but: Container[int] = ()) -> Any:
+        """Give a tree with the tensors it would have, `but` those with these ids. Local."""
+        leaves = _pytree.tree_leaves(values)
+        fakes = {id(t) for t in leaves if isinstance(t, FakeTensor) and id(t) not in but}
+        memories = self._replay({memory_of(t) for t in leaves if id(t) in fakes})
 
         def real(value: Any) -> Any:
-            return View.of(value).on(memories[memory_of(value)]) if isinstance(value, FakeTensor) else value
+            return View.of(value).on(memories[memory_of(value)]) if id(value) in fakes else value
 
         return _pytree.tree_map(real, values)
 
@@ -223,15 +244,27 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = value.detach().to(device)
                 if isinstance(tensor, nn.Parameter):
                     value = nn.Parameter(value, tensor.requires_grad)
-                    for name, noted in vars(tensor).items():  # `weight.no_decay = True`, say
-                        if name not in self._own:
-                            setattr(value, name, self._real(noted))
+                    for name, noted in notes_on(tensor).items():
+                        setattr(value, name, noted)
             made[id(tensor)] = value
         for owner in module.modules():
             for kept in (owner._parameters, owner._buffers):
                 for name, old in kept.items():
                     if old is not None and id(old) in made:
                         kept[name] = made[id(old)]
+        for owner, name, value in plain(module):
+            if any(id(leaf) in made for leaf in _pytree.tree_leaves(value)):
+                vars(owner)[name] = _pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), value)
+
+
+def plain_parameters_only(kind: type, *arguments: Any, **named: Any) -> Any:
+    """Make a parameter, if it is of no kind of its own, which a tensor without memory would not show."""
+    if kind is not nn.Parameter:
+        raise NotImplementedError(f"{kind.__qualname__} is a kind of nn.Parameter of its own")
+    return MAKES(kind, *arguments, **named)
+
+
+MAKES = nn.Parameter.__new__
 
 
 def changed(function: Any, arguments: Any, named: Any) -> Iterator[torch.Tensor]:

@@ -269,6 +269,8 @@ def certain(
     try:
         partition([0.0] * len(works), stages, needs, most)
     except ConfigError as error:
+        if len(works) < stages:
+            raise
         raise ConfigError(f"{error}: {what} take that; {advice}") from None
 
 

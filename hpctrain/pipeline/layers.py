@@ -10,6 +10,7 @@ from torch.utils import _pytree
 from hpctrain.draws import Drawing
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
+from hpctrain.hidden import hidden, registered
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.held import tensors_in
 from hpctrain.pipeline.message import SHARES
@@ -87,8 +88,22 @@ class Layers:
         self.choice.names = [name for name, _ in self.layers]
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)
+        self._refuse_hidden()
         slow = [self.layers[at] for at in self.choice.at_once]
         self.at_once = {f"{name}.{own}" for name, layer in slow for own, _ in layer.named_parameters()}
+
+    def _refuse_hidden(self) -> None:
+        """Refuse layers that keep another stage's tensor where nobody sees that they use it."""
+        every = registered(nn.ModuleList(layer for _, layer in self.layers))
+        for stage, (start, stop) in enumerate(self.ranges):
+            own = registered(nn.ModuleList(layer for _, layer in self.layers[start:stop]))
+            for name, layer in self.layers[start:stop]:
+                if any(id(tensor) in every and id(tensor) not in own for tensor in hidden(layer)):
+                    raise ConfigError(
+                        f"layer {name} keeps a weight or buffer of another layer in a plain attribute, which "
+                        f"stage {stage} does not hold: register it (self.name = …), or set parallel.cuts so "
+                        f"that both are in one stage"
+                    )
 
     def tensors(self, stage: int) -> list[str]:
         """Parameters and buffers of its layers."""

@@ -188,8 +188,8 @@ def layout_of(leaves: tuple[Any, ...], tree: _pytree.TreeSpec) -> Layout:
 
 def memory_of(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Give all memory between a tensor's first and last element, flat; whether without its gaps. Local."""
-    if tensor.is_contiguous():
-        return tensor.view(-1), False
+    if tensor.is_contiguous():  # strides of single rows may be any
+        return tensor.as_strided((tensor.numel(),), (1,)), False
     shape, strides = tensor.shape, tensor.stride()
     if mostly_gaps(shape, strides):
         return tensor.as_strided(once(shape, strides), strides).contiguous().view(-1), True
@@ -231,6 +231,8 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
     flats: list[torch.Tensor] = []
     for at, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
+            if leaf.layout != torch.strided:
+                raise HpctrainError(f"a {leaf.layout} tensor would cross to stage {stage}: {CROSSING}")
             laid = leaf.detach()
             if laid.device.type != "cpu" or laid.is_conj() or laid.is_neg():
                 laid = laid.to("cpu").resolve_conj().resolve_neg()

@@ -253,6 +253,7 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[
             mine.add(at)
         elif rank in users:
             here = copies[at] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            vars(here).update(vars(tensor))  # what a constructor has noted on it
         if len(stages) > 1 and name.endswith("running_mean"):
             raise ConfigError(
                 f"stages {stages[0]} and {stages[-1]} both call the BatchNorm of {name}, whose running "

@@ -83,7 +83,9 @@ class Runner:
         return env, start
 
     def _output(self, name: str, env: Env) -> Any:
-        return self.real(self.traced.held[name]) if name in self.traced.held else env[name]
+        if name in self.traced.held:
+            return self.real(self.traced.held[name])
+        return self.traced.constants[name] if name in self.traced.constants else env[name]
 
     def _call(self, node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call an operator as the module would. Local."""

@@ -27,6 +27,7 @@ from torch.utils import _pytree, checkpoint
 from hpctrain.draws import of_others, told_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
+from hpctrain.hidden import notes_on
 from hpctrain.log import LOGGER
 from hpctrain.modes import Replaced, watched
 from hpctrain.pipeline.operators import MARKS, TAKEN, path_of
@@ -313,16 +314,29 @@ def quiet() -> Iterator[None]:
 def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """Copy a module without its memory."""
     memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
+    tensors = [*module.parameters(), *module.buffers()]
+    for tensor in tensors:
         with fake:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         wanted = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if wanted else empty
+    noted = [leaf for t in tensors for leaf in _pytree.tree_leaves(notes_on(t))]
+    for tensor in (leaf for leaf in noted if isinstance(leaf, torch.Tensor) and id(leaf) not in memo):
+        with fake:
+            memo[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    for tensor in tensors:
+        vars(memo[id(tensor)]).update(copy.deepcopy(notes_on(tensor), memo))
     for value in (value for m in module.modules() for value in vars(m).values()):
         if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # a hook computes it in each call
             with fake:
                 memo[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    twin = copy.deepcopy(module, memo)
+    try:
+        twin = copy.deepcopy(module, memo)
+    except TypeError as error:  # "cannot pickle …"
+        raise ConfigError(
+            f"parallel.stages: {type(module).__name__} can't be copied to be written down ({error}): keep "
+            f"such an object elsewhere, make it an nn.Sequential, or give it a method layers()"
+        ) from error
     for norm in twin.modules():
         if isinstance(norm, _BatchNorm) and norm.momentum is None:
             norm.momentum = 0.1  # the module itself is run, whose plain mean no operator can say

@@ -1,0 +1,40 @@
+"""Tensors and words that hang on a module where torch does not look: plain attributes, notes on tensors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+
+OURS = {*vars(nn.Module())}
+"""Attributes that torch keeps itself."""
+with FakeTensorMode():
+    OWN = {*vars(nn.Parameter(torch.empty(0)))}
+    """Attributes that a parameter without memory has itself."""
+
+
+def registered(module: nn.Module) -> dict[int, str]:
+    """Give the names of parameters and buffers by their ids. Local."""
+    return {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def plain(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """List the modules' plain attributes. Local."""
+    for owner in module.modules():
+        for name, value in list(vars(owner).items()):
+            if name not in OURS:
+                yield owner, name, value
+
+
+def notes_on(tensor: torch.Tensor) -> dict[str, Any]:
+    """Give what was noted on a tensor (`weight.no_decay = True`, say). Local."""
+    return {name: noted for name, noted in vars(tensor).items() if name not in OWN}
+
+
+def hidden(module: nn.Module) -> Iterator[torch.Tensor]:
+    """List the tensors in plain attributes and in notes on parameters and buffers. Local."""
+    values = [value for _, _, value in plain(module)]
+    values += [notes_on(tensor) for tensor in [*module.parameters(), *module.buffers()]]
+    return (leaf for leaf in _pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
