@@ -247,12 +247,16 @@ class Engine:
 
     def _loss(self, batch: Batch, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = batch.to(self.topology.device)
+        outputs = self._call(on_device, stream)
+        return self.loss(to_float(outputs), on_device)
+
+    def _call(self, on_device: Batch, stream: int) -> Any:
         compiled = nullcontext(Draws(stream))  # a mode would cut its graph
         drawing = compiled if self.straight.compiled else self._drawing.of(stream, 0, on_device.inputs)
         with self._precision(), drawing as counting:
             outputs = models.call(self.module, on_device.inputs, self.named)
         self._drawn = stream, range(counting.count)
-        return self.loss(to_float(outputs), on_device)
+        return outputs
 
     def _precision(self) -> AbstractContextManager[Any]:
         return precision(self.autocast, self.topology.device)
@@ -277,10 +281,10 @@ class Engine:
         Else collective over the stages: the last has the outputs, with `everywhere` all have them.
         """
         self.module.eval()
-        set_generators(key(self.seed, EVALUATION) >> 1)
-        with self._precision():
-            found = models.call(self.module, batch.to(self.topology.device).inputs, self.named)
-        return to_float(found, "cpu")
+        stream = key(self.seed, EVALUATION)
+        set_generators(stream >> 1)
+        on_device = batch.to(self.topology.device)
+        return to_float(run_again(lambda: self._call(on_device, stream), []), "cpu")
 
     def each(self, batches: Iterable[Batch], use: Callable[[Batch, Any], None]) -> None:
         """Run batches through the model in eval mode; `use` gets each with its outputs. Local."""
@@ -317,6 +321,11 @@ class Engine:
 def note(error: Exception, place: str) -> None:
     """Add where an error came up, and what to do where there was no memory. Local."""
     error.add_note(place)
+    if "modified by an inplace operation" in str(error):
+        error.add_note(
+            "in stages several micro-batches are between forward and backward at once: where each forward "
+            "changes a buffer or weight in place that its backward needs, use a copy (x * buffer.clone())"
+        )
     if ran_out(error):
         error.add_note(
             "no memory is left: take more parallel.stages or parallel.micro_batches, a smaller train.batch, "

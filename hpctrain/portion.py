@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from mpi4py import MPI
@@ -18,6 +19,7 @@ from mpi4py import MPI
 from hpctrain.averaging import groups, sync_norm
 from hpctrain.batch import broadcast
 from hpctrain.config import ClassPath, Config
+from hpctrain.engine import precision
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.models import build as models
@@ -89,7 +91,8 @@ def build(
         with together(world), told_of_memory(topology):  # what may fail on one rank alone comes first
             inputs = example()
             split.need(config.parallel.cuts, stages)
-            pieces = split.write(module, inputs, models.by_name(module, list(inputs)), stages)
+            around = partial(precision, config.train.autocast, "cpu")  # where forwards are written down
+            pieces = split.write(module, inputs, models.by_name(module, list(inputs)), stages, around)
         here = {} if deferred else {id(tensor): tensor.nbytes for _, tensor in every_tensor(module)}
         built = sum(here.values())
         scales = scales_of(config, topology, count, synced, inputs, built) if trains else None

@@ -182,11 +182,14 @@ class StagedEngine(Engine):
         stream = key(self.seed, number, v)
         set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
-        marks = self.averager.running.marks() if stage.recomputes else {}
+        running = self.averager.running
+        marks = running.marks() if stage.recomputes else {}
+        before = running.contents() if stage.recomputes and not self._stepped else {}
         with self.straight.forward(), self._precision(), self._watching_others():
             inputs = batch.to(self.topology.device).inputs
-            outputs = run_again(lambda: stage.forward(v, part, inputs, stream), self.averager.running.records)
-        if stage.recomputes and self.averager.running.marks() == marks:
+            outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
+        if stage.recomputes and running.marks() == marks:
+            stage.keeps |= any(not torch.equal(running.others()[name], old) for name, old in before.items())
             stage.let_go(v)
         if stage.last:
             self._losses[v] = self._checked(

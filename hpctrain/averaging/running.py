@@ -12,6 +12,8 @@ layout, one process included. No forward is run twice.
 Any other buffer that a step changes is taken from the last replica, whose micro-batches come last.
 """
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,13 +29,41 @@ Record = tuple[int, int, torch.Tensor, torch.Tensor]
 """Micro-batch, number of the BatchNorm, mean and variance of its batch."""
 
 
+def follows_torch(norm: _BatchNorm) -> bool:
+    """Whether a BatchNorm has running statistics and moves them on as torch's own does. Local.
+
+    A subclass is asked: made-up numbers go through a copy of it in training.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+    if type(norm).forward is _BatchNorm.forward or hasattr(norm, "meeting") or hasattr(norm, "process_group"):
+        return True
+    shape = 4, norm.num_features, *[3] * {"BatchNorm2d": 2, "BatchNorm3d": 3}.get(kind_of(norm), 1)
+    x = torch.linspace(-1.0, 2.0, math.prod(shape), device=norm.running_mean.device).view(shape)
+    twin = copy.deepcopy(norm).train()
+    plain = copy.deepcopy(norm).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin(x.to(norm.running_mean.dtype))
+            _BatchNorm.forward(plain, x.to(norm.running_mean.dtype))
+    except Exception:
+        return True  # it wants other numbers; torch's subclasses have their own way
+    return all(torch.equal(a, b) for a, b in zip(twin.buffers(), plain.buffers()))
+
+
+def kind_of(norm: _BatchNorm) -> str:
+    """Give the name of torch's class that a BatchNorm is of. Pure."""
+    own = (kind.__name__ for kind in type(norm).__mro__ if kind.__module__ == _BatchNorm.__module__)
+    return next(own, "")
+
+
 class RunningStatistics:
     """The buffers of a module that a training step changes."""
 
     def __init__(self, module: nn.Module) -> None:
         """Find BatchNorm modules with running statistics and watch their calls."""
         self.module = module
-        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and follows_torch(m)]
         self.micro_batch = 0
         self.records: list[Record] = []
         self.copies: dict[str, torch.Tensor] = {}
@@ -104,6 +134,10 @@ class RunningStatistics:
         """Say which tensors the other buffers are, and how often each was changed in place."""
         return {name: (id(buffer), buffer._version) for name, buffer in self.others().items()}
 
+    def contents(self) -> dict[str, torch.Tensor]:
+        """Copy the other buffers: F.batch_norm changes those of a user's without counting it. Local."""
+        return {name: buffer.clone() for name, buffer in self.others().items()}
+
     def others(self) -> dict[str, torch.Tensor]:
         """Buffers that are no BatchNorm's, as they are now: user code may assign new ones."""
         mine = {id(b) for norm in self.norms for b in norm.buffers(recurse=False)}
@@ -113,7 +147,7 @@ class RunningStatistics:
         """Remember the buffers before the step."""
         self.restore()
         self.records = []
-        self.copies = {name: buffer.clone() for name, buffer in self.others().items()}
+        self.copies = self.contents()
 
     @property
     def others_changed(self) -> bool:

@@ -7,6 +7,8 @@
 A cut may go anywhere but between a tensor and an operator that changes it in place.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -35,10 +37,11 @@ class Graph:
         inputs: dict[str, torch.Tensor],
         named: bool,
         stages: int,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Write the forward down for this batch. Local."""
+        """Write the forward down for this batch; passes run under what `around` gives. Local."""
         self.stages, self.module, self.inputs = stages, module, inputs
-        self.writer = Writer(module, inputs, named, stages)
+        self.writer = Writer(module, inputs, named, stages, around)
         first = dict[int, str]()
         everything = [
             *module.named_parameters(remove_duplicate=False),
@@ -176,9 +179,30 @@ class Graph:
         for stage, names in self.used.items():
             for name in names:
                 owner.setdefault(self.first[name], []).append(stage)
+        root, least = roots(traced.nodes), dict[str, int]()
+        while True:
+            self._place_by(traced, owner, least)
+            late = next((node for node in traced.nodes if self._too_late(node, traced, root)), None)
+            if late is None:
+                return
+            made, to = root[late.name], traced.stage[late.name]
+            maker = next(node for node in traced.nodes if node.name == made)
+            if to == least.get(made) or any(a.name in traced.held for a in maker.all_input_nodes):
+                raise ConfigError(
+                    f"{late.name} changes in place what another stage made: leave inplace = True out"
+                )
+            least[made] = to  # zeros to be filled, say, are made where that is done
+
+    def _too_late(self, node: fx.Node, traced: Traced, root: dict[str, str]) -> bool:
+        """Whether an operator changes in place what another stage made."""
+        made = traced.stage.get(root[node.name])
+        return changes(node) is not None and made is not None and made != traced.stage[node.name]
+
+    def _place_by(self, traced: Traced, owner: dict[str, list[int]], least: dict[str, int]) -> None:
+        """Give operators the stages of their parameters and inputs, some of them `least` a given one."""
         for node in traced.nodes:
             inputs = [traced.stage[a.name] for a in node.all_input_nodes if a.name in traced.stage]
-            stage = max(inputs, default=0)
+            stage = max([*inputs, least.get(node.name, 0)])
             for a in node.all_input_nodes:
                 if a.name in traced.held:
                     homes = owner.get(self.first[traced.held[a.name]], [0])
@@ -191,13 +215,6 @@ class Graph:
                     stage = min(later)
             traced.stage[node.name] = stage
         self._let_constants_wait(traced)
-        for node in traced.nodes:  # what is changed in place is changed where it was made
-            if changes(node) is not None:
-                root = roots(traced.nodes)[node.name]
-                if root in traced.stage and traced.stage[root] != traced.stage[node.name]:
-                    raise ConfigError(
-                        f"{node.name} changes in place what another stage made: leave inplace = True out"
-                    )
 
     # -- running -----------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
     """Give a model's layers by name where each takes what the one before gave; None where unknown."""
     names = {id(m): name for name, m in module.named_modules()}
     layers: Any = getattr(module, "layers", None)
-    if callable(layers) and not isinstance(layers, nn.Module):
+    if callable(layers) and not isinstance(layers, nn.Module) and not has_hooks(module):
         given = list(layers())
         if not all(isinstance(layer, nn.Module) and id(layer) in names for layer in given):
             raise ConfigError(f"{type(module).__name__}.layers() must give submodules of the model, in order")
@@ -36,20 +36,28 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
                 f"the forward: put it into a module that is listed, or freeze it (requires_grad_(False))"
             )
         return [(names[id(layer)], layer) for layer in given]
-    if not in_a_row(module):
+    if not in_a_row(module) or has_hooks(module):
         return None
     return list(_flat(module, ""))
 
 
 def in_a_row(module: nn.Module) -> bool:
     """Whether a module is an nn.Sequential, or a subclass that only fills it. Pure."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    own = nn.Sequential
+    return isinstance(module, own) and all(
+        getattr(type(module), name) is getattr(own, name) for name in ("forward", "__call__", "__iter__")
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the user wants to be called with what a module gets or gives. Local."""
+    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():  # named_children leaves out what stands twice
         assert child is not None
-        if in_a_row(child) and not child._forward_hooks and not child._forward_pre_hooks:
+        if in_a_row(child) and not has_hooks(child):
             yield from _flat(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
@@ -74,7 +82,7 @@ class Layers:
         """
         modules = [layer for _, layer in self.layers]
         every = [module for layer in modules for module in layer.modules()]
-        hooked = any(getattr(module, kind) for module in every for kind in HOOKS)
+        hooked = any(map(has_hooks, every))
         alone, shared = used_once([{*map(id, [*m.parameters(), *m.buffers()])} for m in modules])
         self.choice = choose(
             self.stages,

@@ -141,7 +141,7 @@ def mostly_gaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def lie_together(one: torch.Tensor, other: Any) -> bool:
     """Whether another tensor has some of the memory of this one. Local."""
-    if not isinstance(other, torch.Tensor):
+    if not isinstance(other, torch.Tensor) or other.layout != torch.strided:
         return False
     if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() or not one.numel():
         return False

@@ -1,11 +1,13 @@
 """What the operators of a written-down forward say of themselves: place, aliases, work; how one is called."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional
+from torch.utils import _pytree
 
 from hpctrain.draws import draws
 
@@ -86,10 +88,28 @@ def changes(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def memories(node: fx.Node) -> list[int]:
+    """Number the memory of a value's tensors, where they have any. Local."""
+    found = []
+    for leaf in _pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(leaf, torch.Tensor):
+            with suppress(NotImplementedError):  # a sparse one
+                found.append(int(leaf.untyped_storage()._cdata))
+    return found
+
+
 def roots(nodes: list[fx.Node]) -> dict[str, str]:
-    """By value: the one whose memory it may show."""
+    """By value: the one whose memory it may show, as its operator says, or did when it was written down."""
     found: dict[str, str] = {}
+    first: dict[int, str] = {}
     for node in nodes:
+        for a in node.all_input_nodes:
+            for memory in memories(a):
+                first.setdefault(memory, a.name)
+        shown = next((first[memory] for memory in memories(node) if memory in first), None)
+        if shown is not None:
+            found[node.name] = found.get(shown, shown)
+            continue
         schema = getattr(node.target, "_schema", None)
         aliases = schema is None or any(r.alias_info is not None for r in schema.returns)
         composite = schema is not None and schema.name.split("::")[-1] in (
@@ -98,7 +118,9 @@ def roots(nodes: list[fx.Node]) -> dict[str, str]:
             "to",
             "flatten",
         )
-        source = node.all_input_nodes[0].name if node.all_input_nodes and (aliases or composite) else None
+        silent = "dropout" in getattr(node.target, "_opname", "") and not draws_of(node, {})
+        shows = aliases or composite or silent
+        source = node.all_input_nodes[0].name if node.all_input_nodes and shows else None
         found[node.name] = found.get(source, source) if source is not None else node.name
     return found
 

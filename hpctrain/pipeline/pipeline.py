@@ -109,6 +109,8 @@ class Pipeline:
                 f"{most:,}: take fewer (parallel.virtual_stages)"
             )
         self.stages = [Stage(cut, number, transport, recomputes) for number in numbers]
+        for stage in self.stages:
+            stage.shared = [(tie.name, tie.tensor) for tie in ties if self.rank in (tie.owner, *tie.others)]
         self._met = set[tuple[int, bool]]()
         """Numbers of samples that parts were made for, and whether in training."""
 
@@ -267,6 +269,9 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[
             )
         if len(stages) > 1:
             ties.append(Tie(name, here, users[0], tuple(users[1:])))
+    if any(map(hooked, module.parameters())):  # which may look at what no operator uses
+        used = {id(by_name[name]) for at in range(cut.stages) for name in cut.tensors(at)}
+        copies |= {id(t): t for _, t in everything if id(t) not in used | mine}
     for _, owner in list(module.named_modules()):
         for kept in (owner._parameters, owner._buffers):
             for name, value in list(kept.items()):

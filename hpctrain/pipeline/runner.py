@@ -91,7 +91,7 @@ class Runner:
         """Call an operator as the module would. Local."""
         if node.target is torch.ops.aten.batch_norm.default:
             owner = self.module.get_submodule(path_of(node))
-            if isinstance(owner, _BatchNorm):
+            if isinstance(owner, _BatchNorm) and as_torch(owner, *arguments[1:8]):
                 return normalise(owner, arguments[0])
         return called(node, arguments, named)
 
@@ -100,6 +100,24 @@ def place_of(node: fx.Node) -> str:
     """Say where an operator stands. Pure."""
     where = f"layer {path_of(node)}" if path_of(node) else "the model's forward"
     return f"{where}, operator {node.name}"
+
+
+def as_torch(
+    owner: _BatchNorm,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> bool:
+    """Whether a BatchNorm's operator has what torch's own forward would give it. Local."""
+    usual = owner.training or (owner.running_mean is None and owner.running_var is None)
+    tensors = (weight, owner.weight), (bias, owner.bias)
+    same = all(given is own for given, own in tensors) and training == usual and eps == owner.eps
+    own_momentum = owner.momentum is None or momentum == owner.momentum or not training
+    return same and own_momentum and (mean is None or mean is owner.running_mean)
 
 
 def normalise(owner: _BatchNorm, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,10 @@ Where a parameter is used tells its stage; one that several use belongs to the f
 keep copies.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,16 +21,22 @@ from hpctrain.pipeline.layers import Layers, layers_of
 from hpctrain.pipeline.part import Cut
 
 
-def write(module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages: int) -> Cut:
+def write(
+    module: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    named: bool,
+    stages: int,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Cut:
     """Say what a model can be cut between; `place` cuts it. Local.
 
-    `inputs` is one micro-batch, for its shapes and dtypes. Raises ConfigError where the model can't be
-    cut, saying what stands in the way.
+    `inputs` is one micro-batch, for its shapes and dtypes; `around` gives what passes run under (autocast).
+    Raises ConfigError where the model can't be cut, saying what stands in the way.
     """
     found = layers_of(module)
     if found is not None and len(inputs) == 1:
         return Layers(found, next(iter(inputs.values())), stages)
-    return Graph(module, inputs, named, stages)
+    return Graph(module, inputs, named, stages, around)
 
 
 def cut(

@@ -92,6 +92,10 @@ class Stage:
         """
         self.cut, self.stage, self.transport, self.recomputes = cut, stage, transport, recomputes
         self.kept: dict[int, Kept] = {}
+        self.keeps = False
+        """Whether its forward changes buffers without torch's counting it: it can't be run again."""
+        self.shared: list[tuple[str, torch.Tensor]] = []
+        """What other stages use, too: no forward may change it, which they would see too late."""
 
     @property
     def last(self) -> bool:
@@ -141,8 +145,14 @@ class Stage:
         env = {name: value for values in kept.received.values() for name, value in values.items()}
         given = {**{input_of(name): value for name, value in inputs.items()}, **env}
         kept.stream, kept.start = stream, kept.draws
-        versions = versions_of(given)
+        versions, shared = versions_of(given), [tensor._version for _, tensor in self.shared]
         found, kept.draws = part.run(given, stream, kept.start)
+        for (name, tensor), version in zip(self.shared, shared):
+            if tensor._version != version:
+                raise ConfigError(
+                    f"the forward of stage {self.stage} changes {name} in place, which another stage uses, "
+                    f"too, and would see only behind the step: set parallel.cuts so that one has all its uses"
+                )
         names = {name for given in part.gives.values() for name in given}
         kept.found = {name: found[name] for name in found if name in names}
         if versions_of(given) == versions:
@@ -155,7 +165,7 @@ class Stage:
         The last stage keeps it: there the loss hangs on it.
         """
         kept = self.kept[v]
-        if self.recomputes and not self.last and kept.given:
+        if self.recomputes and not self.last and not self.keeps and kept.given:
             kept.gone = True
             kept.found = _pytree.tree_map_only(torch.Tensor, without_graph, kept.found)
 

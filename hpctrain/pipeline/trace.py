@@ -7,7 +7,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -66,9 +66,19 @@ class Traced:
 class Writer:
     """Writes one model's forward down, for any number of samples, in training and eval mode."""
 
-    def __init__(self, module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages: int) -> None:
-        """Take the module, one batch for its shapes, and whether forward gets its inputs by name."""
-        self.module, self.named, self.stages = module, named, stages
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        named: bool,
+        stages: int,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Take the module, one batch for its shapes, and whether forward gets its inputs by name.
+
+        `around` gives what passes run under: autocast decides dtypes, which operators hold.
+        """
+        self.module, self.named, self.stages, self.around = module, named, stages, around
         self.like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
         self.fake = FakeTensorMode()
         self.skeleton = skeleton(module, self.fake)
@@ -92,6 +102,7 @@ class Writer:
                 own_gradients_refused(self.skeleton),
                 regions_kept(),
                 Replaced(dict.fromkeys(CALLED, marked)),
+                self.around(),
             ):
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
                 with fx.traceback.preserve_node_meta():  # what is marked
@@ -121,6 +132,12 @@ class Writer:
             LOGGER.warning("%s", told)
         self._warn_of_state(arguments)
         signature = program.graph_signature
+        if signature.inputs_to_lifted_custom_objs:
+            raise ConfigError(
+                f"parallel.stages = {self.stages}: the forward uses an object that operators can't name "
+                f"({', '.join(signature.inputs_to_lifted_custom_objs.values())}; a torch.Generator, say): "
+                f"leave it out, make the model an nn.Sequential, or give it a method layers()"
+            )
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         order = list(fakes) if not self.named else list(program.call_spec.in_spec.child(1).context)
         inputs = dict(zip(signature.user_inputs, order))
