@@ -93,7 +93,7 @@ class Engine:
         self.named = models.by_name(self.module, self.names)
         self.straight = StraightIntoPlace(self.module, self.places())
         self._losses: dict[int, tuple[torch.Tensor, float]] = {}
-        self._drawing = Drawing([self.module])
+        self._drawing = {training: Drawing([self.module]) for training in (True, False)}
         self._drawn = 0, range(0)
         """Stream of the latest forward, and its draws."""
         self._read, self._ended, self._stepped, self._told = 0.0, 0.0, False, False
@@ -252,7 +252,8 @@ class Engine:
 
     def _call(self, on_device: Batch, stream: int) -> Any:
         compiled = nullcontext(Draws(stream))  # a mode would cut its graph
-        drawing = compiled if self.straight.compiled else self._drawing.of(stream, 0, on_device.inputs)
+        of_mode = self._drawing[self.module.training]
+        drawing = compiled if self.straight.compiled else of_mode.of(stream, 0, on_device.inputs)
         with self._precision(), drawing as counting:
             outputs = models.call(self.module, on_device.inputs, self.named)
         self._drawn = stream, range(counting.count)

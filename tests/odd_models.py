@@ -129,7 +129,8 @@ class Masked(Odd):
     def add(self):
         self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         mask = (torch.arange(2 * WIDTH * WIDTH) % 3 > 0).float().view(2 * WIDTH, WIDTH)
-        self.wide.weight.register_hook(lambda g: g * mask)
+        self.register_buffer("portion", torch.tensor(0.5))
+        self.wide.weight.register_hook(lambda g: g * mask * self.portion)
         self.narrow.weight.register_post_accumulate_grad_hook(self.bound)
 
     def bound(self, parameter):
@@ -137,6 +138,70 @@ class Masked(Odd):
 
     def middle(self, x):
         return self.inner(self.narrow(torch.relu(self.wide(x))))
+
+
+class FrozenNorm(nn.BatchNorm1d):
+    """Normalises with its running statistics in training, too."""
+
+    def forward(self, x):
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
+class OtherNorm(nn.BatchNorm1d):
+    """Has its own idea of weight, momentum and eps."""
+
+    def forward(self, x):
+        statistics = self.running_mean, self.running_var
+        return functional.batch_norm(x, *statistics, self.weight * 2, self.bias, self.training, 0.3, 1e-2)
+
+
+class ChunkedNorm(nn.BatchNorm1d):
+    """Normalises in two parts."""
+
+    def forward(self, x):
+        return torch.cat([super(ChunkedNorm, self).forward(part) for part in x.chunk(2, 2)], 2)
+
+
+class OwnNorms(Odd):
+    """BatchNorms that do other things than torch's."""
+
+    def add(self):
+        self.norms = nn.Sequential(FrozenNorm(8), OtherNorm(8), ChunkedNorm(8))
+
+    def middle(self, x):
+        return self.inner(self.norms(x.unflatten(1, (8, 8))).flatten(1))
+
+
+class OwnStatistics(Odd):
+    """Running statistics in buffers of its own, which F.batch_norm changes without torch's counting it."""
+
+    def add(self):
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("variance", torch.ones(8))
+
+    def middle(self, x):
+        x = x.unflatten(1, (8, 8))
+        return self.inner(
+            functional.batch_norm(x, self.mean, self.variance, training=self.training).flatten(1)
+        )
+
+
+class DrawsAlways(Odd):
+    """Draws in evaluation, too."""
+
+    def middle(self, x):
+        return self.inner(functional.dropout(self.other(functional.dropout(x, 0.2, True)), 0.3, True))
+
+
+class KeepsDtype(Odd):
+    """Asks for dtypes, which autocast decides."""
+
+    def middle(self, x):
+        h = self.inner(x)
+        filled = h.new_zeros(h.shape).index_add_(0, torch.arange(len(h)), h)
+        return torch.tanh(filled.float()) + h
 
 
 class PlainMean(Odd):

@@ -342,6 +342,103 @@ def adding_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, 8), *[Adding() for _ in range(7)], nn.Linear(8, out_features))
 
 
+class HookedRow(nn.Sequential):
+    """What it gives is changed by a hook on the whole row."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(nn.Linear(in_features, 8), nn.Tanh(), nn.Linear(8, out_features))
+        self.register_forward_hook(lambda module, given, found: 3 * found)
+
+
+def inner_hooked_row(in_features: int, out_features: int) -> nn.Sequential:
+    """A row in a row, with a hook on its backward."""
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    inner.register_full_backward_hook(lambda module, of_inputs, of_outputs: (2 * of_inputs[0],))
+    return nn.Sequential(nn.Linear(in_features, 8), nn.Tanh(), inner, nn.Linear(8, out_features))
+
+
+class Moving(nn.Module):
+    """Moves a mean on in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return torch.tanh(self.line(x)) + self.mean.clone()
+
+
+def moving_row(in_features: int, out_features: int) -> nn.Sequential:
+    """One layer stands twice, and changes a buffer."""
+    twice = Moving()
+    return nn.Sequential(nn.Linear(in_features, 8), twice, nn.Linear(8, 8), twice, nn.Linear(8, out_features))
+
+
+class Peeking(nn.Linear):
+    """Uses a weight that it has not registered."""
+
+    def __init__(self, other: nn.Linear):
+        super().__init__(128, 128)
+        self.others = [other.weight]
+
+    def forward(self, x):
+        return super().forward(x) * self.others[0].mean()
+
+
+def peeking_row(in_features: int, out_features: int, own: bool = False) -> nn.Sequential:
+    """A layer uses the weight of the first one, or its own once more, from a list."""
+    first = nn.Linear(in_features, 128)
+    layer = Peeking(first)
+    if own:
+        layer.others = [layer.weight]
+    return nn.Sequential(first, nn.Tanh(), layer, nn.Tanh(), nn.Linear(128, out_features))
+
+
+class Filling2(nn.Module):
+    """Has one operator less in evaluation; fills zeros in the shape of what another stage gave."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.second, self.last = (
+            nn.Linear(in_features, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, out_features),
+        )
+
+    def forward(self, x):
+        first = self.first(x)
+        second = self.second(torch.tanh(first * 1.5 if self.training else first))
+        filled = torch.zeros_like(first)
+        filled.add_(second)
+        return self.last(filled)
+
+
+class Constant(nn.Module):
+    """Gives out a tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.table = nn.Linear(5, 2), torch.arange(3.0)
+
+    def forward(self, x):
+        return self.line(x), self.table
+
+
+class Generating(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+        self.generator = torch.Generator()
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.second(h + torch.randn(h.shape, generator=self.generator))
+
+
 class Shaped(nn.Module):
     """Begins with a view."""
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import odd_models
 import pytest
+import stage_models
 import torch
 from helpers import SAMPLES, config_of
 from marks import lays_weights
 from mpi4py import MPI
+from torch import nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from hpctrain import assemble, products
@@ -699,6 +702,7 @@ def has_bits_of_one_process(world, job, model):
     assert set(owned) == set(state)
 
 
+NO_MODELS = ("Odd", "Warming", "NormedLayer", "FrozenNorm", "OtherNorm", "ChunkedNorm")
 ODD = [
     name
     for name, kind in vars(odd_models).items()
@@ -708,9 +712,7 @@ ODD = [
 
 @pytest.mark.mpi
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize(
-    "model", [*(name for name in ODD if name not in ("Odd", "Warming", "NormedLayer")), "normed_row"]
-)
+@pytest.mark.parametrize("model", [*(name for name in ODD if name not in NO_MODELS), "normed_row"])
 def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
     """Draws where no mode sees them, regions that are run again, tables that are changed."""
     if world.size != 2:
@@ -726,6 +728,106 @@ def test_no_stage_begins_between_what_changes_a_table_and_who_reads_it():
     at = {node.name: i for i, node in enumerate(traced.nodes)}
     changed, read = at["embedding_renorm_"], at["embedding"]
     assert set(range(changed + 1, read + 1)) <= forbidden(traced.nodes, at)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("autocast", ["none", "bf16"])
+@pytest.mark.parametrize("model", ["OwnStatistics", "DrawsAlways", "KeepsDtype"])
+def test_odd_models_that_run_again_in_bf16_and_in_evaluation(world, build, model, autocast):
+    """Forwards run again; evaluation before training and behind it has the numbers of one process."""
+    if world.size != 2:
+        pytest.skip("two ranks do")
+    settings = {"micro_batches": 3, "schedule": "zb-h1", "recompute": "always", "autocast": autocast}
+    job = build(model, 2, module="odd_models", **settings)
+    alone = build_alone(job)
+    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    assert run(job, 3) == run(alone, 3)
+    sums += [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    assert sums[0] == sums[1]
+    assert sums[2] == sums[3]
+    expected = dict(tensors_of(alone.engine.module))
+    assert all(torch.equal(value, expected[name]) for name, value in tensors_of(job.engine.module).items())
+    alone.close()
+    alone.topology.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["HookedRow", "inner_hooked_row"])
+def test_hooks_on_rows_run(world, build, model):
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build(model, 2, micro_batches=3), model)
+
+
+@pytest.mark.mpi
+def test_what_one_stage_changes_and_another_uses_is_refused(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("moving_row", 2, micro_batches=3, cuts=["2"])
+    with pytest.raises(ConfigError, match=r"stage 0 changes 1.mean in place, which another stage uses, too"):
+        job.engine.step(0, job.loader.read(0))
+    job = build("moving_row", 2, micro_batches=3, cuts=["4"])  # all in one stage
+    has_bits_of_one_process(world, job, "moving_row")
+
+
+@pytest.mark.mpi
+def test_what_a_layer_keeps_in_a_list_is_found(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match="layer 2 keeps a weight or buffer of another layer in a plain"):
+        build("peeking_row", 2, micro_batches=3, cuts=["2"])
+    has_bits_of_one_process(world, build("peeking_row", 2, micro_batches=3, cuts=["4"]), "peeking_row")
+    job = build("peeking_row", 2, micro_batches=3, cuts=["2"], arguments={"own": True})
+    has_bits_of_one_process(world, job, "peeking_row")
+
+
+@pytest.mark.mpi
+def test_what_evaluation_fills_is_made_where_it_is_filled(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("Filling2", 2, micro_batches=3, cuts=["second"])
+    has_bits_of_one_process(world, job, "Filling2")
+    assert job.engine.evaluate(job.split_batches("train"), job.task.measure)["loss"][1] > 0
+
+
+def test_a_constant_may_be_given_out():
+    module = stage_models.Constant()
+    graph = Graph(module, {"x": torch.zeros(3, 5)}, False, 1)
+    graph.place([])
+    found = graph.part(0, 3, True).run({input_of("x"): torch.ones(3, 5)}, 7, 0)[0]["output"]
+    assert torch.equal(found[0], module(torch.ones(3, 5))[0])
+    assert torch.equal(found[1], module.table)
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        lambda x: torch.einsum("ij->ji", x).t(),
+        lambda x: functional.dropout(x, 0.0),
+        torch.atleast_3d,
+        lambda x: x.reshape(-1),
+        lambda x: x.contiguous(),
+        lambda x: x.to(torch.float32),
+    ],
+)
+def test_no_stage_begins_between_a_tensor_and_a_change_of_what_shows_it(alias):
+    """Whether or not its operator says that it may be the same memory."""
+
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x):
+            kept = self.first(x) * 1.0
+            alias(kept).mul_(2.0)
+            return self.second(kept)
+
+    written = Writer(Aliased(), {"x": torch.zeros(3, 5)}, False, 2).write(
+        3, True, {"x": ((5,), torch.float32)}
+    )
+    at = {node.name: i for i, node in enumerate(written.nodes)}
+    assert set(range(at["mul"] + 1, at["mul_"] + 1)) <= forbidden(written.nodes, at)
 
 
 def test_values_go_when_no_operator_wants_them_any_more():
@@ -1298,6 +1400,8 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
         r"`return self.second\(.*` \(RuntimeError: .*\)$",
     ):
         build("Wrong", world.size)
+    with pytest.raises(ConfigError, match=r"an object that operators can't name .*a torch.Generator, say"):
+        build("Generating", world.size)
     with pytest.raises(
         ConfigError, match=r"Deeper .* cut: layer inner\.1 \(Deciding\), stage_models.py:\d+: `"
     ):

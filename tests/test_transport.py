@@ -262,6 +262,19 @@ def test_between_nodes_nothing_is_made_once_a_layout_has_come_twice(world, apart
     assert 4 * 3 * 70_000 < apart.nbytes <= 4 * (2 * 70_000 + 3 * 70_000)
 
 
+def test_a_single_row_of_a_column_is_packed():
+    """It is contiguous with any stride."""
+    column = torch.arange(64.0).view(1, 64)[:, 1]
+    assert column.stride() == (64,)
+    packed = pack(1, 0, [column], 0)
+    assert torch.equal(packed.layout.tree_of([flat.clone() for flat in packed.flats], "cpu")[0], column)
+
+
+def test_sparse_tensors_do_not_cross():
+    with pytest.raises(HpctrainError, match="a torch.sparse_coo tensor would cross to stage 1: tensors"):
+        pack(1, 0, [torch.ones(2), torch.eye(2).to_sparse()], 0)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("slots", [False, True])
 def test_what_somebody_holds_is_not_written_to(world, transport, slots):

@@ -681,6 +681,12 @@ def test_what_a_rank_may_take_is_asked_of_the_system(world, monkeypatch):
 
 
 @pytest.mark.mpi
+def test_too_few_pieces_are_no_question_of_memory(world, even):
+    with pytest.raises(ConfigError, match="the model has 1 layers .* = 1 or fewer$"):
+        choose(2, [1], [Held(1)], works(1), scales(world))
+
+
+@pytest.mark.mpi
 def test_slow_messages_keep_stages_few(world, even):
     """Interleaved sends as often again; on a node it is chosen here, over a slow network it is not."""
 
