@@ -46,7 +46,12 @@ Every key can be set as --section.key value. A run is kept in runs/NAME and resu
 --train.run_folder names another place.
 
   --dry-run      check everything, print the resolved configuration and the layout, stop
-  --steps N      (verify) steps to compare; default 3
+"""
+VERIFY_HELP = """\
+Take a few steps in this layout (ranks, stages, micro-batches) and in one process, and compare loss,
+outputs, gradients and buffers. CONFIG and keys are those of `hpctrain train`; nothing is kept.
+
+  --steps N      steps to compare; default 3
 """
 
 
@@ -188,7 +193,7 @@ def train_help(verb: str) -> int:
     """Print every key with its default, grouped by section."""
     from hpctrain.parse import parser
 
-    text = TRAIN_HELP.format(recipes=", ".join(recipes()))
+    text = TRAIN_HELP.format(recipes=", ".join(recipes())) if verb == "train" else VERIFY_HELP
     usage = f"hpctrain {verb} [CONFIG] [--section.key value ...]"
     made = parser(prog="hpctrain", usage=usage, description=text)
     made.formatter_class = type("Help", (RawDescriptionHelpFormatter, made.formatter_class), {})
@@ -289,7 +294,9 @@ def bench(words: list[str]) -> int:
     parser = ArgumentParser(
         prog="hpctrain bench", description="Measure against the peers and the physical limit, in turn."
     )
-    parser.add_argument("what", choices=["allreduce", "step", "pipeline"])
+    parser.add_argument(
+        "what", choices=["allreduce", "step", "pipeline"], help="pipeline needs 2 ranks or more"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--case",
@@ -300,7 +307,8 @@ def bench(words: list[str]) -> int:
     parser.add_argument(
         "--rounds",
         type=int,
-        help="how often each is timed in turn: few for a look, many on an uneven machine",
+        help="how often each is timed in turn, two at least: few for a look, many on an uneven machine; "
+        "by default 5 to 25",
     )
     found = parse_words(parser, words)
 

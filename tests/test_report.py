@@ -1,6 +1,8 @@
 import json
 import os
+import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -57,6 +59,10 @@ def test_pictures_show_something(tmp_path):
     history += [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 9)]
     history += [{"event": "validate", "step": 8, "split": "test", "epoch": 1.0, "rmse": 0.4}]
     pictures.curves(history, "rmse", tmp_path / "curves.png")
+    negative = [{**row, "loss": -row["loss"]} if row.get("loss") else row for row in history]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "cannot be log-scaled"
+        pictures.curves(negative, "rmse", tmp_path / "negative.png")
     assert colours(tmp_path / "curves.png") > 10
 
 
@@ -93,6 +99,20 @@ def test_bar_on_a_terminal(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "4/4" in out
     assert "loss 0.5 | 99 samples/s" in out
+
+
+@pytest.mark.parametrize(("columns", "shares"), [(80, False), (140, True)])
+def test_a_narrow_terminal_shows_the_step_and_the_time_left(capsys, monkeypatch, columns, shares):
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "terminal_width", lambda: columns)
+    told = {"reading": 0.03, "computing": 0.24, "waiting": 0.59, "averaging": 0.14}
+    with progress.ProgressView(2000, 0, True, 10.0) as view:
+        view.step(1234, 0.0007736, 412.0, told)
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out).strip().splitlines()[-1]
+    assert "1234/2000 loss 0.0007736 | 412 samples/s" in last
+    assert ("averaging 14%" in last) == shares
+    assert re.search(r"(-|\d):(-|\d)", last)
+    assert "…" not in last
 
 
 def test_a_launchers_terminal_counts_only_if_the_launcher_has_one(monkeypatch):

@@ -35,7 +35,8 @@ def curves(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     left.plot([row["step"] for row in train], [row["loss"] for row in train], lw=0.7, alpha=0.5)
     smooth = moving_mean([row["loss"] for row in train], max(1, len(train) // 20))
     left.plot([row["step"] for row in train], smooth, color="C0", label="training loss")
-    left.set(xlabel="optimizer step", ylabel="loss", yscale="log", title="Loss")
+    scale = "log" if all(row["loss"] > 0 for row in train) else "linear"  # log-likelihoods may be negative
+    left.set(xlabel="optimizer step", ylabel="loss", yscale=scale, title="Loss")
     left.legend()
     for at, split in enumerate(sorted({row["split"] for row in tested})):
         mine = [row for row in tested if row["split"] == split]

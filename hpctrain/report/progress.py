@@ -10,6 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hpctrain.log import LOGGER
 
+WIDE = 130
+"""Columns that the bar with everything beside it takes."""
+
 
 def on_terminal() -> bool:
     """Tell whether a person watches standard output.
@@ -35,18 +38,22 @@ class ProgressView:
         """Take all steps, the steps done before, and whether this rank shows anything."""
         self.total, self.shows, self.log_seconds = total, shows, log_seconds
         self.bar: Progress | None = None
+        self.wide = True
+        """Whether there is room for all that is to be said."""
         self.last = time.perf_counter()
         self.began, self.first = self.last, done
         self.due = shows
         if shows and on_terminal():
+            width = terminal_width()
+            self.wide = width >= WIDE
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=24 if self.wide else 8),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
             )
-            console = Console(force_terminal=True, width=terminal_width())
+            console = Console(force_terminal=True, width=width)
             self.bar = Progress(*columns, console=console)
             self.task = self.bar.add_task("train", total=total, completed=done, note="")
 
@@ -67,8 +74,9 @@ class ProgressView:
         """Show that `done` steps are done: loss, samples a second over all ranks, time shares."""
         if not self.shows:
             return
-        parts = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        note = f"loss {loss:.4g} | {rate:,.0f} samples/s | {parts}"
+        note = f"loss {loss:.4g} | {rate:,.0f} samples/s"
+        if self.wide:
+            note += " | " + " ".join(f"{name} {share:.0%}" for name, share in shares.items())
         now = time.perf_counter()
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)

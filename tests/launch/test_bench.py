@@ -42,7 +42,8 @@ def test_wrong_cases_are_named(launcher):
     assert "--rounds 1: two or more were expected" in ended.err
     ended = launcher.ranks(2, "bench", "allreduce", "--case", "1000")
     assert ended.status == 2
-    assert "--case 1000: bytes, a multiple of 4096, were expected" in ended.err
+    assert "hpctrain: error: --case 1000: bytes, a multiple of 4096, were expected" in ended.err
+    assert "MPI_ABORT" not in ended.text  # all ranks find it, and leave
 
 
 def test_pipeline_measures_torchs_own_beside_ours(launcher):
