@@ -322,11 +322,6 @@ class Engine:
 def note(error: Exception, place: str) -> None:
     """Add where an error came up, and what to do where there was no memory. Local."""
     error.add_note(place)
-    if "modified by an inplace operation" in str(error):
-        error.add_note(
-            "in stages several micro-batches are between forward and backward at once: where each forward "
-            "changes a buffer or weight in place that its backward needs, use a copy (x * buffer.clone())"
-        )
     if ran_out(error):
         error.add_note(
             "no memory is left: take more parallel.stages or parallel.micro_batches, a smaller train.batch, "

@@ -21,6 +21,7 @@ from hpctrain.batch import broadcast
 from hpctrain.config import ClassPath, Config
 from hpctrain.engine import precision
 from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.hidden import hidden
 from hpctrain.log import LOGGER
 from hpctrain.models import build as models
 from hpctrain.models.deferred import Deferred
@@ -179,6 +180,8 @@ def share_of(
         tensors = dict(every_tensor(module))
         users = users_of(module, model).items()
         wanted = [tensors[n] for n, stages in users if any(mine(s, topology) for s in stages)]
+        used = {id(tensors[name]) for stage in range(model.stages) for name in model.tensors(stage)}
+        wanted += [kept for kept in hidden(module) if id(kept) not in used]  # a table, say
         deferred.materialise(module, wanted, topology.device)
     else:
         module.to(topology.device)

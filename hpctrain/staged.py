@@ -43,6 +43,10 @@ from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.wire import raise_together
 
 PASSES = (Forward, Backward, BackwardInput, BackwardWeight)
+SEVERAL_AT_ONCE = (
+    "in stages several micro-batches are between forward and backward at once: where each forward changes a "
+    "buffer or weight in place that its backward needs, use a copy (x * buffer.clone())"
+)
 GROUP = 2
 """Batches a stage that are read and evaluated between two looks at whether all is well."""
 
@@ -138,6 +142,8 @@ class StagedEngine(Engine):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
                 rank = self.topology.world_rank
                 note(error, f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {rank}")
+                if "modified by an inplace operation" in str(error):
+                    error.add_note(SEVERAL_AT_ONCE)
                 failure = error
             if failure is not None and isinstance(instruction, (Send, SendGradient)):
                 stage.fail(instruction, part)  # nothing of it has left; a receive took all
@@ -189,7 +195,8 @@ class StagedEngine(Engine):
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
         if stage.recomputes and running.marks() == marks:
-            stage.keeps |= any(not torch.equal(running.others()[name], old) for name, old in before.items())
+            now = running.others() if before else {}
+            stage.keeps |= any(not torch.equal(now[name], old) for name, old in before.items())
             stage.let_go(v)
         if stage.last:
             self._losses[v] = self._checked(

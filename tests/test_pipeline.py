@@ -777,6 +777,7 @@ def test_what_a_layer_keeps_in_a_list_is_found(world, build):
     with pytest.raises(ConfigError, match="layer 2 keeps a weight or buffer of another layer in a plain"):
         build("peeking_row", 2, micro_batches=3, cuts=["2"])
     has_bits_of_one_process(world, build("peeking_row", 2, micro_batches=3, cuts=["4"]), "peeking_row")
+    has_bits_of_one_process(world, build("WithTable", 2, micro_batches=3), "WithTable")
     job = build("peeking_row", 2, micro_batches=3, cuts=["2"], arguments={"own": True})
     has_bits_of_one_process(world, job, "peeking_row")
 

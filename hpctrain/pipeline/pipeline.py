@@ -14,6 +14,7 @@ from torch import nn
 
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.gradient import Places, hooked
+from hpctrain.hidden import notes_on
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
@@ -255,7 +256,7 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[
             mine.add(at)
         elif rank in users:
             here = copies[at] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-            vars(here).update(vars(tensor))  # what a constructor has noted on it
+            vars(here).update(notes_on(tensor))
         if len(stages) > 1 and name.endswith("running_mean"):
             raise ConfigError(
                 f"stages {stages[0]} and {stages[-1]} both call the BatchNorm of {name}, whose running "
