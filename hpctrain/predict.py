@@ -42,6 +42,7 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
                 "%d ranks can't be the run's %d stages: each holds the whole model",
                 *(comm.size, config.parallel.stages),
             )
+            config = replace(config, parallel=replace(config.parallel, cuts=[]))
         # nothing is averaged here: any number of ranks will do
         config = replace(config, averaging=replace(config.averaging, invariant=False))
         job = assemble.build(config, topology, learn=False, trains=False)

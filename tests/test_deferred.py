@@ -192,5 +192,7 @@ def test_what_cannot_run_without_memory_is_built_whole():
         assert written is None
         assert why in reason
     assert type(module.weight) is Kind
+    assert vars(nn.Parameter)["__new__"] is deferred.MAKES
+    assert isinstance(deferred.MAKES, staticmethod)
     with pytest.raises(ConfigError, match="no such width"):
         models.without_memory(ClassPath("test_deferred.failing", {}), 3)

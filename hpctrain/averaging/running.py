@@ -9,7 +9,8 @@ momentum is 1, which leaves the batch's own statistics in the buffers. They are 
 applied on every rank in the order of the micro-batches, by the line above: the same bits on any
 layout, one process included. No forward is run twice.
 
-Any other buffer that a step changes is taken from the last replica, whose micro-batches come last.
+Any other buffer that a step changes is taken from the last replica, whose micro-batches come last; so are
+those of a BatchNorm subclass that moves its statistics on in a way of its own.
 """
 
 import copy
@@ -44,7 +45,7 @@ def follows_torch(norm: _BatchNorm) -> bool:
     plain = copy.deepcopy(norm).train()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            twin(x.to(norm.running_mean.dtype))
+            twin.forward(x.to(norm.running_mean.dtype))  # no hook of the user's
             _BatchNorm.forward(plain, x.to(norm.running_mean.dtype))
     except Exception:
         return True  # it wants other numbers; torch's subclasses have their own way

@@ -257,14 +257,15 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 vars(owner)[name] = _pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), value)
 
 
+MAKES = vars(nn.Parameter)["__new__"]
+"""As torch has it."""
+
+
 def plain_parameters_only(kind: type, *arguments: Any, **named: Any) -> Any:
     """Make a parameter, if it is of no kind of its own, which a tensor without memory would not show."""
     if kind is not nn.Parameter:
         raise NotImplementedError(f"{kind.__qualname__} is a kind of nn.Parameter of its own")
     return MAKES(kind, *arguments, **named)
-
-
-MAKES = nn.Parameter.__new__
 
 
 def changed(function: Any, arguments: Any, named: Any) -> Iterator[torch.Tensor]:
