@@ -791,6 +791,13 @@ def test_what_evaluation_fills_is_made_where_it_is_filled(world, build):
     assert job.engine.evaluate(job.split_batches("train"), job.task.measure)["loss"][1] > 0
 
 
+@pytest.mark.mpi
+def test_an_evaluation_batch_is_no_larger_than_a_steps(world, build):
+    job = build("plain_row", 1, micro_batches=world.size, batch=5)
+    assert {stop - start for start, stop in job.split_blocks("train")} <= {1, 2, 3, 4, 5}
+    assert max(stop - start for of in world.allgather(job.split_blocks("train")) for start, stop in of) == 5
+
+
 def test_a_constant_may_be_given_out():
     module = stage_models.Constant()
     graph = Graph(module, {"x": torch.zeros(3, 5)}, False, 1)

@@ -57,9 +57,7 @@ class Runner:
                 env[placeholder] = given[input_of(name)]
 
         def value(node: fx.Node) -> Any:
-            if node.name in traced.held:
-                return self.real(traced.held[node.name])
-            return traced.constants[node.name] if node.name in traced.constants else env[node.name]
+            return self._value(node.name, env)
 
         for node in self.nodes:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), value)
@@ -78,11 +76,11 @@ class Runner:
                 del env[name]
             del arguments, named
         if self.last:
-            values = [o.value if isinstance(o, Constant) else self._output(o, env) for o in traced.outputs]
+            values = [o.value if isinstance(o, Constant) else self._value(o, env) for o in traced.outputs]
             env["output"] = _pytree.tree_unflatten(values, traced.tree)
         return env, start
 
-    def _output(self, name: str, env: Env) -> Any:
+    def _value(self, name: str, env: Env) -> Any:
         if name in self.traced.held:
             return self.real(self.traced.held[name])
         return self.traced.constants[name] if name in self.traced.constants else env[name]
