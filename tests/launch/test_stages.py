@@ -117,6 +117,10 @@ def test_a_job_recomputes_where_its_memory_asks_for_it(launcher, small, tmp_path
     assert "memory may run out" not in tight.text
     assert losses(tmp_path / "plain") == losses(tmp_path / "tight")
     assert same_bits(weights(tmp_path / "plain"), weights(tmp_path / "tight"))
+    exact = run("exact", 1150 * 1024, "--parallel.recompute", "never")
+    assert exact.status == 0, exact.text
+    assert "large tensors are given back to the system one by one" in exact.text
+    assert losses(tmp_path / "plain") == losses(tmp_path / "exact")
     never = run("never", 900 * 1024, "--parallel.recompute", "never")
     assert never.status != 0, never.text
     assert "memory" in never.text
