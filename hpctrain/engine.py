@@ -219,15 +219,19 @@ class Engine:
         return self._checked(number, micro_batch, batch, found)
 
     def _watching_others(self) -> AbstractContextManager[None]:
-        """Tell of random numbers that are not torch's, once; only the first step is watched."""
-        return nullcontext() if self._stepped or self._told else self._telling_of_others()
+        """Tell of random numbers that are not torch's, once, and look at buffers; in the first step only."""
+        return nullcontext() if self._stepped else self._telling_of_others()
 
     @contextmanager
     def _telling_of_others(self) -> Iterator[None]:
         before = of_others()
-        yield
+        averager = self.averager
+        compiled = self.straight.compiled  # a mode would cut its graph
+        looks = averager.config.invariant and averager.comm.size > 1 and not compiled
+        with averager.running.watching() if looks else nullcontext():
+            yield
         told = told_of_others(before, "results depend on the layout")
-        if told:
+        if told and not self._told:
             self._told = True
             LOGGER.warning("%s", told)
 

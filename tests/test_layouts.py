@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import Net, config_of, plain_training
+from helpers import Averaged, Net, config_of, plain_training
 from mpi4py import MPI
 
 from hpctrain import assemble
@@ -123,6 +123,24 @@ def test_invariant_averaging_gives_the_same_bits_as_one_process(
     config.averaging.invariant = False
     other = trained(config, Topology.build(MPI.COMM_SELF, threads=topology.threads))
     torch.testing.assert_close(other["losses"], alone["losses"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["moves", "replaces", "reads", "counts", "queues"])
+def test_invariant_averaging_refuses_buffers_that_hang_on_all_micro_batches(
+    topology, files, monkeypatch, way
+):
+    """A replica has seen its own only. The latest of something is no such buffer (`Assigned`, `Counting`)."""
+    monkeypatch.setattr(Averaged, "way", way)
+    config = config_of(files, "helpers.Queued" if way == "queues" else "helpers.Averaged")
+    config.parallel.micro_batches, config.averaging.invariant = 6, True
+    if topology.world_size == 1:
+        assert len(trained(config, topology)["losses"])
+        return
+    with pytest.raises(
+        ConfigError, match=r"averaging.invariant: the forward changes the buffer last, each of"
+    ):
+        trained(config, topology)
 
 
 @pytest.mark.mpi

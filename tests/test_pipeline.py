@@ -898,6 +898,20 @@ def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, mod
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_invariant_averaging_refuses_a_buffer_of_one_stage_on_all(world, build, stages):
+    """A mean that moves on by all micro-batches: one replica has the bits, several are refused."""
+    if world.size not in (stages, 2 * stages):
+        pytest.skip("one or two replicas")
+    job = build("averaged_row", stages, micro_batches=6, invariant=True)
+    if world.size == stages:
+        assert run(job, 2) == alone_like(job, 2)[0]
+        return
+    with pytest.raises(ConfigError, match=r"the forward changes the buffer 2\.mean, each of the 2 replicas"):
+        run(job, 2)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("model", ["Skips", "tied_row"])
 def test_clipping_is_by_the_norm_over_all_stages(world, build, model):
     """Each weight once, also the one that two stages use. Replicas add in another order: not the same bits."""

@@ -37,7 +37,7 @@ from hpctrain.averaging.space import SHELF_BYTES, cut, deal
 from hpctrain.averaging.steppers import Shapes, group_settings
 from hpctrain.averaging.sync_norm import Meeting, SyncBatchNorm
 from hpctrain.config import Averaging
-from hpctrain.errors import DriftError, HpctrainError
+from hpctrain.errors import ConfigError, DriftError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import Piece, of_module
 from hpctrain.room import ran_out
@@ -320,15 +320,15 @@ class Averager:
         failure = self._take_over()
         self.places.complete()
         self.running.restore()
-        self.flags.changed = int(self.running.others_changed)
+        self.flags.changed = int(bool(self.running.changed()))
         flags, (losses, weights), used, times = self._exchange()
         weight = math.fsum(weights)
         loss = math.fsum(losses) / weight if weight and np.isfinite(losses).all() else math.nan
         norm = math.nan
         if not flags["errors"]:
-            self.running.apply(self.comm)
             if flags["changed"] and self.comm.size > 1:
-                self.running.broadcast_others(self.comm)
+                self._share_buffers()
+            self.running.apply(self.comm)
         if not flags["errors"] and weight and math.isfinite(loss):
             for group, rate in zip(self.optimizer.param_groups, lr or (), strict=lr is not None):
                 group["lr"] = rate
@@ -342,6 +342,21 @@ class Averager:
         waited = float(times.waiting[self.comm.rank])
         self._transfer = max(0.0, time.perf_counter() - entered - waited)
         return Result(weight, loss, norm, flags["errors"], flags["stops"], flags["saves"], times, failure)
+
+    def _share_buffers(self) -> None:
+        """Take changed buffers from the last replica; refuse them where bits are promised. Collective."""
+        if self.config.invariant:
+            running = self.running
+            every = zip(*self.comm.allgather((running.changed(), running.latest, running.read)))
+            changed, latest, read = (set[str]().union(*of) for of in every)
+            names = sorted(changed - (latest - read))
+            failure = ConfigError(
+                f"averaging.invariant: the forward changes the buffer {', '.join(names[:3])}, each of the "
+                f"{self.comm.size} replicas by its own micro-batches, one process by all of them: run one "
+                f"replica (as many parallel.stages as ranks), or without averaging.invariant"
+            )
+            raise_together(self.pipe or self.comm, failure if names else None, name_rank=False)
+        self.running.broadcast_others(self.comm)
 
     def _take_over(self) -> Exception | None:
         """End what another thread does; its failure is told to the others before it is raised."""

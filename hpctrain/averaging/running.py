@@ -10,7 +10,8 @@ applied on every rank in the order of the micro-batches, by the line above: the 
 layout, one process included. No forward is run twice.
 
 Any other buffer that a step changes is taken from the last replica, whose micro-batches come last; so are
-those of a BatchNorm subclass that moves its statistics on in a way of its own.
+those of a BatchNorm subclass that moves its statistics on in a way of its own. One process has the same only
+where the last micro-batch alone says what they become (`reads.py`): `averaging.invariant` refuses the rest.
 """
 
 import copy
@@ -24,6 +25,7 @@ from mpi4py import MPI
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hpctrain.averaging.reads import Reads
 from hpctrain.batch import broadcast
 
 Record = tuple[int, int, torch.Tensor, torch.Tensor]
@@ -68,6 +70,8 @@ class RunningStatistics:
         self.micro_batch = 0
         self.records: list[Record] = []
         self.copies: dict[str, torch.Tensor] = {}
+        self.read, self.latest = set[str](), set[str]()
+        """Of the other buffers: what watched forwards read, and what they overwrote or replaced."""
         self._saved: dict[int, Any] = {}
         self._hooks = [
             hook
@@ -150,13 +154,21 @@ class RunningStatistics:
         self.records = []
         self.copies = self.contents()
 
-    @property
-    def others_changed(self) -> bool:
-        """Whether this rank's step changed a buffer that is no BatchNorm's, in whatever way."""
-        return any(
-            name not in self.copies or not torch.equal(self.copies[name], buffer)
+    def changed(self) -> set[str]:
+        """Name the buffers that are no BatchNorm's and that this rank's step changed, in whatever way."""
+        return {
+            name
             for name, buffer in self.others().items()
-        )
+            if name not in self.copies or not torch.equal(self.copies[name], buffer)
+        }
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at what a forward does with the other buffers. Local."""
+        with Reads(self.others()) as reads:
+            yield
+        self.read |= reads.read
+        self.latest |= reads.latest(self.others())
 
     @torch.no_grad()
     def apply(self, comm: MPI.Intracomm) -> None:
@@ -177,9 +189,10 @@ class RunningStatistics:
                 running.mul_(1.0 - factor).add_(batch.to(running.device) * factor)
 
     def broadcast_others(self, comm: MPI.Intracomm) -> None:
-        """Take every other buffer from the last replica. Collective."""
-        for buffer in self.others().values():
-            broadcast(comm, buffer, comm.size - 1)
+        """Take every other buffer from the last replica that changed any. Collective."""
+        last = comm.allreduce(comm.rank if self.changed() else -1, op=MPI.MAX)
+        for buffer in self.others().values() if last >= 0 else ():
+            broadcast(comm, buffer, last)
 
 
 def tracked(norm: _BatchNorm) -> int:
