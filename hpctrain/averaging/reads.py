@@ -21,6 +21,13 @@ OVERWRITING = {
 class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator of a forward."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let torch.cond go its usual way, which a mode of other kinds would change."""
+        return True
+
     def __init__(self, buffers: dict[str, torch.Tensor]) -> None:
         """Look at these buffers, by name."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -34,7 +41,7 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator; a view reads nothing, and what overwrites a part only is no overwriting."""
-        if self.left and not func.is_view:
+        if self.left and not getattr(func, "is_view", False):  # torch.cond does not say
             target = args[0] if func in OVERWRITING else None
             for leaf in _pytree.tree_leaves((args[target is not None :], kwargs)):
                 if isinstance(leaf, torch.Tensor) and (name := self.left.pop(storage_of(leaf), None)):
