@@ -189,10 +189,9 @@ class RunningStatistics:
                 running.mul_(1.0 - factor).add_(batch.to(running.device) * factor)
 
     def broadcast_others(self, comm: MPI.Intracomm) -> None:
-        """Take every other buffer from the last replica that changed any. Collective."""
-        last = comm.allreduce(comm.rank if self.changed() else -1, op=MPI.MAX)
-        for buffer in self.others().values() if last >= 0 else ():
-            broadcast(comm, buffer, last)
+        """Take every other buffer from the last replica. Collective."""
+        for buffer in self.others().values():
+            broadcast(comm, buffer, comm.size - 1)
 
 
 def tracked(norm: _BatchNorm) -> int:
