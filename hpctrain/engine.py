@@ -212,24 +212,21 @@ class Engine:
         stream = key(self.seed, number, micro_batch)
         set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
-        with self.straight.forward(), self._watching_others():
+        with self.straight.forward(), self._watching():
             found = run_again(lambda: self._loss(batch, stream), self.averager.running.records)
         if resident:
             self.activation_bytes = max(self.activation_bytes, resident_bytes() - resident)
         return self._checked(number, micro_batch, batch, found)
 
-    def _watching_others(self) -> AbstractContextManager[None]:
-        """Tell of random numbers that are not torch's, once, and look at buffers; in the first step only."""
-        return nullcontext() if self._stepped else self._telling_of_others()
-
     @contextmanager
-    def _telling_of_others(self) -> Iterator[None]:
-        before = of_others()
-        averager = self.averager
-        compiled = self.straight.compiled  # a mode would cut its graph
-        looks = averager.config.invariant and averager.comm.size > 1 and not compiled
-        with averager.running.watching() if looks else nullcontext():
+    def _watching(self) -> Iterator[None]:
+        """Note what a forward does with buffers; in the first step, tell of random numbers not torch's."""
+        first = not self._stepped
+        before = of_others() if first else None
+        with self.averager.watching(first and not self.straight.compiled):  # it would cut a compiled graph
             yield
+        if before is None:
+            return
         told = told_of_others(before, "results depend on the layout")
         if told and not self._told:
             self._told = True

@@ -188,14 +188,14 @@ class StagedEngine(Engine):
         stream = key(self.seed, number, v)
         set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
-        running = self.averager.running
-        marks = running.marks() if stage.recomputes else {}
-        before = running.contents() if stage.recomputes and not self._stepped else {}
-        with self.straight.forward(), self._precision(), self._watching_others():
+        running, buffers = self.averager.running, self.averager.buffers
+        marks = buffers.marks() if stage.recomputes else {}
+        before = buffers.contents() if stage.recomputes and not self._stepped else {}
+        with self.straight.forward(), self._precision(), self._watching():
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
-        if stage.recomputes and running.marks() == marks:
-            now = running.others() if before else {}
+        if stage.recomputes and buffers.marks() == marks:
+            now = buffers.now() if before else {}
             stage.keeps |= any(not torch.equal(now[name], old) for name, old in before.items())
             stage.let_go(v)
         if stage.last:

@@ -154,8 +154,11 @@ class Averaged(Counting):
     """A buffer that hangs on all micro-batches: a moving average; `way`: how it is moved on."""
 
     way = "moves"
+    filled = False
 
     def forward(self, x):
+        if not self.training:
+            return super().forward(x)
         found = x.detach().sum()
         if self.way == "moves":
             self.last.mul_(0.9).add_(0.1 * found)
@@ -166,6 +169,11 @@ class Averaged(Counting):
             self.last.copy_(found)
         elif self.way == "counts":
             self.last += 1
+        elif (self.way == "sometimes" and found > 0) or (self.way == "once" and not self.filled):
+            self.last.copy_(found)
+            self.filled = True
+        elif self.way == "latest":  # of another shape where a micro-batch has other samples
+            self.last = x.detach().clone()
         return super(Counting, self).forward(x)
 
 

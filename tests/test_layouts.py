@@ -126,7 +126,7 @@ def test_invariant_averaging_gives_the_same_bits_as_one_process(
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("way", ["moves", "replaces", "reads", "counts", "queues"])
+@pytest.mark.parametrize("way", ["moves", "replaces", "reads", "counts", "queues", "sometimes", "once"])
 def test_invariant_averaging_refuses_buffers_that_hang_on_all_micro_batches(
     topology, files, monkeypatch, way
 ):
@@ -141,6 +141,22 @@ def test_invariant_averaging_refuses_buffers_that_hang_on_all_micro_batches(
         ConfigError, match=r"averaging.invariant: the forward changes the buffer last, each of"
     ):
         trained(config, topology)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["sometimes", "latest"])
+@pytest.mark.parametrize("micro_batches", [4, 7])
+def test_a_buffer_is_as_the_last_micro_batch_that_wrote_it_left_it(
+    topology, files, monkeypatch, way, micro_batches
+):
+    """Of whichever replica, also where the epoch's last batch leaves some replicas without samples."""
+    monkeypatch.setattr(Averaged, "way", way)
+    config = config_of(files, "helpers.Averaged", batch=9)
+    config.parallel.micro_batches = micro_batches
+    alone = Topology.build(MPI.COMM_SELF, threads=topology.threads)
+    for steps in range(1, 8):  # 29 samples: the fourth step has 2
+        found = [trained(config, t, steps)["last"] for t in (topology, alone)]
+        assert torch.equal(*found), steps
 
 
 @pytest.mark.mpi

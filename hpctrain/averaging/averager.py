@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import nn
 
 from hpctrain.averaging import build, sentinel
 from hpctrain.averaging import tree as trees
+from hpctrain.averaging.buffers import Buffers
 from hpctrain.averaging.medium import BLOCK, Sink
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.norm import Norm
@@ -37,7 +39,7 @@ from hpctrain.averaging.space import SHELF_BYTES, cut, deal
 from hpctrain.averaging.steppers import Shapes, group_settings
 from hpctrain.averaging.sync_norm import Meeting, SyncBatchNorm
 from hpctrain.config import Averaging
-from hpctrain.errors import ConfigError, DriftError, HpctrainError
+from hpctrain.errors import DriftError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import Piece, of_module
 from hpctrain.room import ran_out
@@ -144,6 +146,7 @@ class Averager:
         self.norm = Norm(self.spaces, self.medium, self.pipe)
         self.sharded = shards and isinstance(self.medium, Node)
         self.running = RunningStatistics(module)
+        self.buffers = Buffers(module, self.running.norms)
         self.sync = self._synchronised()
         self._settle()
         self.stepper = build.stepper(optimizer, self.spaces, self.weights, self.medium, self.sharded)
@@ -234,6 +237,7 @@ class Averager:
         self.flags = Flags()
         self._losses[:] = 0.0
         self.running.begin()
+        self.buffers.begin()
         self._coming = list(micro_batches)
         self.running.micro_batch = self._coming[0] if self._coming else 0
         if self.growing:
@@ -252,6 +256,12 @@ class Averager:
         if self.overlap and not self._told_last:
             self.overlap.last(parameters)
         self._told_last = self._told_last or parameters is None
+
+    def watching(self, first: bool) -> AbstractContextManager[None]:
+        """Note what a forward does with buffers that replicas share; `first`: of the first step. Local."""
+        if self.comm.size == 1:
+            return nullcontext()
+        return self.buffers.watching(self.running.micro_batch, looks=first and self.config.invariant)
 
     def forward_of(self, micro_batch: int) -> None:
         """Note that the forward of a micro-batch follows, where passes are not in turn. Local."""
@@ -320,14 +330,16 @@ class Averager:
         failure = self._take_over()
         self.places.complete()
         self.running.restore()
-        self.flags.changed = int(bool(self.running.changed()))
+        self.flags.changed = int(bool(self.buffers.changed()))
         flags, (losses, weights), used, times = self._exchange()
         weight = math.fsum(weights)
         loss = math.fsum(losses) / weight if weight and np.isfinite(losses).all() else math.nan
         norm = math.nan
         if not flags["errors"]:
             if flags["changed"] and self.comm.size > 1:
-                self._share_buffers()
+                if self.config.invariant:
+                    self.buffers.check(self.comm, self.pipe or self.comm)
+                self.buffers.share(self.comm)
             self.running.apply(self.comm)
         if not flags["errors"] and weight and math.isfinite(loss):
             for group, rate in zip(self.optimizer.param_groups, lr or (), strict=lr is not None):
@@ -342,21 +354,6 @@ class Averager:
         waited = float(times.waiting[self.comm.rank])
         self._transfer = max(0.0, time.perf_counter() - entered - waited)
         return Result(weight, loss, norm, flags["errors"], flags["stops"], flags["saves"], times, failure)
-
-    def _share_buffers(self) -> None:
-        """Take changed buffers from the last replica; refuse them where bits are promised. Collective."""
-        if self.config.invariant:
-            running = self.running
-            every = zip(*self.comm.allgather((running.changed(), running.latest, running.read)))
-            changed, latest, read = (set[str]().union(*of) for of in every)
-            names = sorted(changed - (latest - read))
-            failure = ConfigError(
-                f"averaging.invariant: the forward changes the buffer {', '.join(names[:3])}, each of the "
-                f"{self.comm.size} replicas by its own micro-batches, one process by all of them: run one "
-                f"replica (as many parallel.stages as ranks), or without averaging.invariant"
-            )
-            raise_together(self.pipe or self.comm, failure if names else None, name_rank=False)
-        self.running.broadcast_others(self.comm)
 
     def _take_over(self) -> Exception | None:
         """End what another thread does; its failure is told to the others before it is raised."""

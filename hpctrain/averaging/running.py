@@ -9,9 +9,7 @@ momentum is 1, which leaves the batch's own statistics in the buffers. They are 
 applied on every rank in the order of the micro-batches, by the line above: the same bits on any
 layout, one process included. No forward is run twice.
 
-Any other buffer that a step changes is taken from the last replica, whose micro-batches come last; so are
-those of a BatchNorm subclass that moves its statistics on in a way of its own. One process has the same only
-where the last micro-batch alone says what they become (`reads.py`): `averaging.invariant` refuses the rest.
+Any other buffer is left to `buffers.py`, those of a BatchNorm subclass with a way of its own, too.
 """
 
 import copy
@@ -24,9 +22,6 @@ import torch
 from mpi4py import MPI
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from hpctrain.averaging.reads import Reads
-from hpctrain.batch import broadcast
 
 Record = tuple[int, int, torch.Tensor, torch.Tensor]
 """Micro-batch, number of the BatchNorm, mean and variance of its batch."""
@@ -61,17 +56,13 @@ def kind_of(norm: _BatchNorm) -> str:
 
 
 class RunningStatistics:
-    """The buffers of a module that a training step changes."""
+    """The running statistics of a module that a training step changes."""
 
     def __init__(self, module: nn.Module) -> None:
         """Find BatchNorm modules with running statistics and watch their calls."""
-        self.module = module
         self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and follows_torch(m)]
         self.micro_batch = 0
         self.records: list[Record] = []
-        self.copies: dict[str, torch.Tensor] = {}
-        self.read, self.latest = set[str](), set[str]()
-        """Of the other buffers: what watched forwards read, and what they overwrote or replaced."""
         self._saved: dict[int, Any] = {}
         self._hooks = [
             hook
@@ -135,40 +126,10 @@ class RunningStatistics:
         finally:
             del self.records[count:]
 
-    def marks(self) -> dict[str, tuple[int, int]]:
-        """Say which tensors the other buffers are, and how often each was changed in place."""
-        return {name: (id(buffer), buffer._version) for name, buffer in self.others().items()}
-
-    def contents(self) -> dict[str, torch.Tensor]:
-        """Copy the other buffers: F.batch_norm changes those of a user's without counting it. Local."""
-        return {name: buffer.clone() for name, buffer in self.others().items()}
-
-    def others(self) -> dict[str, torch.Tensor]:
-        """Buffers that are no BatchNorm's, as they are now: user code may assign new ones."""
-        mine = {id(b) for norm in self.norms for b in norm.buffers(recurse=False)}
-        return {name: b for name, b in self.module.named_buffers() if id(b) not in mine}
-
     def begin(self) -> None:
-        """Remember the buffers before the step."""
+        """Forget what the step before saw."""
         self.restore()
         self.records = []
-        self.copies = self.contents()
-
-    def changed(self) -> set[str]:
-        """Name the buffers that are no BatchNorm's and that this rank's step changed, in whatever way."""
-        return {
-            name
-            for name, buffer in self.others().items()
-            if name not in self.copies or not torch.equal(self.copies[name], buffer)
-        }
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look at what a forward does with the other buffers. Local."""
-        with Reads(self.others()) as reads:
-            yield
-        self.read |= reads.read
-        self.latest |= reads.latest(self.others())
 
     @torch.no_grad()
     def apply(self, comm: MPI.Intracomm) -> None:
@@ -187,11 +148,6 @@ class RunningStatistics:
             factor = norm.momentum if norm.momentum is not None else 1.0 / max(1, tracked(norm))
             for running, batch in ((norm.running_mean, mean), (norm.running_var, variance)):
                 running.mul_(1.0 - factor).add_(batch.to(running.device) * factor)
-
-    def broadcast_others(self, comm: MPI.Intracomm) -> None:
-        """Take every other buffer from the last replica. Collective."""
-        for buffer in self.others().values():
-            broadcast(comm, buffer, comm.size - 1)
 
 
 def tracked(norm: _BatchNorm) -> int:

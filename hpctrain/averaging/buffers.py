@@ -1,0 +1,115 @@
+"""Buffers that a forward changes and that are no running statistics of a BatchNorm.
+
+They are taken from the replica whose micro-batch wrote them last. One process has the same only where that
+micro-batch alone says what they become: where every micro-batch overwrites them before it reads them.
+`averaging.invariant` refuses the rest.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from zlib import crc32
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from hpctrain.averaging.reads import Reads
+from hpctrain.batch import broadcast
+from hpctrain.errors import ConfigError
+from hpctrain.wire import raise_together
+
+
+class Buffers:
+    """The buffers of a module, without those of some BatchNorms."""
+
+    def __init__(self, module: nn.Module, norms: Iterable[nn.Module]) -> None:
+        """Keep the module, and the BatchNorms whose buffers are another's business."""
+        self.module, self.norms = module, list(norms)
+        self.copies: dict[str, torch.Tensor] = {}
+        self.seen = -1
+        """The latest micro-batch of this step that ran a forward here."""
+        self.wrote: dict[str, int] = {}
+        """The latest one that changed a buffer in place, or assigned another tensor."""
+        self.read = set[str]()
+        """What forwards that were looked at read before, or without, overwriting it."""
+        self.looked_at = set[int]()
+        """Micro-batches whose forwards were looked at."""
+        self.latest: dict[str, set[int]] = {}
+        """Which of them overwrote or replaced a buffer."""
+
+    def now(self) -> dict[str, torch.Tensor]:
+        """Give them as they are now, by name: user code may assign new ones. Local."""
+        others = {id(b) for norm in self.norms for b in norm.buffers(recurse=False)}
+        return {name: b for name, b in self.module.named_buffers() if id(b) not in others}
+
+    def marks(self) -> dict[str, tuple[int, int]]:
+        """Say which tensors they are, and how often each was changed in place. Local."""
+        return {name: (id(buffer), buffer._version) for name, buffer in self.now().items()}
+
+    def contents(self) -> dict[str, torch.Tensor]:
+        """Copy them: F.batch_norm changes those of a user's without counting it. Local."""
+        return {name: buffer.clone() for name, buffer in self.now().items()}
+
+    def begin(self) -> None:
+        """Remember them before a step. Local."""
+        self.copies = self.contents()
+        self.seen, self.wrote = -1, {}
+
+    def changed(self) -> set[str]:
+        """Name those that this rank's step changed, in whatever way. Local."""
+        return {
+            name
+            for name, buffer in self.now().items()
+            if name not in self.copies or not torch.equal(self.copies[name], buffer)
+        }
+
+    @contextmanager
+    def watching(self, micro_batch: int, looks: bool) -> Iterator[None]:
+        """Note which of them a forward changes; `looks`: at what it reads, too. Local."""
+        self.seen = micro_batch
+        before = self.marks()
+        if not looks:
+            yield
+        else:
+            with Reads(self.now()) as reads:
+                yield
+            self.read |= reads.read
+            self.looked_at.add(micro_batch)
+            for name in reads.latest(self.now()):
+                self.latest.setdefault(name, set()).add(micro_batch)
+        self.wrote |= {name: micro_batch for name, mark in self.marks().items() if before.get(name) != mark}
+
+    def check(self, comm: MPI.Intracomm, together: MPI.Intracomm) -> None:
+        """Refuse what was changed and hangs on several micro-batches. Collective over `together`.
+
+        `comm`: the replicas. Raises ConfigError.
+        """
+        latest = {name for name, which in self.latest.items() if which == self.looked_at}
+        every = comm.allgather((self.changed(), self.read, latest, bool(self.looked_at)))
+        changed, read = (set[str]().union(*(of[n] for of in every)) for n in (0, 1))
+        exact = [of[2] for of in every if of[3]]
+        names = sorted(changed - (set.intersection(*exact) - read if exact else set()))
+        failure = ConfigError(
+            f"averaging.invariant: the forward changes the buffer {', '.join(names[:3])}, each of the "
+            f"{comm.size} replicas by its own micro-batches, one process by all of them: run one "
+            f"replica (as many parallel.stages as ranks), or without averaging.invariant"
+        )
+        raise_together(together, failure if names else None, name_rank=False)
+
+    def share(self, comm: MPI.Intracomm) -> None:
+        """Take each from the replica whose micro-batch wrote it last in this step. Collective over them."""
+        now = self.now()
+        wrote = dict.fromkeys(self.changed(), self.seen) | self.wrote
+        kinds = np.array([crc32(f"{b.dtype} {b.shape}".encode()) for b in now.values()], dtype=np.int64)
+        latest = np.array([wrote.get(name, -1) * comm.size + comm.rank for name in now], dtype=np.int64)
+        most = np.stack((latest, kinds, -kinds))
+        comm.Allreduce(MPI.IN_PLACE, most, op=MPI.MAX)
+        for (name, buffer), writer, high, low in zip(now.items(), *most.tolist()):
+            root = writer % comm.size
+            if writer >= 0 and high == -low:
+                broadcast(comm, buffer, root)
+            elif writer >= 0:  # replicas assigned tensors of unlike shapes
+                found = comm.bcast(buffer.detach().cpu() if comm.rank == root else None, root)
+                where, _, leaf = name.rpartition(".")
+                self.module.get_submodule(where)._buffers[leaf] = found.to(buffer.device)
