@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from hpctrain.keys import key
 from hpctrain.modes import unlooking
+from hpctrain.tensors import tensors_in
 
 T = TypeVar("T")
 STANDING = 1
@@ -201,8 +201,7 @@ class Drawing:
     def _versions(self, given: Any) -> list[tuple[int, int]]:
         """Say which tensors a forward might change, and how often each was changed in place."""
         buffers = (b for m in self._others for b in m._buffers.values() if b is not None)
-        leaves = (leaf for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor))
-        return [(id(tensor), tensor._version) for tensor in chain(buffers, leaves)]
+        return [(id(tensor), tensor._version) for tensor in chain(buffers, tensors_in(given))]
 
 
 def of_others() -> dict[str, Any]:

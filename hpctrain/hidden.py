@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree
+
+from hpctrain.tensors import tensors_in
 
 OURS = {*vars(nn.Module())}
 """Attributes that torch keeps itself."""
@@ -33,8 +34,8 @@ def notes_on(tensor: torch.Tensor) -> dict[str, Any]:
     return {name: noted for name, noted in vars(tensor).items() if name not in OWN}
 
 
-def hidden(module: nn.Module) -> Iterator[torch.Tensor]:
+def hidden(module: nn.Module) -> list[torch.Tensor]:
     """List the tensors in plain attributes and in notes on parameters and buffers. Local."""
     values = [value for _, _, value in plain(module)]
     values += [notes_on(tensor) for tensor in [*module.parameters(), *module.buffers()]]
-    return (leaf for leaf in _pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return tensors_in(values)

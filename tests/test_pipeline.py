@@ -782,6 +782,34 @@ def test_what_a_layer_keeps_in_a_list_is_found(world, build):
     has_bits_of_one_process(world, job, "peeking_row")
 
 
+WAYS_ASIDE = ["dict", "list", "attribute", "number", "no gradient", "weight", "global", "class"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", WAYS_ASIDE)
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_what_layers_tell_layers_of_other_stages_aside_is_refused(world, build, way, evaluates):
+    """They would look it up on their own rank, and find a default: other numbers, without a word."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("telling_row", 2, micro_batches=3, cuts=["2"], arguments={"way": way})
+    with pytest.raises(ConfigError, match=r"stage [01] changes .*, which another stage has, too, as"):
+        if evaluates:
+            job.engine.evaluate(job.split_batches("train"), job.task.measure)
+        else:
+            job.engine.step(0, job.loader.read(0))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("way", "cut"), [("masks", "2"), *((way, "3") for way in WAYS_ASIDE)])
+def test_what_layers_of_one_stage_tell_one_another_aside_is_heard(world, build, way, cut):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("telling_row", 2, micro_batches=1, cuts=[cut], arguments={"way": way})
+    losses = run(job, 2)
+    assert losses == alone_like(job, 2)[0]
+
+
 @pytest.mark.mpi
 def test_what_evaluation_fills_is_made_where_it_is_filled(world, build):
     if world.size != 2:

@@ -7,8 +7,8 @@ micro-batches before, all of which one process goes through, but a replica only 
 from typing import Any
 
 import torch
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpctrain.tensors import Looking, storage_of, tensors_in
 
 OVERWRITING = {
     torch.ops.aten.copy_.default,
@@ -18,15 +18,8 @@ OVERWRITING = {
 }
 
 
-class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Reads(Looking):
     """Sees every operator of a forward."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        """Let torch.cond go its usual way, which a mode of other kinds would change."""
-        return True
 
     def __init__(self, buffers: dict[str, torch.Tensor]) -> None:
         """Look at these buffers, by name."""
@@ -43,8 +36,8 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operator; a view reads nothing, and what overwrites a part only is no overwriting."""
         if self.left and not getattr(func, "is_view", False):  # torch.cond does not say
             target = args[0] if func in OVERWRITING else None
-            for leaf in _pytree.tree_leaves((args[target is not None :], kwargs)):
-                if isinstance(leaf, torch.Tensor) and (name := self.left.pop(storage_of(leaf), None)):
+            for tensor in tensors_in((args[target is not None :], kwargs)):
+                if name := self.left.pop(storage_of(tensor), None):
                     self.read.add(name)
             if target is not None and is_whole(target) and (name := self.left.pop(storage_of(target), None)):
                 self.overwritten.add(name)
@@ -55,11 +48,6 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         old = {storage_of(buffer) for buffer in self.buffers.values()}
         replaced = {name for name, buffer in now.items() if storage_of(buffer) not in old}
         return self.overwritten | replaced
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """Give what tensors that share memory have in common; 0 where that can't be told. Local."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else 0
 
 
 def is_whole(tensor: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain.gradient import hooked
 from hpctrain.hidden import notes_on, plain, registered
+from hpctrain.tensors import storage_of, tensors_in
 
 SMALL = 4096
 """Elements: tensors up to this size are made as ever, so constructors may look at them."""
@@ -52,7 +53,7 @@ class View:
     def of(cls, tensor: torch.Tensor) -> "View":
         """Describe where a tensor lies."""
         offset = int(tensor.storage_offset())
-        return cls(memory_of(tensor), tuple(tensor.size()), tensor.stride(), offset, tensor.dtype)
+        return cls(storage_of(tensor), tuple(tensor.size()), tensor.stride(), offset, tensor.dtype)
 
     def on(self, memory: torch.Tensor) -> torch.Tensor:
         """Give the tensor that lies so in the memory of another one."""
@@ -153,19 +154,19 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _write_down(self, function: Any, arguments: Any, named: Any, found: Any, generator: Any) -> None:
         outputs = _pytree.tree_leaves(found)
-        memories = tuple(memory_of(t) if isinstance(t, FakeTensor) else None for t in outputs)
+        memories = tuple(storage_of(t) if isinstance(t, FakeTensor) else None for t in outputs)
         fresh = {m for m in memories if m is not None and m not in self._kept}
-        written = {memory_of(t) for t in changed(function, arguments, named)}
+        written = {storage_of(t) for t in changed(function, arguments, named)}
         for tensor in outputs:
             if isinstance(tensor, FakeTensor):
-                self._kept.setdefault(memory_of(tensor), tensor)
+                self._kept.setdefault(storage_of(tensor), tensor)
         if not (fresh or written):
             return  # another view of the same memory
         reads = set[int]()
 
         def described(value: Any) -> Any:
             if isinstance(value, FakeTensor):
-                reads.add(memory_of(value))
+                reads.add(storage_of(value))
                 return View.of(value)
             return value.clone() if isinstance(value, torch.Tensor) else value
 
@@ -186,8 +187,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name, notes = names[id(tensor)], notes_on(tensor)
             if hooked(tensor):  # it may hold tensors of the constructor
                 raise NotImplementedError(f"there is a hook on the gradient of {name}")
-            tensors = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(notes))
-            if tensors or (notes and not isinstance(tensor, nn.Parameter)):
+            if tensors_in(notes) or (notes and not isinstance(tensor, nn.Parameter)):
                 raise NotImplementedError(f"{next(iter(notes))} is noted on {name}")
         for owner, name, value in plain(module):
             if any(isinstance(leaf, FakeTensor) for leaf in _pytree.tree_leaves(value)):
@@ -198,10 +198,10 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Give a tree with the tensors it would have, `but` those with these ids. Local."""
         leaves = _pytree.tree_leaves(values)
         fakes = {id(t) for t in leaves if isinstance(t, FakeTensor) and id(t) not in but}
-        memories = self._replay({memory_of(t) for t in leaves if id(t) in fakes})
+        memories = self._replay({storage_of(t) for t in leaves if id(t) in fakes})
 
         def real(value: Any) -> Any:
-            return View.of(value).on(memories[memory_of(value)]) if id(value) in fakes else value
+            return View.of(value).on(memories[storage_of(value)]) if id(value) in fakes else value
 
         return _pytree.tree_map(real, values)
 
@@ -287,8 +287,3 @@ def drawing_as(before: tuple[torch.Generator, torch.Tensor] | None) -> Iterator[
     generator.set_state(state)
     yield
     generator.set_state(now)
-
-
-def memory_of(tensor: torch.Tensor) -> int:
-    """Number a tensor's memory; views of one memory have one number."""
-    return int(tensor.untyped_storage()._cdata)

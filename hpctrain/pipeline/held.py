@@ -6,8 +6,9 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpctrain.tensors import tensors_in
 
 
 def bytes_kept(
@@ -72,8 +73,3 @@ def memory_of(tree: Any) -> Iterator[torch.UntypedStorage]:
     for leaf in tensors_in(tree):
         with suppress(NotImplementedError):
             yield leaf.untyped_storage()
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """List a tree's tensors. Pure."""
-    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -11,13 +11,14 @@ from hpctrain.draws import Drawing
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.hidden import hidden, registered
+from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.choice import Scales
-from hpctrain.pipeline.held import tensors_in
 from hpctrain.pipeline.message import SHARES
 from hpctrain.pipeline.part import Env, Part, begins, gave, naming
 from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
+from hpctrain.tensors import tensors_in
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
@@ -84,19 +85,21 @@ class Layers:
         every = [module for layer in modules for module in layer.modules()]
         hooked = any(map(has_hooks, every))
         alone, shared = used_once([{*map(id, [*m.parameters(), *m.buffers()])} for m in modules])
-        self.choice = choose(
-            self.stages,
-            [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
-            Held.of_each([*m.parameters(), *m.buffers()] for m in modules),
-            of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
-            None if hooked else scales,  # a user's hooks run when the model does
-            shared,
-            begins(cuts, [name for name, _ in self.layers], "layers") if cuts else None,
-        )
+        with untouched(self.layers):  # by what is measured
+            self.choice = choose(
+                self.stages,
+                [1.0 + sum(p.numel() for p in layer.parameters()) for layer in modules],
+                Held.of_each([*m.parameters(), *m.buffers()] for m in modules),
+                of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
+                None if hooked else scales,  # a user's hooks run when the model does
+                shared,
+                begins(cuts, [name for name, _ in self.layers], "layers") if cuts else None,
+            )
         self.choice.names = [name for name, _ in self.layers]
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)
         self._refuse_hidden()
+        self.asides = Asides(self.layers, self.ranges)
         slow = [self.layers[at] for at in self.choice.at_once]
         self.at_once = {f"{name}.{own}" for name, layer in slow for own, _ in layer.named_parameters()}
 
@@ -139,7 +142,7 @@ class Layers:
         start, stop = self.ranges[stage]
         layers = self.layers[start:stop]
         changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
-        last = stage == self.stages - 1
+        last, watched = stage == self.stages - 1, self.asides.shared[stage]
         if (stage, training) not in self._drawing:
             self._drawing[stage, training] = Drawing([layer for _, layer in layers])
         drawing = self._drawing[stage, training]
@@ -151,7 +154,9 @@ class Layers:
             taken = tensors_in(value) if stage else []
             shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
             versions = [leaf._version for leaf in taken]
-            with drawing.of(stream, begin, value) as counting:
+            weights = [p for _, layer in layers for p in layer.parameters()] if watched else []
+            looking = self.asides.watching(stage, training, [*weights, *tensors_in(value)])
+            with looking, drawing.of(stream, begin, value) as counting:
                 for name, layer in layers:
                     what = f"layer {name} ({type(layer).__name__})"
                     with naming(what, value):

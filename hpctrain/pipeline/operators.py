@@ -1,15 +1,14 @@
 """What the operators of a written-down forward say of themselves: place, aliases, work; how one is called."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional
-from torch.utils import _pytree
 
 from hpctrain.draws import draws
+from hpctrain.tensors import storage_of, tensors_in
 
 SEEN = {
     torch.ops.aten.linear.default: "linear",
@@ -90,12 +89,7 @@ def changes(node: fx.Node) -> fx.Node | None:
 
 def memories(node: fx.Node) -> list[int]:
     """Number the memory of a value's tensors, where they have any. Local."""
-    found = []
-    for leaf in _pytree.tree_leaves(node.meta.get("val")):
-        if isinstance(leaf, torch.Tensor):
-            with suppress(NotImplementedError):  # a sparse one
-                found.append(int(leaf.untyped_storage()._cdata))
-    return found
+    return [at for tensor in tensors_in(node.meta.get("val")) if (at := storage_of(tensor))]
 
 
 def roots(nodes: list[fx.Node]) -> dict[str, str]:

@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
 from hpctrain.gradient import StraightIntoPlace, hooked
-from hpctrain.pipeline.held import Living, bytes_kept, tensors_in
+from hpctrain.pipeline.held import Living, bytes_kept
 from hpctrain.pipeline.operators import called, changes
 from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
 from hpctrain.pipeline.simulate import Cost
 from hpctrain.pipeline.trace import Traced, skeleton
 from hpctrain.room import ran_out
+from hpctrain.tensors import tensors_in
 
 REPEATS, MOST_REPEATS = 3, 12
 """Of each measurement, behind one to warm up; the least of them counts."""

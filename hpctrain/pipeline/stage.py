@@ -22,6 +22,7 @@ from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import BACKWARD, FORWARD, KINDS, PeerFailedError, Transport
+from hpctrain.tensors import tensors_in
 
 
 @dataclass
@@ -231,8 +232,7 @@ class Stage:
         Nothing is added to gradients. Raises whatever hinders it; gives "" if that can't be told.
         """
         kept, trail = self.kept[v], list[str]()
-        leaves = [leaf for leaf in _pytree.tree_leaves(kept.given) if isinstance(leaf, torch.Tensor)]
-        inputs = [leaf for leaf in [*leaves, *parameters] if leaf.requires_grad]
+        inputs = [leaf for leaf in [*tensors_in(kept.given), *parameters] if leaf.requires_grad]
         with following(trail):
             found, _ = part.run(kept.given, kept.stream, kept.start)
         new, old = _pytree.tree_leaves({n: found[n] for n in kept.found}), _pytree.tree_leaves(kept.found)
@@ -296,7 +296,7 @@ def raise_first(failures: list[Exception]) -> None:
 
 def versions_of(given: Env) -> list[int]:
     """Count the changes in place of each tensor."""
-    return [leaf._version for leaf in _pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    return [tensor._version for tensor in tensors_in(given)]
 
 
 def same(one: Any, other: Any) -> bool:

@@ -1,0 +1,34 @@
+"""Tensors in trees, what memory they share, and a look at every operator that makes them."""
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """List a tree's tensors. Pure."""
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Number a tensor's memory: views of it have the same; 0 for a sparse one, which has several. Local.
+
+    The number may be another's once nobody holds the memory any more.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return 0
+
+
+class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator and changes none of them."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let torch.cond go its usual way, which a mode of other kinds would change."""
+        return True
