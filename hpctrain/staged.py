@@ -38,7 +38,7 @@ from hpctrain.pipeline.schedule import (
     program,
 )
 from hpctrain.pipeline.simulate import Span
-from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.stage import Stage, versions_of
 from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.wire import raise_together
 
@@ -189,12 +189,13 @@ class StagedEngine(Engine):
         set_generators(stream >> 1)
         resident = 0 if self._stepped else resident_bytes()
         running, buffers = self.averager.running, self.averager.buffers
-        marks = buffers.marks() if stage.recomputes else {}
+        own = self.parameters[stage.stage // self.topology.stages]
+        marks = (buffers.marks(), versions_of(own)) if stage.recomputes else None
         before = buffers.contents() if stage.recomputes and not self._stepped else {}
         with self.straight.forward(), self._precision(), self._watching():
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
-        if stage.recomputes and buffers.marks() == marks:
+        if marks == (buffers.marks(), versions_of(own)):  # it changed nothing that it read
             now = buffers.now() if before else {}
             stage.keeps |= any(not torch.equal(now[name], old) for name, old in before.items())
             stage.let_go(v)

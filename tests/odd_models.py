@@ -117,7 +117,7 @@ class Renormed(Odd):
     """Changes its table in the forward."""
 
     def add(self):
-        self.table = nn.Embedding(20, WIDTH, max_norm=1.0)
+        self.table = nn.Embedding(20, WIDTH, max_norm=1.7)
 
     def middle(self, x):
         return self.inner(x + self.table((x[:, :5] * 10).long().abs() % 20).sum(1))

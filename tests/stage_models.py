@@ -358,15 +358,18 @@ def inner_hooked_row(in_features: int, out_features: int) -> nn.Sequential:
 
 
 class Moving(nn.Module):
-    """Moves a mean on in each forward."""
+    """Moves a mean on in each forward, in place or not."""
 
-    def __init__(self):
+    def __init__(self, in_place: bool = True):
         super().__init__()
-        self.line = nn.Linear(8, 8)
+        self.line, self.in_place = nn.Linear(8, 8), in_place
         self.register_buffer("mean", torch.zeros(8))
 
     def forward(self, x):
-        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        if self.in_place:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
         return torch.tanh(self.line(x)) + self.mean.clone()
 
 
@@ -376,9 +379,9 @@ def averaged_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(ends[0], nn.Tanh(), Moving(), nn.Tanh(), nn.Linear(8, 8), ends[1])
 
 
-def moving_row(in_features: int, out_features: int) -> nn.Sequential:
+def moving_row(in_features: int, out_features: int, in_place: bool = True) -> nn.Sequential:
     """One layer stands twice, and changes a buffer."""
-    twice = Moving()
+    twice = Moving(in_place)
     return nn.Sequential(nn.Linear(in_features, 8), twice, nn.Linear(8, 8), twice, nn.Linear(8, out_features))
 
 
@@ -1140,3 +1143,20 @@ def telling_row(in_features: int, out_features: int, way: str = "dict") -> nn.Se
     common = {"attribute": Told(), "list": []}.get(way, {})
     ends = Tells(way, common, in_features), nn.Linear(8, out_features)
     return nn.Sequential(ends[0], Tells(way, common), Tells(way, common), nn.Tanh(), ends[1])
+
+
+def scripted_row(in_features: int, out_features: int) -> nn.Sequential:
+    """A layer is a script."""
+    ends = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+    return nn.Sequential(ends[0], torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Tanh())), ends[1])
+
+
+class Scripted(nn.Module):
+    """The same inside a module."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.row = scripted_row(in_features, out_features)
+
+    def forward(self, x):
+        return self.row(x)

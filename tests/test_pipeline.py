@@ -672,6 +672,16 @@ def test_what_cannot_run_again_keeps_its_graph(world, build, model):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("micro_batches", [3, 6])
+def test_a_forward_that_changes_a_weight_keeps_its_graph(world, build, micro_batches):
+    """An embedding with `max_norm` shortens rows before it reads them: the second time by a rounding more."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    settings = {"recompute": "always", "micro_batches": micro_batches, "cuts": ["last"]}
+    has_bits_of_one_process(world, build("Renormed", 2, module="odd_models", **settings), "Renormed")
+
+
+@pytest.mark.mpi
 def test_what_gives_other_numbers_the_second_time_is_refused(world, build):
     if world.size not in (2, 3, 4):
         pytest.skip("one stage lets nothing go")
@@ -760,13 +770,15 @@ def test_hooks_on_rows_run(world, build, model):
 
 
 @pytest.mark.mpi
-def test_what_one_stage_changes_and_another_uses_is_refused(world, build):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_one_stage_changes_and_another_uses_is_refused(world, build, in_place):
     if world.size != 2:
         pytest.skip("two stages")
-    job = build("moving_row", 2, micro_batches=3, cuts=["2"])
-    with pytest.raises(ConfigError, match=r"stage 0 changes 1.mean in place, which another stage uses, too"):
+    settings = {"micro_batches": 3, "arguments": {"in_place": in_place}}
+    job = build("moving_row", 2, cuts=["2"], **settings)
+    with pytest.raises(ConfigError, match=r"stage 0 changes 1.mean, which another stage uses, too"):
         job.engine.step(0, job.loader.read(0))
-    job = build("moving_row", 2, micro_batches=3, cuts=["4"])  # all in one stage
+    job = build("moving_row", 2, cuts=["4"], **settings)  # all in one stage
     has_bits_of_one_process(world, job, "moving_row")
 
 
@@ -808,6 +820,15 @@ def test_what_layers_of_one_stage_tell_one_another_aside_is_heard(world, build, 
     job = build("telling_row", 2, micro_batches=1, cuts=[cut], arguments={"way": way})
     losses = run(job, 2)
     assert losses == alone_like(job, 2)[0]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("model", "name"), [("scripted_row", "1"), ("Scripted", "row.1")])
+def test_a_script_is_refused_by_its_name(world, build, model, name):
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match=rf"stages = 2: module {name} is a script of torch.jit"):
+        build(model, 2)
 
 
 @pytest.mark.mpi

@@ -33,6 +33,12 @@ class Tie:
     """The rank of the first stage that uses it."""
     others: tuple[int, ...]
     """Ranks of the other stages, the owner left out."""
+    held: tuple[tuple[nn.Module, str], ...] = ()
+    """The modules that have it, and as what."""
+
+    def marks(self) -> list[tuple[int, int]]:
+        """Say which tensors those modules have by now, and how often each was changed in place. Local."""
+        return [(id(now), getattr(now, "_version", 0)) for now in (getattr(*at, None) for at in self.held)]
 
 
 class Copies:
@@ -111,7 +117,7 @@ class Pipeline:
             )
         self.stages = [Stage(cut, number, transport, recomputes) for number in numbers]
         for stage in self.stages:
-            stage.shared = [(tie.name, tie.tensor) for tie in ties if self.rank in (tie.owner, *tie.others)]
+            stage.shared = [(tie.name, tie.marks) for tie in ties if self.rank in (tie.owner, *tie.others)]
         self._met = set[tuple[int, bool]]()
         """Numbers of samples that parts were made for, and whether in training."""
 
@@ -269,7 +275,9 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[
                 f"stage makes all its uses, or leave the hook out"
             )
         if len(stages) > 1:
-            ties.append(Tie(name, here, users[0], tuple(users[1:])))
+            paths = [path.rpartition(".") for path, other in everything if other is tensor]
+            held = tuple((module.get_submodule(path), leaf) for path, _, leaf in paths)
+            ties.append(Tie(name, here, users[0], tuple(users[1:]), held))
     if any(map(hooked, module.parameters())):  # which may look at what no operator uses
         used = {id(by_name[name]) for at in range(cut.stages) for name in cut.tensors(at)}
         copies |= {id(t): t for _, t in everything if id(t) not in used | mine}

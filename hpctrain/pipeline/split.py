@@ -33,6 +33,13 @@ def write(
     `inputs` is one micro-batch, for its shapes and dtypes; `around` gives what passes run under (autocast).
     Raises ConfigError where the model can't be cut, saying what stands in the way.
     """
+    scripts = (name for name, inner in module.named_modules() if isinstance(inner, torch.jit.ScriptModule))
+    if (script := next(scripts, None)) is not None:
+        raise ConfigError(
+            f"parallel.stages = {stages}: {f'module {script}' if script else 'the model'} is a script of "
+            f"torch.jit, whose weights can't be taken from it, so a rank can't hold its own share only: give "
+            f"the nn.Module that it was made of"
+        )
     found = layers_of(module)
     if found is not None and len(inputs) == 1:
         return Layers(found, next(iter(inputs.values())), stages)

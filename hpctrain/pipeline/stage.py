@@ -95,8 +95,8 @@ class Stage:
         self.kept: dict[int, Kept] = {}
         self.keeps = False
         """Whether its forward changes buffers without torch's counting it: it can't be run again."""
-        self.shared: list[tuple[str, torch.Tensor]] = []
-        """What other stages use, too: no forward may change it, which they would see too late."""
+        self.shared: list[tuple[str, Callable[[], list[tuple[int, int]]]]] = []
+        """What other stages use, too, and its marks: no forward may change it, which they would not see."""
 
     @property
     def last(self) -> bool:
@@ -146,13 +146,13 @@ class Stage:
         env = {name: value for values in kept.received.values() for name, value in values.items()}
         given = {**{input_of(name): value for name, value in inputs.items()}, **env}
         kept.stream, kept.start = stream, kept.draws
-        versions, shared = versions_of(given), [tensor._version for _, tensor in self.shared]
+        versions, before = versions_of(given), [marks() for _, marks in self.shared]
         found, kept.draws = part.run(given, stream, kept.start)
-        for (name, tensor), version in zip(self.shared, shared):
-            if tensor._version != version:
+        for (name, marks), old in zip(self.shared, before):
+            if marks() != old:
                 raise ConfigError(
-                    f"the forward of stage {self.stage} changes {name} in place, which another stage uses, "
-                    f"too, and would see only behind the step: set parallel.cuts so that one has all its uses"
+                    f"the forward of stage {self.stage} changes {name}, which another stage uses, too, and "
+                    f"would see it late or never: set parallel.cuts so that one has all its uses"
                 )
         names = {name for given in part.gives.values() for name in given}
         kept.found = {name: found[name] for name in found if name in names}
@@ -294,7 +294,7 @@ def raise_first(failures: list[Exception]) -> None:
         raise failure
 
 
-def versions_of(given: Env) -> list[int]:
+def versions_of(given: Any) -> list[int]:
     """Count the changes in place of each tensor."""
     return [tensor._version for tensor in tensors_in(given)]
 
