@@ -10,7 +10,7 @@ import torch
 
 from hpctrain.errors import HpctrainError
 from hpctrain.node_memory import NodeMemory
-from hpctrain.pipeline import channel
+from hpctrain.pipeline import channel, raw
 from hpctrain.pipeline.channel import Outgoing
 from hpctrain.pipeline.message import Layout, pack
 from hpctrain.pipeline.slots import FLAGS, Slots
@@ -59,8 +59,8 @@ def puts(monkeypatch):
     """What was put in slots: where, or None where there was no room."""
     found, put = [], Slots.put
 
-    def noted(self, flats):
-        found.append(put(self, flats))
+    def noted(self, parts):
+        found.append(put(self, parts))
         return found[-1]
 
     monkeypatch.setattr(Slots, "put", noted)
@@ -267,7 +267,54 @@ def test_a_single_row_of_a_column_is_packed():
     column = torch.arange(64.0).view(1, 64)[:, 1]
     assert column.stride() == (64,)
     packed = pack(1, 0, [column], 0)
-    assert torch.equal(packed.layout.tree_of([flat.clone() for flat in packed.flats], "cpu")[0], column)
+    assert torch.equal(
+        packed.layout.tree_of([raw.shown(*part[:2]) for part in packed.parts], "cpu")[0], column
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [0, 1, raw.PARALLEL - 1, raw.PARALLEL, raw.PARALLEL + 3])
+def test_bytes_are_moved_by_one_thread_or_several(threads, size):
+    source, into = (
+        torch.randint(0, 256, (size + 2,), dtype=torch.uint8),
+        torch.zeros(size + 2, dtype=torch.uint8),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        raw.move(into.data_ptr() + 1, source.data_ptr() + 1, size)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(into[1:-1], source[1:-1])
+    assert not into[0]
+    assert not into[-1]
+
+
+@pytest.mark.parametrize(
+    "value", [["tensor"], {"x": "tensor"}, {1: "tensor"}, {True: "tensor"}, ["tensor", None]]
+)
+def test_what_is_packed_a_second_time_has_the_same_layout(value):
+    """A message of one plain tensor has a shorter way."""
+    for tensor in (
+        torch.ones(3, 2),
+        torch.ones(2, 3).t(),
+        torch.ones(3, 2, requires_grad=True),
+        torch.ones(3, 0),
+    ):
+        first, second = (
+            pack(1, at, dict.fromkeys(value, tensor) if type(value) is dict else [tensor, *value[1:]], at)
+            for at in range(2)
+        )
+        assert first.layout.key == second.layout.key
+        assert Layout.decode(first.layout.encode()).encode() == first.layout.encode()
+        made = second.layout.tree_of([raw.shown(*part[:2]) for part in second.parts], "cpu")
+        assert type(made) is type(value)
+        assert len(made) == len(value)
+        assert type(made) is list or repr(list(made)) == repr(list(value))  # True is no 1
+        leaf = next(iter(made.values())) if type(value) is dict else made[0]
+        assert torch.equal(leaf, tensor)
+        assert leaf.stride() == tensor.stride()
+        assert leaf.requires_grad == tensor.requires_grad
 
 
 def test_sparse_tensors_do_not_cross():

@@ -2,7 +2,8 @@
 
 Forward, the gradient of the input and that of the weights take LAYER seconds a layer each. What is
 measured beside the simulation is the schedule, the transport and all that runs around the passes. A
-sleep lasts a little longer than asked (a timer's slack), so the simulation takes its measured length.
+layer takes a little longer than asked (a timer's slack, its own call), so the simulation takes its
+measured length.
 """
 
 import statistics
@@ -19,18 +20,25 @@ from hpctrain.bench.autograd import Autograd
 from hpctrain.pipeline.schedule import SEVERAL, Backward, Instruction, programs
 from hpctrain.pipeline.simulate import Simulation, simulate
 
-LAYER = 15e-3
+LAYER = 30e-3
 ROUNDS = 5
 LAYERS = 8
 slept: list[float] = []
-"""How many times longer than asked each sleep of this rank was."""
+"""How many times longer than asked each layer's pass on this rank was."""
 
 
-def nap(seconds: float) -> None:
-    """Sleep, and note how long it was. Local."""
+@contextmanager
+def noting() -> Iterator[None]:
+    """Note how long a layer's pass took. Local."""
     began = time.perf_counter()
-    time.sleep(seconds)
-    slept.append((time.perf_counter() - began) / seconds)
+    yield
+    slept.append((time.perf_counter() - began) / LAYER)
+
+
+def nap() -> None:
+    """Sleep for one pass, and note how long it was. Local."""
+    with noting():
+        time.sleep(LAYER)
 
 
 class _Sleep(torch.autograd.Function):
@@ -39,13 +47,13 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, whole: bool) -> torch.Tensor:
         ctx.whole = whole
-        nap(LAYER)
+        time.sleep(LAYER)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         for _ in range(1 + ctx.whole):
-            nap(LAYER)
+            nap()
         return gradient, None, None
 
 
@@ -58,7 +66,8 @@ class Sleeper(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Give what came."""
-        return _Sleep.apply(x, self.weight, self.whole)  # type: ignore[no-untyped-call, no-any-return]
+        with noting():  # with what torch does for a function of Python's
+            return _Sleep.apply(x, self.weight, self.whole)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sleepers(whole: bool = False) -> nn.Sequential:
@@ -83,11 +92,11 @@ class Weights(Autograd):
     def weights_of(self, micro_batch: int, last: bool) -> None:
         """Sleep for the weights."""
         for _ in range(self.layers):
-            nap(LAYER)
+            nap()
 
 
 def stretched(comm: MPI.Intracomm) -> float:
-    """Give how many times longer than asked the sleeps were, the mean over all ranks. Collective."""
+    """Give how many times longer than asked the passes were, the mean over all ranks. Collective."""
     return float(comm.allreduce(statistics.fmean(slept))) / comm.size
 
 

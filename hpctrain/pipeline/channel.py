@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from hpctrain.node_memory import LINE
 from hpctrain.pipeline.message import Layout, bytes_of
+from hpctrain.pipeline.raw import Raw, move
 
 FEW = 4
 """Layouts that get buffers. The next number is that of the last one of all others."""
@@ -56,7 +57,8 @@ class Buffer:
             first = -raw.ctypes.data % LINE + behind
             self.arrays.append(raw[first : first + size])
         self.flats = [torch.from_numpy(array) for array in self.arrays]
-        """The same bytes."""
+        self.raw = [Raw(array.ctypes.data, len(array), array) for array in self.arrays]
+        """The same bytes, both."""
         self.requests: list[MPI.Prequest] = []
         self._storages = [flat.untyped_storage()._cdata for flat in self.flats]
         self._alone = [torch._C._storage_Use_Count(storage) for storage in self._storages]
@@ -121,10 +123,14 @@ class Outgoing(Way):
         self._number: dict[str, int] = {}
         self._seen: dict[str, None] = {}
         """Layouts, the last one at the end."""
+        self._last: Layout | None = None
+        """The last one, if it has a number of its own."""
         self._heads: deque[tuple[NDArray[np.int64], MPI.Prequest]] = deque()
 
     def number(self, layout: Layout) -> tuple[int, bool]:
         """Give a layout's number, and whether the other end has to be told what it is. Local."""
+        if layout is self._last:
+            return self._number[layout.key], False
         number = self._number.get(layout.key)
         again = layout.key in self._seen and len(self.layouts.keys() - {FEW}) < FEW
         if number is None or (number == FEW and again):
@@ -133,6 +139,10 @@ class Outgoing(Way):
 
     def note(self, number: int, layout: Layout) -> None:
         """Note that a message of a layout leaves. Local."""
+        self.count[number] += 1
+        if layout is self._last:
+            return
+        self._last = layout if number < FEW else None
         if self._number.get(layout.key) != number:
             self._number = {known: at for known, at in self._number.items() if at != number}
             self._number[layout.key], self.layouts[number] = number, layout
@@ -140,7 +150,6 @@ class Outgoing(Way):
         self._seen[layout.key] = None
         if len(self._seen) > REMEMBERED:
             del self._seen[next(iter(self._seen))]
-        self.count[number] += 1
 
     def say(self, numbers: list[int]) -> tuple[Callable[[], bool], Any]:
         """Start to send numbers; gives what tells if they are through. Local."""
@@ -153,7 +162,7 @@ class Outgoing(Way):
         request.Start()
         return request.Test, request
 
-    def fill(self, number: int, flats: list[torch.Tensor], cut: Cut) -> Buffer:
+    def fill(self, number: int, parts: list[Raw], cut: Cut) -> Buffer:
         """Copy a layout's tensors into a buffer that is through, `cut` into messages. Local.
 
         Raises MemoryError.
@@ -166,8 +175,8 @@ class Outgoing(Way):
             buffers.appendleft(buffer)
         buffers.rotate(-1)
         buffer = buffers[-1]
-        for room, flat in zip(buffer.flats, flats, strict=True):
-            room.copy_(flat)
+        for room, part in zip(buffer.raw, parts, strict=True):
+            move(room.at, part.at, part.size)
         return buffer
 
     def close(self) -> None:

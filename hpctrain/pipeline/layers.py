@@ -1,6 +1,7 @@
 """A model whose layers follow one another: a stage runs some of them, one behind the other."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hpctrain.hidden import hidden, registered
 from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.message import SHARES
-from hpctrain.pipeline.part import Env, Part, begins, gave, naming
+from hpctrain.pipeline.part import Env, Part, begins, gave, shapes_of
 from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
@@ -142,7 +143,8 @@ class Layers:
         start, stop = self.ranges[stage]
         layers = self.layers[start:stop]
         changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
-        last, watched = stage == self.stages - 1, self.asides.shared[stage]
+        named = [(f"layer {name} ({type(layer).__name__})", layer) for name, layer in layers]
+        last = stage == self.stages - 1
         if (stage, training) not in self._drawing:
             self._drawing[stage, training] = Drawing([layer for _, layer in layers])
         drawing = self._drawing[stage, training]
@@ -154,14 +156,19 @@ class Layers:
             taken = tensors_in(value) if stage else []
             shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
             versions = [leaf._version for leaf in taken]
-            weights = [p for _, layer in layers for p in layer.parameters()] if watched else []
-            looking = self.asides.watching(stage, training, [*weights, *tensors_in(value)])
+            looking: AbstractContextManager[None] = nullcontext()
+            if self.asides.shared[stage]:
+                weights = [p for _, layer in layers for p in layer.parameters()]
+                looking = self.asides.watching(stage, training, [*weights, *tensors_in(value)])
             with looking, drawing.of(stream, begin, value) as counting:
-                for name, layer in layers:
-                    what = f"layer {name} ({type(layer).__name__})"
-                    with naming(what, value):
-                        value = layer(value)
-                    gave(what.__str__, value)
+                for what, layer in named:
+                    try:
+                        found = layer(value)
+                    except Exception as error:
+                        error.add_note(f"in {what}, given {shapes_of(value)}")
+                        raise
+                    gave(what.__str__, found)
+                    value = found
             if shared and versions != [leaf._version for leaf in taken]:
                 raise ConfigError(
                     f"stage {stage} (layers {layers[0][0]} to {layers[-1][0]}) changes in place what it got, "

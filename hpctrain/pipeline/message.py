@@ -22,6 +22,7 @@ from torch.utils import _pytree
 
 from hpctrain.errors import HpctrainError
 from hpctrain.node_memory import LINE
+from hpctrain.pipeline.raw import Raw
 from hpctrain.pipeline.slots import lines
 
 CROSSING = (
@@ -30,6 +31,7 @@ CROSSING = (
 )
 
 
+MOST_KNOWN = 256
 MOST_PLACES = 1 << 22
 SHARES = "_shares_memory_with_others"
 """Attribute of a tensor that came: where it was sent from, others of the message lie in its memory, too."""
@@ -59,8 +61,26 @@ class Layout:
         """What is the same for the same layouts only; True and 1 are other values."""
         return f"{self.leaves!r} {written(self.tree)}"
 
+    @cached_property
+    def plain(self) -> tuple[torch.dtype, list[int], list[int], bool, str | None] | None:
+        """What makes the tree of one tensor, alone in a list, or in a dictionary by a name."""
+        one = object()
+        if len(self.leaves) != 1 or self.leaves[0][0] != "t" or any(self.leaves[0][6:]):
+            return None
+        tree = _pytree.tree_unflatten([one], self.tree)
+        if not (tree == [one] or (type(tree) is dict and [*tree.values()] == [one])):
+            return None
+        _, kind, shape, strides, grad, *_ = self.leaves[0]
+        return getattr(torch, kind), shape, strides, grad, next(iter(tree)) if type(tree) is dict else None
+
     def tree_of(self, flats: Sequence[torch.Tensor], device: str) -> Any:
         """Make the tree of values, from the bytes of its tensors. Local."""
+        if self.plain is not None and device == "cpu":
+            dtype, shape, strides, grad, name = self.plain
+            made = flats[0].view(dtype).as_strided(shape, strides)
+            if grad:
+                made.requires_grad_()
+            return [made] if name is None else {name: made}
         leaves, left = [], iter(flats)
         for leaf in self.leaves:
             if leaf[0] == "c":
@@ -86,13 +106,13 @@ class Packed:
     micro_batch: int
     draws: int
     layout: Layout
-    flats: list[torch.Tensor]
+    parts: list[Raw]
     """The bytes of its tensors."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in a slot."""
-        return sum(lines(len(flat)) for flat in self.flats)
+        return sum(lines(part.size) for part in self.parts)
 
 
 @lru_cache(maxsize=256)
@@ -220,6 +240,13 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
 
     Raises HpctrainError for what can't travel.
     """
+    alike = None
+    if (found := single(value)) is not None:
+        name, only = found
+        at = only.data_ptr()
+        alike = name, only.dtype, only.shape, only.stride(), only.requires_grad, at % LINE
+        if alike in _known:
+            return Packed(micro_batch, draws, _known[alike], [Raw(at, only.nbytes, only)])
     leaves, tree = _pytree.tree_flatten(value)
     try:
         written(tree)
@@ -228,7 +255,7 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
             f"a value of another kind would cross to stage {stage} ({error}): {CROSSING}"
         ) from None
     listed: list[Any] = []
-    flats: list[torch.Tensor] = []
+    parts: list[Raw] = []
     for at, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             if leaf.layout != torch.strided:
@@ -241,13 +268,33 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
             shares = any(lie_together(leaf, other) for number, other in enumerate(leaves) if number != at)
             kind, shape, grad = name_of(leaf.dtype), tuple(leaf.shape), leaf.requires_grad
             listed.append(("t", kind, shape, laid.stride(), grad, behind, gaps, shares))
-            flats.append(flat.view(torch.uint8))
+            parts.append(Raw(flat.data_ptr(), flat.nbytes, flat))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             listed.append(("c", leaf))
         else:
             raise HpctrainError(f"a {type(leaf).__name__} would cross to stage {stage}: {CROSSING}")
-    make = layout_of if len(flats) == len(leaves) else Layout  # 1, 1.0 and True are equal
-    return Packed(micro_batch, draws, make(tuple(listed), tree), flats)
+    make = layout_of if len(parts) == len(leaves) else Layout  # 1, 1.0 and True are equal
+    layout = make(tuple(listed), tree)
+    if alike is not None:
+        if len(_known) > MOST_KNOWN:
+            _known.clear()
+        _known[alike] = layout
+    return Packed(micro_batch, draws, layout, parts)
+
+
+_known: dict[Any, Layout] = {}
+"""Layouts of messages of one plain tensor, by all that they hang on."""
+
+
+def single(value: Any) -> tuple[str | None, torch.Tensor] | None:
+    """Give the one tensor of a dictionary, with its name, or of a list; if it lies as most do. Local."""
+    if type(value) not in (dict, list) or len(value) != 1:
+        return None
+    name, leaf = next(iter(value.items())) if type(value) is dict else ("", value[0])
+    if type(leaf) is not torch.Tensor or type(name) is not str or leaf.layout is not torch.strided:
+        return None
+    plain = leaf.is_cpu and leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_complex()
+    return (name if type(value) is dict else None, leaf) if plain else None
 
 
 def bytes_of(layout: Layout) -> list[tuple[int, int]]:

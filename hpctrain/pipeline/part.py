@@ -74,16 +74,6 @@ def input_of(name: str) -> str:
     return f"input {name}"
 
 
-@contextmanager
-def naming(what: str, given: Any) -> Iterator[None]:
-    """Let an exception of the body say in what it was raised, and what that was given. Local."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in {what}, given {shapes_of(given)}")
-        raise
-
-
 _trail: list[str] | None = None
 
 

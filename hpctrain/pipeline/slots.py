@@ -15,6 +15,7 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.node_memory import LINE, Fence, NodeMemory
+from hpctrain.pipeline.raw import Raw, move
 
 FLAGS = 512
 """Slots at once, at most."""
@@ -38,9 +39,9 @@ class Slots:
         self._memory = NodeMemory(comm, 0, 8 * FLAGS + self.size)
         views = [self._memory.tensor(rank, 0, FLAGS, torch.int64) for rank in range(comm.size)]
         self._flags = [view.numpy().data for view in views]
-        self._rings = [
-            self._memory.tensor(rank, 8 * FLAGS, self.size, torch.uint8) for rank in range(comm.size)
-        ]
+        rings = (self._memory.tensor(rank, 8 * FLAGS, self.size, torch.uint8) for rank in range(comm.size))
+        self._rings = [ring.data_ptr() for ring in rings]
+        """Addresses; the memory goes with `_memory`."""
         self._rank, self._fence = comm.rank, Fence()
         self._head = self._tail = 0
         """Bytes put and freed since the start."""
@@ -48,12 +49,12 @@ class Slots:
         """Flag and end of each slot, the oldest first."""
         self._next = 0
 
-    def put(self, flats: Sequence[torch.Tensor]) -> tuple[int, int] | None:
+    def put(self, parts: Sequence[Raw]) -> tuple[int, int] | None:
         """Copy bytes into a slot, each tensor at the beginning of a line; give its offset and flag. Local.
 
         None where there is no room: what lies there has not been taken yet, or is too much.
         """
-        need = sum(lines(len(flat)) for flat in flats)
+        need = sum(lines(part.size) for part in parts)
         flags, ring = self._flags[self._rank], self._rings[self._rank]
         while self._filled and not flags[self._filled[0][0]]:
             self._tail = self._filled.popleft()[1]
@@ -64,9 +65,9 @@ class Slots:
         self._fence()  # the receiver's reads of what lay here come before
         self._head += skipped
         offset = at = self._head % self.size
-        for flat in flats:
-            ring[at : at + len(flat)].copy_(flat)
-            at += lines(len(flat))
+        for part in parts:
+            move(ring + at, part.at, part.size)
+            at += lines(part.size)
         self._head += need
         flag, self._next = self._next, (self._next + 1) % FLAGS
         flags[flag] = 1
@@ -74,12 +75,12 @@ class Slots:
         self._fence()
         return offset, flag
 
-    def take(self, rank: int, offset: int, flag: int, into: Sequence[torch.Tensor]) -> None:
+    def take(self, rank: int, offset: int, flag: int, into: Sequence[Raw]) -> None:
         """Copy bytes out of a slot of a rank, and free it. Local."""
         self._fence()
-        for flat in into:
-            flat.copy_(self._rings[rank][offset : offset + len(flat)])
-            offset += lines(len(flat))
+        for part in into:
+            move(part.at, self._rings[rank] + offset, part.size)
+            offset += lines(part.size)
         self.free(rank, flag)
 
     def free(self, rank: int, flag: int) -> None:

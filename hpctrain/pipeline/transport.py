@@ -28,6 +28,7 @@ from hpctrain.log import LOGGER
 from hpctrain.pipeline import watch
 from hpctrain.pipeline.channel import FEW, LEFT, POSTED, Buffer, Bytes, Incoming, Outgoing
 from hpctrain.pipeline.message import Layout, Packed, bytes_of
+from hpctrain.pipeline.raw import shown
 from hpctrain.pipeline.slots import Slots
 from hpctrain.pipeline.watch import Watch
 from hpctrain.topology import named
@@ -156,17 +157,18 @@ class Transport:
         way = self._way_to(rank, tag)
         number, new = way.number(packed.layout)
         ready = Ready(way, packed, number, packed.layout.encode() if new else b"")
-        if packed.flats and tag != TIED:
+        if packed.parts and tag != TIED:
             if rank in self._on_node:
                 v = packed.micro_batch
                 self._bytes[v] = self._bytes.get(v, 0) + packed.nbytes
-                slot = self._slots.put(packed.flats) if self._slots else None
+                slot = self._slots.put(packed.parts) if self._slots else None
                 ready.how, ready.flag = slot or (MESSAGES, -1)
             elif way.steady(number):
-                ready.how, ready.buffer = BUFFERS, way.fill(number, packed.flats, partial(self._pieces, rank))
+                ready.how, ready.buffer = BUFFERS, way.fill(number, packed.parts, partial(self._pieces, rank))
         if ready.how == MESSAGES:
             # the model may change it in place while it is on its way; shared weights change later
-            own = packed.flats if tag == TIED else [flat.clone() for flat in packed.flats]
+            flats = [shown(part.at, part.size) for part in packed.parts]
+            own = flats if tag == TIED else [flat.clone() for flat in flats]
             ready.pieces = [piece for flat in own for piece in self._pieces(rank, flat.numpy())]
         return ready
 
@@ -212,7 +214,7 @@ class Transport:
                     self.comm.Recv(piece, rank, tag + 1)
         elif how >= 0:
             assert self._slots is not None
-            self._slots.take(self._on_node[rank], how, flag, flats)
+            self._slots.take(self._on_node[rank], how, flag, buffer.raw)
         found = layout.tree_of(flats, self.device)
         if flats:  # the buffer is held now
             way.expect(number, self._deepest + POSTED)
