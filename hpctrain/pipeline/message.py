@@ -291,7 +291,7 @@ def single(value: Any) -> tuple[str | None, torch.Tensor] | None:
     if type(value) not in (dict, list) or len(value) != 1:
         return None
     name, leaf = next(iter(value.items())) if type(value) is dict else ("", value[0])
-    if type(leaf) is not torch.Tensor or type(name) is not str or leaf.layout is not torch.strided:
+    if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
         return None
     plain = leaf.is_cpu and leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_complex()
     return (name if type(value) is dict else None, leaf) if plain else None
