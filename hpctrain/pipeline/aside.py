@@ -6,12 +6,11 @@ it puts where layers of other stages look must not hang on the data or the weigh
 filled on each rank).
 """
 
-import copy
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import CellType, FunctionType, SimpleNamespace
+from types import CellType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import plain
+from hpctrain.hidden import OURS, plain
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
 CONTAINERS = (dict, list, set, deque)
@@ -74,16 +73,14 @@ class Asides:
 @contextmanager
 def untouched(layers: list[tuple[str, nn.Module]]) -> Iterator[None]:
     """Put back behind the body what layers hold, with what was in it before. Local."""
-    every = [value for _, value in held_by(layers).values()]
-    before = [copy.copy(value) for value in every if isinstance(value, CONTAINERS)]
-    objects = [(vars(value), dict(vars(value))) for value in every if not isinstance(value, CONTAINERS)]
+    held = [value for _, value in held_by(layers).values()]
+    modules = [owner for _, layer in layers for owner in layer.modules()]
+    before = [(value, entries(value)) for value in [*held, *modules]]
     try:
         yield
     finally:
-        containers: list[Any] = [value for value in every if isinstance(value, CONTAINERS)]
-        for now, then in [*zip(containers, before, strict=True), *objects]:
-            now.clear()
-            now.extend(then) if isinstance(now, (list, deque)) else now.update(then)
+        for value, then in before:
+            put_back(value, then)
 
 
 class Hanging(Looking):
@@ -169,7 +166,7 @@ def is_own(module: str) -> bool:
 
 def is_object(value: Any) -> bool:
     """Whether a value is an object of a user's class, no module and no tensor. Local."""
-    known = isinstance(value, (type, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__")
+    known = isinstance(value, (type, ModuleType, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__")
     return not known and (isinstance(value, SimpleNamespace) or is_own(type(value).__module__))
 
 
@@ -179,6 +176,29 @@ def is_filled(cell: CellType) -> bool:
         return cell.cell_contents is not None
     except ValueError:
         return False
+
+
+def entries(value: Any) -> list[Any]:
+    """List what a container has, or an object or a module as plain attributes, with its names. Local."""
+    if isinstance(value, (list, set, deque)):
+        return list(value)
+    if isinstance(value, nn.Module):
+        return [(name, inner) for name, inner in vars(value).items() if name not in OURS]
+    return list((value if isinstance(value, dict) else vars(value)).items())
+
+
+def put_back(value: Any, then: list[Any]) -> None:
+    """Let a container, an object or a module have what it had, if it has changed. Local."""
+    now = entries(value)
+    if isinstance(value, (list, set, deque)):
+        if [*map(id, now)] != [*map(id, then)]:
+            value.clear()
+            value.update(then) if isinstance(value, set) else value.extend(then)
+    elif [(name, id(inner)) for name, inner in now] != [(name, id(inner)) for name, inner in then]:
+        table = value if isinstance(value, dict) else vars(value)
+        for name, _ in now:
+            del table[name]
+        table.update(then)
 
 
 def contents(value: Any) -> list[Any]:

@@ -45,6 +45,10 @@ class Load:
     """By stage, to the next one."""
     holes: float
     """How many times its size takes what comes and goes."""
+    recomputes: bool
+    """Whether forward runs again for backward."""
+    exact: bool
+    """Whether large tensors are given back to the system one by one."""
 
     @classmethod
     def of(
@@ -74,6 +78,8 @@ class Load:
             [of_rank[stage % ranks] for stage in range(stages)],
             [scales.wires[stage % ranks] if scales.wires else Wire() for stage in range(stages)],
             1.0 if exact else HOLES,
+            recomputes,
+            exact,
         )
 
     def bytes_of(self, at: int, kept: int, late: int) -> float:
@@ -159,10 +165,10 @@ def fitted(
     said, warned = list[str](), list[str]()
     found, errors = possible(plan, weights, profile, scales, named)
     if found:
-        load, recompute, exact, best = found
-        if recompute > asked:
+        load, best = found
+        if load.recomputes > asked:
             said.append(f"stages run forward again for backward, as memory asks for it: else {errors[-1]}")
-        if exact:
+        if load.exact:
             said.append(
                 "large tensors are given back to the system one by one, which is slower: kept for the next "
                 "ones, as else, they might not fit for the holes between them"
@@ -170,8 +176,8 @@ def fitted(
     else:
         certain(plan, weights, profile.works, profile.limits, scales, named)
         warned.append(f"memory may run out: {errors[1]}")
-        recompute, exact = scales.recompute != "never", True  # the least that it can take
-        load = Load.of(plan, weights, profile, scales, recompute, exact)
+        least = scales.recompute != "never"
+        load = Load.of(plan, weights, profile, scales, least, exact=True)
         best = load.best(named, limited=False)
     guess = named or partition(estimates, stages)
     fits = bool(warned) or load.fits(guess)
@@ -184,13 +190,13 @@ def fitted(
     if len(set(load.speeds)) > 1:
         said.append(f"ranks differ: speeds of the stages {', '.join(f'{s:.2f}' for s in load.speeds)}")
     costs = passes(profile, best, load.speeds)
-    if exact:
+    if load.exact:
         costs = [*map(fresh, costs)]
-    if recompute:
+    if load.recomputes:
         costs = [*map(twice, costs[:-1]), costs[-1]]
     choice = Choice(
-        best, costs, load.need(best), len(estimates), recompute=recompute, exact=exact, said=said,
-        warned=warned, schedule=plan.schedule,
+        best, costs, load.need(best), len(estimates), recompute=load.recomputes, exact=load.exact,
+        said=said, warned=warned, schedule=plan.schedule,
     )  # fmt: skip
     return with_seconds(choice, plan, scales)
 
@@ -201,19 +207,18 @@ def possible(
     profile: Profile,
     scales: Scales,
     named: list[tuple[int, int]] | None,
-) -> tuple[tuple[Load, bool, bool, list[tuple[int, int]]] | None, list[ConfigError]]:
-    """Give the way to use memory whose slowest stage is fastest, if any fits, and why others don't. Pure.
+) -> tuple[tuple[Load, list[tuple[int, int]]] | None, list[ConfigError]]:
+    """Give the way to use memory and the cut whose slowest stage is fastest, if any fits. Pure.
 
-    (load, whether forward runs again, whether large tensors are given back one by one, cut.) Forward runs
-    again by itself only where nothing else fits without holes.
+    And why the other ways don't fit. Forward runs again by itself only where nothing else fits without holes.
     """
     asked = scales.recompute == "always"
     ways = [(asked, False), (asked, True)]
     if scales.recompute == "auto":
         ways += [(True, False), (True, True)]
-    found, errors = list[tuple[float, tuple[Load, bool, bool, list[tuple[int, int]]]]](), list[ConfigError]()
+    found, errors = list[tuple[float, tuple[Load, list[tuple[int, int]]]]](), list[ConfigError]()
     for number, (recompute, exact) in enumerate(ways):
-        if number == 2 and found and not found[0][1][2]:
+        if number == 2 and found and not found[0][1][0].exact:
             break  # memory does not ask for it
         load = Load.of(plan, weights, profile, scales, recompute, exact)
         try:
@@ -222,7 +227,7 @@ def possible(
             errors.append(error)
         else:
             seconds = load.slowest(cut) / (1.0 if number else WORTH)
-            found.append((seconds, (load, recompute, exact, cut)))
+            found.append((seconds, (load, cut)))
     return min(found, key=lambda one: one[0])[1] if found else None, errors
 
 
