@@ -23,7 +23,8 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpctrain.averaging.averager import Averager, Result
+from hpctrain.averaging.averager import Averager
+from hpctrain.averaging.result import Result
 from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data import order

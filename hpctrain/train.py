@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
-from hpctrain.averaging.averager import Result
+from hpctrain.averaging.result import Result
 from hpctrain.averaging.sentinel import EVERY_STEPS
 from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint import save as saving

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hpctrain import log
-from hpctrain.averaging.averager import Times
+from hpctrain.averaging.result import Times
 from hpctrain.config import Config
 from hpctrain.config_file import free_number
 from hpctrain.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.assemble import Job
-from hpctrain.averaging.averager import Result
+from hpctrain.averaging.result import Result
 from hpctrain.batch import Batch
 from hpctrain.checkpoint.files import write_whole
 from hpctrain.log import LOGGER

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.averaging.averager import Times
+from hpctrain.averaging.result import Times
 
 Peers = list[tuple[int, str]]
 """World rank and host of each replica."""
