@@ -104,7 +104,8 @@ def fit(output: torch.Tensor, target: torch.Tensor, name: str) -> torch.Tensor:
             return output.reshape(target.shape)
         raise ConfigError(
             f"the model gives shape {tuple(output.shape)} for target {name} of shape "
-            f"{tuple(target.shape)}, samples first: they must agree"
+            f"{tuple(target.shape)}, samples first: they must agree (model.init_args, data.targets; classes "
+            f"for CrossEntropyLoss are stored as integers)"
         )
     return output
 
