@@ -95,6 +95,17 @@ class Writer:
             }
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         others = of_others()
+        program = self._exported(arguments, samples, like)
+        told = told_of_others(others, "written down once, each stays the same number")
+        if told and not self._looked:
+            LOGGER.warning("%s", told)
+        self._warn_of_state(arguments)
+        return self._read(program, list(fakes))
+
+    def _exported(
+        self, arguments: tuple[Any, dict[str, Any]], samples: int, like: Like
+    ) -> torch.export.ExportedProgram:
+        """Let torch write the forward down. Raises ConfigError saying what stands in the way."""
         try:
             with (
                 warnings.catch_warnings(),
@@ -106,31 +117,39 @@ class Writer:
             ):
                 warnings.simplefilter("ignore")  # what can't be written down is an error below
                 with fx.traceback.preserve_node_meta():  # what is marked
-                    program = torch.export.export(self.skeleton, *arguments, strict=False)
+                    return torch.export.export(self.skeleton, *arguments, strict=False)
         except Exception as error:
-            line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
-            if "more than 1 value per channel" in line:
-                raise ConfigError(
-                    f"a micro-batch of {samples} samples is too small for the model's BatchNorm ({line}): "
-                    f"set parallel.micro_batches lower; the last batch of an epoch may have few samples"
-                ) from None
-            cause = f"{self._where(error)} ({type(error).__name__}: {line.strip()})"
-            if self._fails_anyway(error, arguments):
-                shapes = ", ".join(f"{name} {(samples, *shape)}" for name, (shape, _) in like.items())
-                raise ConfigError(
-                    f"the model's forward fails on a micro-batch of shape {shapes}, in stages or not{cause}"
-                ) from None
-            lost = isinstance(error, NotImplementedError)  # a part of the backward, no branch
-            instead = "" if lost else "write a branch on a tensor's numbers as torch.where, "
-            raise ConfigError(
-                f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
-                f"down, so it can't be cut{cause}; {instead}make the model an nn.Sequential, or "
-                f"give it a method layers() that lists submodules which follow one another"
-            ) from None
-        told = told_of_others(others, "written down once, each stays the same number")
-        if told and not self._looked:
-            LOGGER.warning("%s", told)
-        self._warn_of_state(arguments)
+            raise self._refusal(error, arguments, samples, like) from None
+
+    def _refusal(
+        self, error: Exception, arguments: tuple[Any, dict[str, Any]], samples: int, like: Like
+    ) -> ConfigError:
+        """Say what torch's error means, where it is and what to do. Local."""
+        line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        if "more than 1 value per channel" in line:
+            return ConfigError(
+                f"a micro-batch of {samples} samples is too small for the model's BatchNorm ({line}): "
+                f"set parallel.micro_batches lower; the last batch of an epoch may have few samples"
+            )
+        cause = f"{self._where(error)} ({type(error).__name__}: {line.strip()})"
+        if self._fails_anyway(error, arguments):
+            shapes = ", ".join(f"{name} {(samples, *shape)}" for name, (shape, _) in like.items())
+            return ConfigError(
+                f"the model's forward fails on a micro-batch of shape {shapes}, in stages or not{cause}"
+            )
+        lost = isinstance(error, NotImplementedError)  # a part of the backward, no branch
+        instead = "" if lost else "write a branch on a tensor's numbers as torch.where, "
+        return ConfigError(
+            f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
+            f"down, so it can't be cut{cause}; {instead}make the model an nn.Sequential, or "
+            f"give it a method layers() that lists submodules which follow one another"
+        )
+
+    def _read(self, program: torch.export.ExportedProgram, names: list[str]) -> Traced:
+        """Take operators, inputs, weights and constants from what torch wrote down. Local.
+
+        `names` of the inputs, in the forward's order. Raises ConfigError for what stages can't run.
+        """
         signature = program.graph_signature
         if signature.inputs_to_lifted_custom_objs:
             raise ConfigError(
@@ -139,7 +158,7 @@ class Writer:
                 f"leave it out, make the model an nn.Sequential, or give it a method layers()"
             )
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        order = list(fakes) if not self.named else list(program.call_spec.in_spec.child(1).context)
+        order = list(program.call_spec.in_spec.child(1).context) if self.named else names
         inputs = dict(zip(signature.user_inputs, order))
         constants = {
             name: program.constants[c] for name, c in signature.inputs_to_lifted_tensor_constants.items()
