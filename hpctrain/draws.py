@@ -161,6 +161,15 @@ class Draws(TorchFunctionMode):
         return drawn(self.stream, self.count - 1, function, arguments, named)
 
 
+def drew_unseen(drawing: Draws) -> bool:
+    """Whether more was drawn than was counted: the generator does not stand at the next draw. Local."""
+    state = torch.default_generator.get_state()
+    stand(drawing.stream, drawing.count)
+    moved = not torch.equal(torch.default_generator.get_state(), state)
+    torch.default_generator.set_state(state)
+    return moved
+
+
 class DrewError(Exception):
     """A forward drew numbers where none were expected: it is to be run again, which gives each its own."""
 

@@ -222,9 +222,8 @@ class Engine:
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Note what a forward does with buffers; in the first step, tell of random numbers not torch's."""
-        first = not self._stepped
-        before = of_others() if first else None
-        with self.averager.watching(first and not self.straight.compiled):  # it would cut a compiled graph
+        before = None if self._stepped else of_others()
+        with self.averager.watching(not self.straight.compiled):  # to look would cut a compiled graph
             yield
         if before is None:
             return

@@ -22,6 +22,7 @@ from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
 from hpctrain.errors import HpctrainError, RankError
 from hpctrain.gradient import Places
 from hpctrain.keys import key
+from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.schedule import (
@@ -71,6 +72,9 @@ class StagedEngine(Engine):
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
+        cut = self.pipeline.cut
+        if isinstance(cut, Layers):
+            cut.asides.add("the loss", self.loss)
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
 

@@ -1160,3 +1160,62 @@ class Scripted(nn.Module):
 
     def forward(self, x):
         return self.row(x)
+
+
+class CountsItself(nn.Module):
+    """A counter in the model itself, ahead of its layers."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.into = nn.Linear(in_features, 8)
+        self.row = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.out = nn.Linear(8, out_features)
+
+    def forward(self, x):
+        if self.training:
+            self.counted()
+        x = self.into(x)
+        for layer in self.row:
+            x = torch.tanh(layer(x))
+        return self.out(x)
+
+    def counted(self):
+        self.count += 1
+
+
+class AddsItself(CountsItself):
+    """The same out of place, and used."""
+
+    def forward(self, x):
+        return super().forward(x + 0.01 * self.count)
+
+    def counted(self):
+        self.count = self.count + 1
+
+
+class Branches(nn.Module):
+    """Drops in a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.cond(
+            x.sum() > 0, lambda x: functional.dropout(x, 0.3, True), lambda x: x.sin(), (self.line(x),)
+        )
+
+
+def branching_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Two layers draw so, one in each stage."""
+    ends = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+    return nn.Sequential(ends[0], Branches(), nn.Linear(8, 8), Branches(), ends[1])
+
+
+class Branching(Scripted):
+    """The same inside a module."""
+
+    def __init__(self, in_features: int, out_features: int):
+        nn.Module.__init__(self)
+        self.row = branching_row(in_features, out_features)

@@ -2,9 +2,12 @@
 
 import logging
 from collections import OrderedDict, deque
+from contextvars import ContextVar
 from functools import lru_cache
+from queue import Queue
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,6 +29,16 @@ class Slotted:
     """An object without a dictionary."""
 
     __slots__ = ("last",)
+
+
+def changed() -> None:
+    """A function with attributes."""
+
+
+LATEST: torch.Tensor | None = None
+OBJECT, NUMBERS, ARRAY, QUEUE = Slotted(), torch.zeros(()), np.zeros(2), Queue()
+LINES: list[float] = []
+CONTEXT = ContextVar("CONTEXT", default=None)
 
 
 class Holds(nn.Module):
@@ -109,12 +122,16 @@ def test_what_is_followed():
         y, z, into = (2.0 * x)[1:], other + 1.0, torch.zeros(3)
         into[0] = x[1]
         a = int(other.sum())
-        assert not hanging.holds(a)
+        assert not hanging.may_have(a)
         b = float(x.sum())
-    found = [
-        hanging.holds(value) for value in (y, {"z": [z]}, into, (other, y), b, SimpleNamespace(u=z), "text")
+    values = y, {"z": [z]}, into, (other, y), SimpleNamespace(u=z), SimpleNamespace(u=[y]), b
+    assert [hanging.has(value) for value in values] == [True, False, True, True, False, True, False]
+    assert [hanging.may_have(value) for value in (b, {"b": "high"}, [z], np.ones(1))] == [
+        True,
+        True,
+        False,
+        True,
     ]
-    assert found == [True, False, True, True, True, False, False]
 
 
 def test_what_was_there_is_there_again():
@@ -144,4 +161,91 @@ def test_classes_globals_and_what_functions_close_over_are_looked_at():
     names = {name.rpartition(" ")[2] for name, _ in held_by([("0", Closing())]).values()}
     assert {"closed", "TABLE", "Closing.of_class"} <= names
     assert not held_by([("0", nn.Linear(3, 3))])
-    assert not held_by([("0", Holds(own=Slotted(), text="x", tensor=torch.ones(1), module=torch))])
+    held = held_by([("0", Holds(text="x", count=3, module=torch, logger=LOGGER))])
+    assert not {"0.text", "0.count", "0.module", "0.logger"} & {name for name, _ in held.values()}
+
+
+WAYS = {
+    "a class": lambda x: setattr(Slotted, "of_class", x),
+    "a function": lambda x: setattr(changed, "last", x),
+    "a global": lambda x: globals().__setitem__("LATEST", x),
+    "slots": lambda x: setattr(OBJECT, "last", x),
+    "a tensor": lambda x: NUMBERS.copy_(x.detach().sum()),
+    "a queue": lambda x: QUEUE.put(x),
+    "a context": lambda x: CONTEXT.set(x),
+}
+
+
+NUMBERED = {
+    "an array": lambda x: ARRAY.__setitem__(0, float(x.detach().sum())),
+    "a word": lambda x: TABLE.__setitem__("word", "high" if bool(x.sum() > 0) else "low"),
+    "a log": lambda x: LINES.append(x.std().item()),
+}
+
+
+class Tells(nn.Module):
+    """Tells the next one in one of these ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = (WAYS | NUMBERED)[way]
+
+    def forward(self, x):
+        self.way(2.0 * x)
+        return x if LATEST is None else x + 1.0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_tell_something(way):
+    with pytest.raises(ConfigError, match="stage 0 changes .*, which another stage has"):
+        told(Tells(way), Tells(way))
+
+
+@pytest.mark.parametrize("way", NUMBERED)
+def test_numbers_are_only_told_of(way, caplog):
+    """They are a log more often than a secret."""
+    told(Tells(way), Tells(way))
+    assert "stage 0 changes numbers of" in caplog.text
+
+
+def test_what_the_loss_holds_counts():
+    total: list[torch.Tensor] = []
+    asides = Asides([("0", Holds(own=total)), ("1", nn.Identity())], [(0, 1), (1, 2)])
+    assert not asides.shared[0]
+    asides.add("the loss", SimpleNamespace(terms=total))
+    layer, x = Holds(own=total), torch.ones(2, 3)
+    with pytest.raises(ConfigError, match="as the loss"), asides.watching(0, True, [x]):
+        layer(x)
+
+
+class Makes(OrderedDict):
+    """Makes what is asked for, as a table of activations may."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name)()
+
+
+class Frozen(dict):
+    """Can't be changed."""
+
+    def update(self, *_):
+        raise TypeError("frozen")
+
+    clear = __setitem__ = __copy__ = update
+
+
+def test_what_has_ways_of_its_own_is_left_alone():
+    table, frozen = Makes(relu=nn.ReLU), Frozen({"a": 1})
+    with untouched([("0", Holds(table=table, frozen=frozen))]):
+        dict.__setitem__(frozen, "a", 2)
+    assert dict.__getitem__(table, "relu") is nn.ReLU
+    assert frozen == {"a": 2}
+
+
+def test_hooks_of_layers_are_looked_at():
+    common: list[torch.Tensor] = []
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    first.register_forward_hook(lambda module, given, found: common.append(found))
+    second.register_forward_pre_hook(lambda module, given: (given[0] + common.pop(),))
+    with pytest.raises(ConfigError, match="stage 0 changes a hook of 0: common"):
+        told(first, second)

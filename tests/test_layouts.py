@@ -160,6 +160,21 @@ def test_a_buffer_is_as_the_last_micro_batch_that_wrote_it_left_it(
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("micro_batches", [4, 7])
+def test_buffers_that_only_some_replicas_have_are_shared(topology, files, monkeypatch, micro_batches):
+    """Registered in the forward, by names that hang on the data: of all, as in one process."""
+    monkeypatch.setattr(Averaged, "way", "named")
+    config = config_of(files, "helpers.Averaged", batch=9)
+    config.parallel.micro_batches = micro_batches
+    alone = Topology.build(MPI.COMM_SELF, threads=topology.threads)
+    for steps in (1, 4, 6):
+        found, expected = (trained(config, t, steps) for t in (topology, alone))
+        names = [name for name in expected if name.startswith("last_")]
+        assert names
+        assert all(torch.equal(found[name], expected[name]) for name in names)
+
+
+@pytest.mark.mpi
 def test_verify_finds_invariant_layouts_equal(topology, files):
     config = config_of(files, "helpers.Dropping")
     config.parallel.micro_batches, config.averaging.invariant = 6, True

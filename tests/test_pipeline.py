@@ -794,7 +794,7 @@ def test_what_a_layer_keeps_in_a_list_is_found(world, build):
     has_bits_of_one_process(world, job, "peeking_row")
 
 
-WAYS_ASIDE = ["dict", "list", "attribute", "number", "no gradient", "weight", "global", "class"]
+WAYS_ASIDE = ["dict", "list", "attribute", "no gradient", "weight", "global", "class"]
 
 
 @pytest.mark.mpi
@@ -813,13 +813,37 @@ def test_what_layers_tell_layers_of_other_stages_aside_is_refused(world, build, 
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("way", "cut"), [("masks", "2"), *((way, "3") for way in WAYS_ASIDE)])
+@pytest.mark.parametrize(("way", "cut"), [("masks", "2"), *((way, "3") for way in [*WAYS_ASIDE, "number"])])
 def test_what_layers_of_one_stage_tell_one_another_aside_is_heard(world, build, way, cut):
     if world.size != 2:
         pytest.skip("two stages")
     job = build("telling_row", 2, micro_batches=1, cuts=[cut], arguments={"way": way})
     losses = run(job, 2)
     assert losses == alone_like(job, 2)[0]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["CountsItself", "AddsItself"])
+def test_a_buffer_that_the_model_itself_assigns_bars_no_cut(world, build, model):
+    """torch.export writes it back at the end of the forward, once more."""
+    if world.size not in (2, 4):
+        pytest.skip("as many stages as ranks")
+    job = build(model, world.size, micro_batches=5)
+    has_bits_of_one_process(world, job, model)
+    own = [name for name in job.engine.module.state_dict() if name.endswith("weight")]
+    assert len(own) >= 1
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "place"), [("branching_row", "layer 1 "), ("Branching", "operator cond of row.1")]
+)
+def test_draws_in_a_branch_are_refused(world, build, model, place):
+    """Nothing counts them, and they hang on what was drawn before on the same rank."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match=rf"{place}.*draws random numbers"):
+        run(build(model, 2, micro_batches=3), 1)
 
 
 @pytest.mark.mpi

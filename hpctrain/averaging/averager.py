@@ -200,11 +200,11 @@ class Averager:
             self.overlap.last(parameters)
         self._told_last = self._told_last or parameters is None
 
-    def watching(self, first: bool) -> AbstractContextManager[None]:
-        """Note what a forward does with buffers that replicas share; `first`: of the first step. Local."""
+    def watching(self, looks: bool) -> AbstractContextManager[None]:
+        """Note what a forward does with buffers that replicas share; `looks`: it may be looked at. Local."""
         if self.comm.size == 1:
             return nullcontext()
-        return self.buffers.watching(self.running.micro_batch, looks=first and self.config.invariant)
+        return self.buffers.watching(self.running.micro_batch, looks=looks and self.config.invariant)
 
     def forward_of(self, micro_batch: int) -> None:
         """Note that the forward of a micro-batch follows, where passes are not in turn. Local."""

@@ -19,6 +19,9 @@ from hpctrain.batch import broadcast
 from hpctrain.errors import ConfigError
 from hpctrain.wire import raise_together
 
+STEPS = 3
+"""In which forwards are looked at: what fills a buffer first may move it on later."""
+
 
 class Buffers:
     """The buffers of a module, without those of some BatchNorms."""
@@ -29,13 +32,14 @@ class Buffers:
         self.copies: dict[str, torch.Tensor] = {}
         self.seen = -1
         """The latest micro-batch of this step that ran a forward here."""
+        self.steps = 0
         self.wrote: dict[str, int] = {}
         """The latest one that changed a buffer in place, or assigned another tensor."""
         self.read = set[str]()
         """What forwards that were looked at read before, or without, overwriting it."""
-        self.looked_at = set[int]()
-        """Micro-batches whose forwards were looked at."""
-        self.latest: dict[str, set[int]] = {}
+        self.looked_at = set[tuple[int, int]]()
+        """Steps and micro-batches whose forwards were looked at."""
+        self.latest: dict[str, set[tuple[int, int]]] = {}
         """Which of them overwrote or replaced a buffer."""
 
     def now(self) -> dict[str, torch.Tensor]:
@@ -55,6 +59,7 @@ class Buffers:
         """Remember them before a step. Local."""
         self.copies = self.contents()
         self.seen, self.wrote = -1, {}
+        self.steps += 1
 
     def changed(self) -> set[str]:
         """Name those that this rank's step changed, in whatever way. Local."""
@@ -69,15 +74,15 @@ class Buffers:
         """Note which of them a forward changes; `looks`: at what it reads, too. Local."""
         self.seen = micro_batch
         before = self.marks()
-        if not looks:
+        if not looks or self.steps > STEPS:
             yield
         else:
             with Reads(self.now()) as reads:
                 yield
             self.read |= reads.read
-            self.looked_at.add(micro_batch)
+            self.looked_at.add((self.steps, micro_batch))
             for name in reads.latest(self.now()):
-                self.latest.setdefault(name, set()).add(micro_batch)
+                self.latest.setdefault(name, set()).add((self.steps, micro_batch))
         self.wrote |= {name: micro_batch for name, mark in self.marks().items() if before.get(name) != mark}
 
     def check(self, comm: MPI.Intracomm, together: MPI.Intracomm) -> None:
@@ -101,6 +106,12 @@ class Buffers:
         """Take each from the replica whose micro-batch wrote it last in this step. Collective over them."""
         now = self.now()
         wrote = dict.fromkeys(self.changed(), self.seen) | self.wrote
+        names = crc32(repr(list(now)).encode())
+        same = np.array((names, -names), dtype=np.int64)
+        comm.Allreduce(MPI.IN_PLACE, same, op=MPI.MAX)
+        if same[0] != -same[1]:
+            self._share_names(comm, {name: wrote.get(name, -1) for name in now})
+            return
         kinds = np.array([crc32(f"{b.dtype} {b.shape}".encode()) for b in now.values()], dtype=np.int64)
         latest = np.array([wrote.get(name, -1) * comm.size + comm.rank for name in now], dtype=np.int64)
         most = np.stack((latest, kinds, -kinds))
@@ -110,6 +121,22 @@ class Buffers:
             if writer >= 0 and high == -low:
                 broadcast(comm, buffer, root)
             elif writer >= 0:  # replicas assigned tensors of unlike shapes
-                found = comm.bcast(buffer.detach().cpu() if comm.rank == root else None, root)
-                where, _, leaf = name.rpartition(".")
-                self.module.get_submodule(where)._buffers[leaf] = found.to(buffer.device)
+                self._take(name, comm.bcast(buffer.detach().cpu() if comm.rank == root else None, root))
+
+    def _share_names(self, comm: MPI.Intracomm, wrote: dict[str, int]) -> None:
+        """Let all have the buffers that some have, as left by who wrote each last. Collective (replicas)."""
+        every = comm.allgather(wrote)
+        now = self.now()
+        for name in sorted(set[str]().union(*every)):
+            root = max(range(comm.size), key=lambda rank: (every[rank].get(name, -2), rank))
+            self._take(name, comm.bcast(now[name].detach().cpu() if comm.rank == root else None, root))
+
+    def _take(self, name: str, tensor: torch.Tensor) -> None:
+        """Set a buffer, which there may not have been. Local."""
+        where, _, leaf = name.rpartition(".")
+        owner = self.module.get_submodule(where)
+        like = next((t for t in [*self.module.parameters(), *self.module.buffers()]), tensor)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor.to(like.device)
+        else:
+            owner.register_buffer(leaf, tensor.to(like.device))

@@ -7,23 +7,42 @@ filled on each rank).
 """
 
 import sys
-from collections import deque
+import threading
+from argparse import Namespace
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import CellType, FunctionType, ModuleType, SimpleNamespace
+from contextvars import ContextVar
+from functools import partial
+from itertools import chain
+from queue import Queue
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.hidden import OURS, plain
+from hpctrain.log import LOGGER
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
 CONTAINERS = (dict, list, set, deque)
+PLAIN = (dict, OrderedDict, defaultdict, list, set, deque)
+HOLDERS = (
+    *(*CONTAINERS, SimpleNamespace, UserDict, UserList, Queue),
+    *(Namespace, WeakKeyDictionary, threading.local, ContextVar),
+)
+FORWARDS = 3
+"""Of a stage that are looked at, in training and in evaluation."""
+MOST_FOUND = 100_000
 MOST = 10_000
 """Entries of a container that are looked at."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where torch keeps a user's hooks on modules."""
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "mpi4py", "h5py", "hpctrain"} - {"__main__"}
 
 
@@ -32,48 +51,61 @@ class Asides:
 
     def __init__(self, layers: list[tuple[str, nn.Module]], ranges: list[tuple[int, int]]) -> None:
         """Look what the layers hold, by name; a stage has those of a range. Local."""
-        every = [held_by(layers[start:stop]) for start, stop in ranges]
-        self.shared = [
-            [
-                (where, other[at][0], value)
-                for at, (where, value) in own.items()
-                for other in [next((e for e in every if e is not own and at in e), {})]
-                if other
-            ]
-            for own in every
-        ]
+        self._every = [held_by(layers[start:stop]) for start, stop in ranges]
+        self.shared = self._shared()
         """By stage: its name here, one in another stage, and the container or object."""
-        self._seen = set[tuple[int, bool]]()
+        self._warned = False
+        self._seen = Counter[tuple[int, bool]]()
+
+    def _shared(self) -> list[list[tuple[str, str, Any]]]:
+        found = []
+        for own in self._every:
+            others = [other for other in self._every if other is not own]
+            there = {at: other[at][0] for other in others for at in own if at in other}
+            found.append([(own[at][0], name, own[at][1]) for at, name in there.items()])
+        return found
+
+    def add(self, name: str, value: Any) -> None:
+        """Look at what something that runs on the last stage holds, too: the loss. Local."""
+        self._every[-1] |= reachable([(name, value)])
+        self.shared = self._shared()
 
     @contextmanager
     def watching(self, stage: int, training: bool, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Look at a stage's first forward; `tensors`: its weights and what it got. Local.
+        """Look at a stage's first forwards; `tensors`: its weights and what it got. Local.
 
         Raises ConfigError where it puts what hangs on them where another stage looks.
         """
         shared = self.shared[stage]
-        if not shared or (stage, training) in self._seen:
+        if not shared or self._seen[stage, training] >= FORWARDS:
             yield
             return
-        self._seen.add((stage, training))
+        self._seen[stage, training] += 1
         before = [contents(value) for _, _, value in shared]
         with Hanging(tensors) as hanging:
             yield
         for (here, there, value), old in zip(shared, before):
-            known = {id(item) for item in old}
-            new = [item for item in contents(value) if id(item) not in known]
-            if any(map(hanging.holds, new)):
+            new = changes(value, old)
+            if any(map(hanging.has, new)):
                 raise ConfigError(
                     f"stage {stage} changes {here}, which another stage has, too, as {there}, and would not "
                     f"see: give it to the next layer with the other outputs, or set parallel.cuts so that "
                     f"one stage has both"
+                )
+            if not self._warned and any(map(hanging.may_have, new)):
+                self._warned = True
+                LOGGER.warning(
+                    "stage %d changes numbers of %s, which another stage has, too, as %s: each rank has its "
+                    "own, so nothing that the model computes may hang on them",
+                    *(stage, here, there),
                 )
 
 
 @contextmanager
 def untouched(layers: list[tuple[str, nn.Module]]) -> Iterator[None]:
     """Put back behind the body what layers hold, with what was in it before. Local."""
-    held = [value for _, value in held_by(layers).values()]
+    no_names = (torch.Tensor, np.ndarray, ModuleType, ContextVar)
+    held = [value for _, value in held_by(layers).values() if not isinstance(value, no_names)]
     modules = [owner for _, layer in layers for owner in layer.modules()]
     before = [(value, entries(value)) for value in [*held, *modules]]
     try:
@@ -107,56 +139,86 @@ class Hanging(Looking):
             self.storages -= {storage_of(tensor) for tensor in tensors_in(found)}
         return found
 
-    def holds(self, value: Any) -> bool:
-        """Whether a value has a tensor that hangs on them, or a number that may. Local."""
-        inside = [contents(outer) for _, outer in reachable([("", value)]).values()]
-        return any(
-            storage_of(leaf) in self.storages if isinstance(leaf, torch.Tensor) else self.numbers
-            for leaf in _pytree.tree_leaves([value, inside])
-            if isinstance(leaf, (torch.Tensor, bool, int, float, complex))
-        )
+    def has(self, value: Any) -> bool:
+        """Whether a value has a tensor that hangs on them. Local."""
+        return any(storage_of(leaf) in self.storages for leaf in tensors_in(inside(value)))
+
+    def may_have(self, value: Any) -> bool:
+        """Whether a value has an array, or a number or a word while a number was made of one. Local."""
+        kinds = (np.generic, bool, int, float, complex, str) if self.numbers else ()
+        return any(isinstance(leaf, (np.ndarray, *kinds)) for leaf in _pytree.tree_leaves(inside(value)))
 
 
-def held_by(layers: list[tuple[str, nn.Module]]) -> dict[int, tuple[str, Any]]:
-    """Find containers and objects in plain attributes, classes, closures and globals of layers. Local."""
+def inside(value: Any) -> list[Any]:
+    """List a value and all that it holds. Local."""
+    every = (outer for _, outer in reachable([("", value)]).values())
+    return [value, [contents(outer) for outer in every if not isinstance(outer, (torch.Tensor, np.ndarray))]]
+
+
+def held_by(layers: list[tuple[str, nn.Module]]) -> dict[Any, tuple[str, Any]]:
+    """Find what layers may share, by identity: in attributes, classes, closures and globals. Local."""
     found: list[tuple[str, Any]] = []
     for layer, module in layers:
         names = {id(m): f"{layer}.{own}".rstrip(".") for own, m in module.named_modules()}
         found += [(f"{names[id(owner)]}.{name}", value) for owner, name, value in plain(module)]
+        for owner in module.modules():
+            hooks = [hook for at in HOOKS for hook in getattr(owner, at).values()]
+            found += [(f"a hook of {names[id(owner)]}", hook) for hook in hooks]
         kinds = {kind for owner in module.modules() for kind in type(owner).__mro__}
         found += [(kind.__name__, kind) for kind in kinds]
-    known = reachable(found)
-    return {at: (name, v) for at, (name, v) in known.items() if not isinstance(v, (type, FunctionType))}
+    return reachable(found)
 
 
-def reachable(values: Iterable[tuple[str, Any]]) -> dict[int, tuple[str, Any]]:
-    """Find the containers, objects, classes and functions in values, and in those, by id. Local."""
-    found: dict[int, tuple[str, Any]] = {}
+class Binding:
+    """A name of a module, which a function uses and may give another value."""
+
+    def __init__(self, table: dict[str, Any], name: str) -> None:
+        """Take the module's names, and one of them."""
+        self.table, self.name = table, name
+
+
+def reachable(values: Iterable[tuple[str, Any]]) -> dict[Any, tuple[str, Any]]:
+    """Find what may hold something, in values and in what those hold, by identity. Local."""
+    found: dict[Any, tuple[str, Any]] = {}
     left = list(values)
-    while left:
+    while left and len(found) < MOST_FOUND:
         name, value = left.pop()
         if id(value) in found:
             continue
-        if isinstance(value, (type, FunctionType)) and not is_own(value.__module__ or ""):
-            continue
-        if isinstance(value, type):
-            found[id(value)] = name, value
-            for at, own in list(vars(value).items()):
-                inner = getattr(own, "fget", getattr(own, "__func__", own))  # of a property, a static method
-                if isinstance(inner, FunctionType) or not at.startswith("__"):
-                    left.append((f"{value.__name__}.{at}", inner))
+        if isinstance(value, (tuple, frozenset)):
+            left += [(name, inner) for inner in value]
+        elif isinstance(value, partial):
+            left += [(name, inner) for inner in (value.func, *value.args, *value.keywords.values())]
+        elif isinstance(value, (MethodType, BuiltinMethodType)):
+            left += [(name, value.__self__), (name, getattr(value, "__func__", None))]
         elif isinstance(value, FunctionType):
+            if not is_own(value.__module__ or ""):
+                continue
             found[id(value)] = name, value
             code, known = value.__code__, value.__globals__
             cells = zip(code.co_freevars, value.__closure__ or ())
             left += [(f"{name}: {own}", cell.cell_contents) for own, cell in cells if is_filled(cell)]
-            left += [(own, known[own]) for own in code.co_names if own in known]
-        elif isinstance(value, (tuple, frozenset)):
-            left += [(name, inner) for inner in value]
-        elif isinstance(value, CONTAINERS) or is_object(value):
-            found[id(value)] = name, value
             left += [(name, inner) for inner in contents(value)]
+            for own in names_in(code):
+                if own in known:
+                    found[id(known), own] = own, Binding(known, own)
+                    left.append((own, known[own]))
+        elif is_holder(value):
+            found[id(value)] = name, value
+            if isinstance(value, type):
+                for at, own in list(vars(value).items()):
+                    inner = getattr(own, "fget", getattr(own, "__func__", own))  # a property's, a static one
+                    if isinstance(inner, FunctionType) or not at.startswith("__"):
+                        left.append((f"{value.__name__}.{at}", inner))
+            elif not isinstance(value, (ModuleType, torch.Tensor, np.ndarray)):  # a module may have anything
+                left += [(name, inner) for inner in contents(value)]
     return found
+
+
+def names_in(code: CodeType) -> list[str]:
+    """List the names that a function's code uses, functions inside it included. Pure."""
+    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return [*code.co_names, *chain.from_iterable(inner)]
 
 
 def is_own(module: str) -> bool:
@@ -164,10 +226,16 @@ def is_own(module: str) -> bool:
     return module.split(".")[0] not in FOREIGN
 
 
-def is_object(value: Any) -> bool:
-    """Whether a value is an object of a user's class, no module and no tensor. Local."""
-    known = isinstance(value, (type, ModuleType, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__")
-    return not known and (isinstance(value, SimpleNamespace) or is_own(type(value).__module__))
+def is_holder(value: Any) -> bool:
+    """Whether something may be put into a value, by a user. Local."""
+    if isinstance(value, (*HOLDERS, torch.Tensor, np.ndarray)):
+        return not isinstance(value, nn.Parameter)
+    if isinstance(value, ModuleType):
+        return is_own(value.__name__)
+    if isinstance(value, nn.Module):
+        return False
+    kind = value if isinstance(value, type) else type(value)
+    return is_own(kind.__module__) and (hasattr(value, "__dict__") or hasattr(kind, "__slots__"))
 
 
 def is_filled(cell: CellType) -> bool:
@@ -178,35 +246,80 @@ def is_filled(cell: CellType) -> bool:
         return False
 
 
+def contents(value: Any) -> list[Any]:
+    """List what a value holds; of a tensor the count of its changes, of an array its numbers. Local."""
+    if isinstance(value, Binding):
+        return [value.table.get(value.name)]
+    if isinstance(value, ContextVar):
+        return [value.get(None)]
+    if isinstance(value, torch.Tensor):
+        return [value._version]
+    if isinstance(value, np.ndarray):
+        return [value.copy()] if value.size <= MOST else []
+    if isinstance(value, FunctionType):
+        inner = [*vars(value).values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, dict):
+        inner = list(dict.values(value))  # a subclass may make what is asked for
+    elif isinstance(value, (type, ModuleType)):
+        inner = [v for at, v in vars(value).items() if not (at.startswith("__") or callable(v))]
+    elif isinstance(value, CONTAINERS):
+        inner = list(value)
+    elif is_holder(value):
+        slots = (getattr(value, at, None) for kind in type(value).__mro__ for at in slots_of(kind))
+        inner = [*getattr(value, "__dict__", {}).values(), *slots]
+    else:
+        inner = []
+    return inner[:MOST]
+
+
+def slots_of(kind: type) -> tuple[str, ...]:
+    """Give the names of a class's slots. Pure."""
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(at for at in slots if not at.startswith("__"))
+
+
+def changes(value: Any, old: list[Any]) -> list[Any]:
+    """Give what a value holds and did not before; a tensor or an array itself, if it was changed. Local."""
+    now = contents(value)
+    if isinstance(value, torch.Tensor):
+        return [value] if now != old else []
+    if isinstance(value, np.ndarray):
+        same = all(np.array_equal(a, b, equal_nan=value.dtype.kind in "fc") for a, b in zip(now, old))
+        return [] if same else [value]
+    return [item for at, item in enumerate(now) if at >= len(old) or item is not old[at]]
+
+
 def entries(value: Any) -> list[Any]:
-    """List what a container has, or an object or a module as plain attributes, with its names. Local."""
+    """List what a value holds, with its names where it has them; of a module its plain attributes. Local."""
     if isinstance(value, (list, set, deque)):
         return list(value)
+    if isinstance(value, Binding):
+        return [(value.name, value.table.get(value.name))]
     if isinstance(value, nn.Module):
         return [(name, inner) for name, inner in vars(value).items() if name not in OURS]
-    return list((value if isinstance(value, dict) else vars(value)).items())
+    if isinstance(value, type):
+        return [(at, v) for at, v in vars(value).items() if not (at.startswith("__") or callable(v))]
+    return list(dict.items(value if isinstance(value, dict) else getattr(value, "__dict__", {})))
 
 
 def put_back(value: Any, then: list[Any]) -> None:
-    """Let a container, an object or a module have what it had, if it has changed. Local."""
+    """Let a value hold what it held, if that has changed. Local."""
+    if isinstance(value, CONTAINERS) and type(value) not in PLAIN:
+        return  # it may not let itself be changed, or change what it is given
     now = entries(value)
     if isinstance(value, (list, set, deque)):
         if [*map(id, now)] != [*map(id, then)]:
             value.clear()
             value.update(then) if isinstance(value, set) else value.extend(then)
     elif [(name, id(inner)) for name, inner in now] != [(name, id(inner)) for name, inner in then]:
+        if isinstance(value, type):
+            for name in {name for name, _ in now} - {name for name, _ in then}:
+                delattr(value, name)
+            for name, inner in then:
+                setattr(value, name, inner)
+            return
         table = value if isinstance(value, dict) else vars(value)
+        table = value.table if isinstance(value, Binding) else table
         for name, _ in now:
             del table[name]
         table.update(then)
-
-
-def contents(value: Any) -> list[Any]:
-    """List what a container or an object of the user's has in it. Local."""
-    if isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, CONTAINERS):
-        inner = list(value)
-    else:
-        inner = list(vars(value).values()) if is_object(value) else []
-    return inner[:MOST]

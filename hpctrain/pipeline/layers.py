@@ -1,5 +1,6 @@
 """A model whose layers follow one another: a stage runs some of them, one behind the other."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from hpctrain.draws import Drawing
+from hpctrain.draws import Drawing, drew_unseen
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.hidden import hidden, registered
-from hpctrain.pipeline.aside import Asides, untouched
+from hpctrain.pipeline.aside import FORWARDS, HOOKS, Asides, untouched
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.message import SHARES
 from hpctrain.pipeline.part import Env, Part, begins, gave, shapes_of
@@ -65,15 +66,13 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 class Layers:
     """Layers in a row; a stage runs some of them."""
 
     def __init__(self, layers: list[tuple[str, nn.Module]], value: torch.Tensor, stages: int) -> None:
         """Take the layers by name, and what the first one gets."""
         self.layers, self.value, self.stages = layers, value, stages
+        self._looked = Counter[tuple[int, bool]]()
         self._drawing: dict[tuple[int, bool], Drawing] = {}
         """By stage, and whether in training."""
 
@@ -156,6 +155,8 @@ class Layers:
             taken = tensors_in(value) if stage else []
             shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
             versions = [leaf._version for leaf in taken]
+            counted = self._looked[stage, training] < FORWARDS
+            self._looked[stage, training] += 1
             looking: AbstractContextManager[None] = nullcontext()
             if self.asides.shared[stage]:
                 weights = [p for _, layer in layers for p in layer.parameters()]
@@ -169,6 +170,12 @@ class Layers:
                         raise
                     gave(what.__str__, found)
                     value = found
+                    if counted and drew_unseen(counting):
+                        raise ConfigError(
+                            f"{what} draws random numbers where nothing can count them (in a branch of "
+                            f"torch.cond, or an operator of its own), so they would be others than in one "
+                            f"process: draw by torch's functions, outside of branches"
+                        )
             if shared and versions != [leaf._version for leaf in taken]:
                 raise ConfigError(
                     f"stage {stage} (layers {layers[0][0]} to {layers[-1][0]}) changes in place what it got, "

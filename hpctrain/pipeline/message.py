@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import HpctrainError
@@ -258,6 +259,9 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
     parts: list[Raw] = []
     for at, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
+            if type(leaf) not in (torch.Tensor, nn.Parameter) or vars(leaf).keys() - {SHARES}:
+                what = f"a {type(leaf).__name__} with {', '.join(vars(leaf)) or 'ways of its own'}"
+                raise HpctrainError(f"{what} would cross to stage {stage}, as a plain tensor: {CROSSING}")
             if leaf.layout != torch.strided:
                 raise HpctrainError(f"a {leaf.layout} tensor would cross to stage {stage}: {CROSSING}")
             laid = leaf.detach()
@@ -294,7 +298,7 @@ def single(value: Any) -> tuple[str | None, torch.Tensor] | None:
     if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
         return None
     plain = leaf.is_cpu and leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_complex()
-    return (name if type(value) is dict else None, leaf) if plain else None
+    return (name if type(value) is dict else None, leaf) if plain and not vars(leaf) else None
 
 
 def bytes_of(layout: Layout) -> list[tuple[int, int]]:

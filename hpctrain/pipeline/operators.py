@@ -47,6 +47,60 @@ def draws_of(node: fx.Node, constants: Mapping[str, Any]) -> int:
     return int(draws(node.target, node.args, dict(node.kwargs)))
 
 
+def draws_inside(node: fx.Node, constants: Mapping[str, Any]) -> bool:
+    """Whether an operator that torch runs by itself (`torch.cond`) holds some that draw. Pure."""
+    if node.target in BODIES:
+        return False
+    left = [body for a in node.all_input_nodes if isinstance(body := constants.get(a.name), fx.GraphModule)]
+    while left:
+        body = left.pop()
+        left += [inner for inner in body.modules() if isinstance(inner, fx.GraphModule) and inner is not body]
+        if any(draws(n.target, n.args, dict(n.kwargs)) for n in body.graph.nodes if n.op == "call_function"):
+            return True
+    return False
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether an operator writes into a value what stands there already. Local.
+
+    torch.export ends with such a copy for each buffer that a forward assigned.
+    """
+    if node.target is not torch.ops.aten.copy_.default or node.users:
+        return False
+    into, new = (a.meta.get("val") if isinstance(a, fx.Node) else None for a in node.args[:2])
+    if not isinstance(into, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return False
+    places = [(storage_of(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (into, new)]
+    return places[0] == places[1] and bool(places[0][0])
+
+
+def settled(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Order operators so that a buffer is written back as soon as nothing needs what it was. Local.
+
+    torch.export writes back at the end, and no stage may begin between a use of a buffer and its change.
+    """
+    found = list(nodes)
+    for node in nodes:
+        into, new = node.args[:2] if node.target is torch.ops.aten.copy_.default else (None, None)
+        if (
+            not isinstance(into, fx.Node)
+            or not isinstance(new, fx.Node)
+            or into.op != "placeholder"
+            or node.users
+        ):
+            continue
+        old, made, last = {*memories(into)}, {*memories(new)}, -1
+        for at, other in enumerate(found):
+            changed = changes(other)
+            needs = other is new or any(old & {*memories(a)} for a in other.all_input_nodes)
+            if other is not node and (needs or (changed is not None and made & {*memories(changed)})):
+                last = at
+        at = found.index(node)
+        if last < at:
+            found.insert(last + 1, found.pop(at))
+    return found
+
+
 TAKEN = "called in torch.nn.functional"
 """Mark of an operator whose call `gradient` would take in one process."""
 MARKS = hasattr(fx.traceback, "annotate")

@@ -30,7 +30,7 @@ from hpctrain.gradient import CALLED
 from hpctrain.hidden import notes_on
 from hpctrain.log import LOGGER
 from hpctrain.modes import Replaced, watched
-from hpctrain.pipeline.operators import MARKS, TAKEN, path_of
+from hpctrain.pipeline.operators import MARKS, TAKEN, draws_inside, is_written, path_of, settled
 from hpctrain.pipeline.state import changed_by
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -169,13 +169,14 @@ class Writer:
             if node.op == "call_function":
                 if counters & {a.name for a in node.all_input_nodes}:
                     counters.add(node.name)  # BatchNorm's own counting, which its module does
-                else:
+                elif not is_written(node):
                     self._known_shape(node)
                     nodes.append(node)
             elif node.op == "get_attr":
                 constants[node.name] = getattr(program.graph_module, str(node.target))
             elif node.op == "output":
                 outputs = [a.name if isinstance(a, fx.Node) else Constant(a) for a in node.args[0]]
+        nodes = settled(nodes)
         for node in nodes:
             self._sayable(node, constants)
         return Traced(
@@ -205,6 +206,11 @@ class Writer:
 
     def _sayable(self, node: fx.Node, constants: dict[str, Any]) -> None:
         """Refuse an operator that would do something else by itself than in its forward. Local."""
+        if draws_inside(node, constants):
+            raise ConfigError(
+                f"parallel.stages = {self.stages}: operator {node.name} of {path_of(node) or 'the model'} "
+                f"draws random numbers in a branch, which would be others than in one process: draw before it"
+            )
         apart = any(isinstance(constants.get(a.name), FakeTensor) for a in node.all_input_nodes)
         mapped = getattr(node.target, "__module__", "").startswith("torch._functorch")
         if not apart and not mapped:
