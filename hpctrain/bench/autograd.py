@@ -7,6 +7,9 @@ from contextlib import contextmanager
 class Autograd:
     """Stands for what computes weight gradients straight into their places: leaves all to autograd."""
 
+    compiled = False
+    """No part of the models is."""
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Nothing is watched."""
