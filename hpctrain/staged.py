@@ -74,7 +74,7 @@ class StagedEngine(Engine):
         """Loss and weight of micro-batches whose weight gradients wait."""
         cut = self.pipeline.cut
         if isinstance(cut, Layers):
-            cut.asides.add("the loss", self.loss)
+            cut.asides.add("the loss", getattr(self.loss, "loss", self.loss))
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
 

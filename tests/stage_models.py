@@ -1219,3 +1219,30 @@ class Branching(Scripted):
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
         self.row = branching_row(in_features, out_features)
+
+
+TERMS: list[torch.Tensor] = []
+"""Auxiliary losses of a forward."""
+
+
+class AddsTerm(nn.Linear):
+    """Has an auxiliary loss."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        TERMS.append(x.square().mean())
+        return torch.tanh(x)
+
+
+class WithTerms(nn.Module):
+    """The mean square, and the auxiliary losses."""
+
+    def forward(self, output, target):
+        terms = [TERMS.pop() for _ in range(len(TERMS))]
+        return nn.functional.mse_loss(output, target) + sum(terms)
+
+
+def adding_terms(in_features: int, out_features: int) -> nn.Sequential:
+    """A layer with an auxiliary loss, in the middle."""
+    ends = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+    return nn.Sequential(ends[0], AddsTerm(8, 8), nn.Linear(8, 8), nn.Tanh(), ends[1])

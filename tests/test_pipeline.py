@@ -25,7 +25,7 @@ from hpctrain.averaging import links
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.overlap import WAYS, Choice
-from hpctrain.config import Optimizer
+from hpctrain.config import ClassPath, Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
@@ -100,6 +100,7 @@ def build(world, files):
         config.averaging.invariant = settings.pop("invariant", False)
         config.data.inputs = settings.pop("inputs", config.data.inputs)
         config.train.autocast = settings.pop("autocast", "none")
+        config.train.loss = settings.pop("loss", config.train.loss)
         config.parallel.stages = stages
         for name, value in {"schedule": "1f1b", **settings}.items():
             setattr(config.parallel, name, value)
@@ -810,6 +811,22 @@ def test_what_layers_tell_layers_of_other_stages_aside_is_refused(world, build, 
             job.engine.evaluate(job.split_batches("train"), job.task.measure)
         else:
             job.engine.step(0, job.loader.read(0))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("cut", ["1", "2"])
+def test_what_a_layer_tells_the_loss_aside_is_refused(world, build, cut):
+    """An auxiliary loss of a layer, that the loss adds: another rank's layers' would be missing."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    stage_models.TERMS.clear()
+    loss = ClassPath("stage_models.WithTerms")
+    job = build("adding_terms", 2, micro_batches=3, cuts=[cut], loss=loss)
+    if cut == "2":
+        with pytest.raises(ConfigError, match="stage 0 changes .*, which another stage has, too, as"):
+            run(job, 1)
+    else:
+        assert run(job, 2) == alone_like(job, 2)[0]
 
 
 @pytest.mark.mpi

@@ -1,9 +1,9 @@
 """What layers tell one another aside: by a dict, a list or an object that several of them hold.
 
 In one process the next layer finds what the one before has put there; in stages each rank has its own, and
-what is looked up with a default would silently be that. So the first forward of a stage is looked at: what
-it puts where layers of other stages look must not hang on the data or the weights (a cache of masks may be
-filled on each rank).
+what is looked up with a default would silently be that. So the first forwards of a stage are looked at: no
+tensor that they put where layers of other stages, hooks or the loss look may hang on the data or the weights
+(a cache of masks may be filled on each rank). Of numbers there a warning tells: most are a log.
 """
 
 import sys
@@ -67,7 +67,9 @@ class Asides:
 
     def add(self, name: str, value: Any) -> None:
         """Look at what something that runs on the last stage holds, too: the loss. Local."""
-        self._every[-1] |= reachable([(name, value)])
+        self._every[-1] |= (
+            held_by([(name, value)]) if isinstance(value, nn.Module) else reachable([(name, value)])
+        )
         self.shared = self._shared()
 
     @contextmanager
