@@ -189,11 +189,16 @@ class Drawing:
         self._silent = NEVER if any(hasattr(m, "meeting") for m in every) else 0
         """Forwards in a row that drew nothing; a SyncBatchNorm's meet others', and can't be run again."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether the coming forward's draws are counted."""
+        return self._silent < SILENT or bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
     @contextmanager
     def of(self, stream: int, start: int, given: Any) -> Iterator[Draws]:
         """Enter for a forward of `given`: gives what counts its draws, of a stream from `start` on. Local."""
         drawing = Draws(stream, start)
-        if self._silent < SILENT or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if self.counts:
             before = self._versions(given)
             with drawing:
                 yield drawing

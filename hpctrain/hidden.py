@@ -11,6 +11,8 @@ from hpctrain.tensors import tensors_in
 
 OURS = {*vars(nn.Module())}
 """Attributes that torch keeps itself."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where torch keeps a user's hooks on modules."""
 with FakeTensorMode():
     OWN = {*vars(nn.Parameter(torch.empty(0)))}
     """Attributes that a parameter without memory has itself."""

@@ -199,7 +199,7 @@ class StagedEngine(Engine):
         with self.straight.forward(), self._precision(), self._watching():
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
-        if marks == (buffers.marks(), versions_of(own)):  # it changed nothing that it read
+        if marks and marks == (buffers.marks(), versions_of(own)):  # it changed nothing that it read
             now = buffers.now() if before else {}
             stage.keeps |= any(not torch.equal(now[name], old) for name, old in before.items())
             stage.let_go(v)

@@ -72,7 +72,7 @@ def told(*layers, stage=0):
     named = [(str(at), layer) for at, layer in enumerate(layers)]
     asides = Asides(named, [(0, 1), (1, 2)])
     x = torch.ones(2, 3)
-    with asides.watching(stage, True, [x, *layers[stage].parameters()]):
+    with asides.watching(stage, [x, *layers[stage].parameters()]):
         layers[stage](x)
     return asides.shared[stage]
 
@@ -214,7 +214,7 @@ def test_what_the_loss_holds_counts():
     assert not asides.shared[0]
     asides.add("the loss", SimpleNamespace(terms=total))
     layer, x = Holds(own=total), torch.ones(2, 3)
-    with pytest.raises(ConfigError, match="as the loss"), asides.watching(0, True, [x]):
+    with pytest.raises(ConfigError, match="as the loss"), asides.watching(0, [x]):
         layer(x)
 
 

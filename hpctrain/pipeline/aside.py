@@ -9,7 +9,7 @@ tensor that they put where layers of other stages, hooks or the loss look may ha
 import sys
 import threading
 from argparse import Namespace
-from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import OURS, plain
+from hpctrain.hidden import HOOKS, OURS, plain
 from hpctrain.log import LOGGER
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
@@ -36,13 +36,9 @@ HOLDERS = (
     *(*CONTAINERS, SimpleNamespace, UserDict, UserList, Queue),
     *(Namespace, WeakKeyDictionary, threading.local, ContextVar),
 )
-FORWARDS = 3
-"""Of a stage that are looked at, in training and in evaluation."""
 MOST_FOUND = 100_000
 MOST = 10_000
 """Entries of a container that are looked at."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where torch keeps a user's hooks on modules."""
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "mpi4py", "h5py", "hpctrain"} - {"__main__"}
 
 
@@ -55,7 +51,6 @@ class Asides:
         self.shared = self._shared()
         """By stage: its name here, one in another stage, and the container or object."""
         self._warned = False
-        self._seen = Counter[tuple[int, bool]]()
 
     def _shared(self) -> list[list[tuple[str, str, Any]]]:
         found = []
@@ -73,16 +68,12 @@ class Asides:
         self.shared = self._shared()
 
     @contextmanager
-    def watching(self, stage: int, training: bool, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Look at a stage's first forwards; `tensors`: its weights and what it got. Local.
+    def watching(self, stage: int, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Look at a stage's forward; `tensors`: its weights and what it got. Local.
 
         Raises ConfigError where it puts what hangs on them where another stage looks.
         """
         shared = self.shared[stage]
-        if not shared or self._seen[stage, training] >= FORWARDS:
-            yield
-            return
-        self._seen[stage, training] += 1
         before = [contents(value) for _, _, value in shared]
         with Hanging(tensors) as hanging:
             yield
@@ -209,7 +200,8 @@ def reachable(values: Iterable[tuple[str, Any]]) -> dict[Any, tuple[str, Any]]:
             found[id(value)] = name, value
             if isinstance(value, type):
                 for at, own in list(vars(value).items()):
-                    inner = getattr(own, "fget", getattr(own, "__func__", own))  # a property's, a static one
+                    inner = own.fget if isinstance(own, property) else own
+                    inner = own.__func__ if isinstance(own, (staticmethod, classmethod)) else inner
                     if isinstance(inner, FunctionType) or not at.startswith("__"):
                         left.append((f"{value.__name__}.{at}", inner))
             elif not isinstance(value, (ModuleType, torch.Tensor, np.ndarray)):  # a module may have anything
@@ -225,7 +217,7 @@ def names_in(code: CodeType) -> list[str]:
 
 def is_own(module: str) -> bool:
     """Whether a module's name is none of Python's, torch's or ours. Pure."""
-    return module.split(".")[0] not in FOREIGN
+    return str(module).split(".")[0] not in FOREIGN
 
 
 def is_holder(value: Any) -> bool:
@@ -318,7 +310,8 @@ def put_back(value: Any, then: list[Any]) -> None:
             for name in {name for name, _ in now} - {name for name, _ in then}:
                 delattr(value, name)
             for name, inner in then:
-                setattr(value, name, inner)
+                if vars(value).get(name) is not inner:
+                    setattr(value, name, inner)
             return
         table = value if isinstance(value, dict) else vars(value)
         table = value.table if isinstance(value, Binding) else table

@@ -12,8 +12,8 @@ from torch.utils import _pytree
 from hpctrain.draws import Drawing, drew_unseen
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
-from hpctrain.hidden import hidden, registered
-from hpctrain.pipeline.aside import FORWARDS, HOOKS, Asides, untouched
+from hpctrain.hidden import HOOKS, hidden, registered
+from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.message import SHARES
 from hpctrain.pipeline.part import Env, Part, begins, gave, shapes_of
@@ -64,6 +64,10 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _flat(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
+
+
+FORWARDS = 3
+"""Of a stage that are looked at, in training and in evaluation: for what it tells aside, and unseen draws."""
 
 
 class Layers:
@@ -155,12 +159,13 @@ class Layers:
             taken = tensors_in(value) if stage else []
             shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
             versions = [leaf._version for leaf in taken]
-            counted = self._looked[stage, training] < FORWARDS
-            self._looked[stage, training] += 1
+            first = self._looked[stage, training] < FORWARDS
+            counted = first and drawing.counts
+            self._looked[stage, training] += first
             looking: AbstractContextManager[None] = nullcontext()
-            if self.asides.shared[stage]:
+            if first and self.asides.shared[stage]:
                 weights = [p for _, layer in layers for p in layer.parameters()]
-                looking = self.asides.watching(stage, training, [*weights, *tensors_in(value)])
+                looking = self.asides.watching(stage, [*weights, *tensors_in(value)])
             with looking, drawing.of(stream, begin, value) as counting:
                 for what, layer in named:
                     try:

@@ -236,6 +236,10 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_known: dict[Any, Layout] = {}
+"""Layouts of messages of one plain tensor, by all that they hang on."""
+
+
 def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
     """Make a tree of tensors and plain values ready for a stage. Local.
 
@@ -259,8 +263,9 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
     parts: list[Raw] = []
     for at, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            if type(leaf) not in (torch.Tensor, nn.Parameter) or vars(leaf).keys() - {SHARES}:
-                what = f"a {type(leaf).__name__} with {', '.join(vars(leaf)) or 'ways of its own'}"
+            own = [name for name in vars(leaf) if not (name.startswith("_") or name == "persistent")]
+            if type(leaf) is not nn.Parameter and (type(leaf) is not torch.Tensor or own):  # not nn.Buffer's
+                what = f"a {type(leaf).__name__} with {', '.join(own) or 'ways of its own'}"
                 raise HpctrainError(f"{what} would cross to stage {stage}, as a plain tensor: {CROSSING}")
             if leaf.layout != torch.strided:
                 raise HpctrainError(f"a {leaf.layout} tensor would cross to stage {stage}: {CROSSING}")
@@ -284,10 +289,6 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
             _known.clear()
         _known[alike] = layout
     return Packed(micro_batch, draws, layout, parts)
-
-
-_known: dict[Any, Layout] = {}
-"""Layouts of messages of one plain tensor, by all that they hang on."""
 
 
 def single(value: Any) -> tuple[str | None, torch.Tensor] | None:
