@@ -1246,3 +1246,22 @@ def adding_terms(in_features: int, out_features: int) -> nn.Sequential:
     """A layer with an auxiliary loss, in the middle."""
     ends = nn.Linear(in_features, 8), nn.Linear(8, out_features)
     return nn.Sequential(ends[0], AddsTerm(8, 8), nn.Linear(8, 8), nn.Tanh(), ends[1])
+
+
+class DrawsLater(nn.Module):
+    """Drops from one of its training forwards on; one that is run again counts twice, on any layout."""
+
+    def __init__(self, since: int):
+        super().__init__()
+        self.calls, self.since = 0, since
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return functional.dropout(x, 0.5, self.training and self.calls > self.since)
+
+
+def drawing_later(in_features: int, out_features: int, since: int = 2) -> nn.Sequential:
+    """One such layer in each of two stages."""
+    ends = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+    return nn.Sequential(ends[0], DrawsLater(since), nn.Linear(8, 8), DrawsLater(since), nn.Tanh(), ends[1])

@@ -852,6 +852,16 @@ def test_a_buffer_that_the_model_itself_assigns_bars_no_cut(world, build, model)
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("since", [2, 3, 5])
+def test_a_layer_that_draws_only_later_has_the_bits_of_one_process(world, build, since):
+    """It is run again under what counts draws; and is not held for one that draws unseen."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("drawing_later", 2, micro_batches=4, cuts=["3"], arguments={"since": since})
+    assert run(job, 3) == alone_like(job, 3)[0]
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize(
     ("model", "place"), [("branching_row", "layer 1 "), ("Branching", "operator cond of row.1")]
 )

@@ -315,6 +315,24 @@ def test_what_is_packed_a_second_time_has_the_same_layout(value):
         assert leaf.requires_grad == tensor.requires_grad
 
 
+class Kind(torch.Tensor):
+    """A tensor with ways of its own."""
+
+
+def test_what_a_tensor_would_lose_on_the_way_is_refused():
+    """An attribute, or its class; not what torch notes on a buffer, nor a parameter's notes."""
+    noted, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))
+    noted.scale, parameter.no_decay = 2.0, True
+    for tensor, what in (
+        (noted, "a Tensor with scale"),
+        (torch.ones(2).as_subclass(Kind), "a Kind with ways"),
+    ):
+        with pytest.raises(HpctrainError, match=f"{what}.* would cross to stage 1, as a plain tensor"):
+            pack(1, 0, [tensor], 0)
+    for tensor in (parameter, torch.nn.Buffer(torch.ones(2))):
+        assert len(pack(1, 0, [tensor], 0).parts) == 1
+
+
 def test_sparse_tensors_do_not_cross():
     with pytest.raises(HpctrainError, match="a torch.sparse_coo tensor would cross to stage 1: tensors"):
         pack(1, 0, [torch.ones(2), torch.eye(2).to_sparse()], 0)

@@ -79,7 +79,7 @@ def settled(nodes: list[fx.Node]) -> list[fx.Node]:
 
     torch.export writes back at the end, and no stage may begin between a use of a buffer and its change.
     """
-    found = list(nodes)
+    found, known = list(nodes), dict[fx.Node, tuple[set[int], set[int]]]()
     for node in nodes:
         into, new = node.args[:2] if node.target is torch.ops.aten.copy_.default else (None, None)
         if (
@@ -91,9 +91,12 @@ def settled(nodes: list[fx.Node]) -> list[fx.Node]:
             continue
         old, made, last = {*memories(into)}, {*memories(new)}, -1
         for at, other in enumerate(found):
-            changed = changes(other)
-            needs = other is new or any(old & {*memories(a)} for a in other.all_input_nodes)
-            if other is not node and (needs or (changed is not None and made & {*memories(changed)})):
+            if other not in known:
+                target = changes(other)
+                used = {memory for a in other.all_input_nodes for memory in memories(a)}
+                known[other] = used, {*memories(target)} if target is not None else set()
+            used, changed = known[other]
+            if other is not node and (other is new or old & used or made & changed):
                 last = at
         at = found.index(node)
         if last < at:
