@@ -31,6 +31,11 @@ def plain(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
                 yield owner, name, value
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the user wants to be called with what a module gets or gives. Local."""
+    return any(getattr(module, kind) for kind in HOOKS)
+
+
 def notes_on(tensor: torch.Tensor) -> dict[str, Any]:
     """Give what was noted on a tensor (`weight.no_decay = True`, say). Local."""
     return {name: noted for name, noted in vars(tensor).items() if name not in OWN}

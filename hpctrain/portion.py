@@ -93,7 +93,8 @@ def build(
             inputs = example()
             split.need(config.parallel.cuts, stages)
             around = partial(precision, config.train.autocast, "cpu")  # where forwards are written down
-            pieces = split.write(module, inputs, models.by_name(module, list(inputs)), stages, around)
+            named, cuts = models.by_name(module, list(inputs)), config.parallel.cuts
+            pieces = split.write(module, inputs, named, stages, around, cuts)
         here = {} if deferred else {id(tensor): tensor.nbytes for _, tensor in every_tensor(module)}
         built = sum(here.values())
         scales = scales_of(config, topology, count, synced, inputs, built) if trains else None

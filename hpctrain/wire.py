@@ -62,5 +62,6 @@ def describe(failure: Exception) -> tuple[str, str, bool, int]:
     """Class name and text by which a failure travels between ranks; whether a rank is named; this rank."""
     rank = MPI.COMM_WORLD.rank
     if isinstance(failure, HpctrainError):
-        return type(failure).__name__, str(failure), failure.named, rank
+        known = (kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__))
+        return next(known), str(failure), failure.named, rank
     return "RankError", "".join(traceback.format_exception(failure)).rstrip(), False, rank

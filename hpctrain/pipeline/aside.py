@@ -152,7 +152,7 @@ def held_by(layers: list[tuple[str, nn.Module]]) -> dict[Any, tuple[str, Any]]:
     """Find what layers may share, by identity: in attributes, classes, closures and globals. Local."""
     found: list[tuple[str, Any]] = []
     for layer, module in layers:
-        names = {id(m): f"{layer}.{own}".rstrip(".") for own, m in module.named_modules()}
+        names = {id(m): f"{layer}.{own}".strip(".") for own, m in module.named_modules()}
         found += [(f"{names[id(owner)]}.{name}", value) for owner, name, value in plain(module)]
         for owner in module.modules():
             hooks = [hook for at in HOOKS for hook in getattr(owner, at).values()]

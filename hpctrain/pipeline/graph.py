@@ -21,7 +21,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidden, path_of, roots
-from hpctrain.pipeline.part import INPUT, Part, begins
+from hpctrain.pipeline.part import INPUT, Part, begins, refuse_loops
 from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner
 from hpctrain.pipeline.trace import Like, Traced, Writer
@@ -96,7 +96,9 @@ class Graph:
         nodes = traced.nodes
         at = {node.name: i for i, node in enumerate(nodes)}
         bad = forbidden(nodes, at)
-        edges = [start for start, _ in begins(cuts, [path_of(node) for node in nodes], "modules")]
+        ranges = begins(cuts, [path_of(node) for node in nodes], "modules")
+        edges = [start for start, _ in ranges]
+        refuse_loops(cuts, ranges, nodes, [self._held([node], traced) for node in nodes])
         for stage, (a, b) in enumerate(pairwise([*edges, len(nodes)]) if cuts else ()):
             if all(cost(node) <= A_VIEW for node in nodes[a:b]):
                 name = cuts[min(stage, len(cuts) - 1)]

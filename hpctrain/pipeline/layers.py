@@ -12,7 +12,7 @@ from torch.utils import _pytree
 from hpctrain.draws import Drawing, drew_unseen
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
-from hpctrain.hidden import HOOKS, hidden, registered
+from hpctrain.hidden import has_hooks, hidden, registered
 from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.message import SHARES
@@ -52,11 +52,6 @@ def in_a_row(module: nn.Module) -> bool:
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the user wants to be called with what a module gets or gives. Local."""
-    return any(getattr(module, kind) for kind in HOOKS)
-
-
 def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():  # named_children leaves out what stands twice
         assert child is not None
@@ -73,9 +68,10 @@ FORWARDS = 3
 class Layers:
     """Layers in a row; a stage runs some of them."""
 
-    def __init__(self, layers: list[tuple[str, nn.Module]], value: torch.Tensor, stages: int) -> None:
+    def __init__(self, layers: list[tuple[str, nn.Module]], value: Any, stages: int) -> None:
         """Take the layers by name, and what the first one gets."""
         self.layers, self.value, self.stages = layers, value, stages
+        self.shown = [name for name, _ in layers]
         self._looked = Counter[tuple[int, bool]]()
         self._drawing: dict[tuple[int, bool], Drawing] = {}
         """By stage, and whether in training."""
@@ -97,27 +93,31 @@ class Layers:
                 of_layers(modules, self.value, alone & seen(nn.ModuleList(modules)).keys()),
                 None if hooked else scales,  # a user's hooks run when the model does
                 shared,
-                begins(cuts, [name for name, _ in self.layers], "layers") if cuts else None,
+                self._named(cuts),
             )
-        self.choice.names = [name for name, _ in self.layers]
+        self.choice.names = self.shown
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)
         self._refuse_hidden()
         self.asides = Asides(self.layers, self.ranges)
         slow = [self.layers[at] for at in self.choice.at_once]
-        self.at_once = {f"{name}.{own}" for name, layer in slow for own, _ in layer.named_parameters()}
+        self.at_once = {full(name, own) for name, layer in slow for own, _ in layer.named_parameters()}
+
+    def _named(self, cuts: list[str]) -> list[tuple[int, int]] | None:
+        """Give each stage's layers, if the user says."""
+        return begins(cuts, self.shown, "layers") if cuts else None
 
     def _refuse_hidden(self) -> None:
         """Refuse layers that keep another stage's tensor where nobody sees that they use it."""
         every = registered(nn.ModuleList(layer for _, layer in self.layers))
         for stage, (start, stop) in enumerate(self.ranges):
             own = registered(nn.ModuleList(layer for _, layer in self.layers[start:stop]))
-            for name, layer in self.layers[start:stop]:
+            for at, (_, layer) in enumerate(self.layers[start:stop], start):
                 if any(id(tensor) in every and id(tensor) not in own for tensor in hidden(layer)):
                     raise ConfigError(
-                        f"layer {name} keeps a weight or buffer of another layer in a plain attribute, which "
-                        f"stage {stage} does not hold: register it (self.name = …), or set parallel.cuts so "
-                        f"that both are in one stage"
+                        f"layer {self.shown[at]} keeps a weight or buffer of another layer in a plain "
+                        f"attribute, which stage {stage} does not hold: register it (self.name = …), or set "
+                        f"parallel.cuts so that both are in one stage"
                     )
 
     def tensors(self, stage: int) -> list[str]:
@@ -129,12 +129,12 @@ class Layers:
                 *layer.named_parameters(remove_duplicate=False),
                 *layer.named_buffers(remove_duplicate=False),
             ]
-            found += [f"{name}.{own}" for own, _ in inner]
+            found += [full(name, own) for own, _ in inner]
         return found
 
     def names(self, stage: int) -> list[str]:
         """Names of its layers."""
-        return [name for name, _ in self.layers[slice(*self.ranges[stage])]]
+        return self.shown[slice(*self.ranges[stage])]
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Each to the next, and back."""
@@ -146,14 +146,15 @@ class Layers:
         start, stop = self.ranges[stage]
         layers = self.layers[start:stop]
         changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
-        named = [(f"layer {name} ({type(layer).__name__})", layer) for name, layer in layers]
+        shown = self.shown[start:stop]
+        named = [(f"layer {name} ({type(layer).__name__})", layer) for name, (_, layer) in zip(shown, layers)]
         last = stage == self.stages - 1
         if (stage, training) not in self._drawing:
             self._drawing[stage, training] = Drawing([layer for _, layer in layers])
         drawing = self._drawing[stage, training]
 
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
-            value = next(iter(env.values())) if stage == 0 else env[f"value {stage - 1}"]
+            value = self._begin(env) if stage == 0 else env[f"value {stage - 1}"]
             if changes and stage:
                 value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
             taken = tensors_in(value) if stage else []
@@ -168,13 +169,7 @@ class Layers:
                 looking = self.asides.watching(stage, [*weights, *tensors_in(value)])
             with looking, drawing.of(stream, begin, value) as counting:
                 for what, layer in named:
-                    try:
-                        found = layer(value)
-                    except Exception as error:
-                        error.add_note(f"in {what}, given {shapes_of(value)}")
-                        raise
-                    gave(what.__str__, found)
-                    value = found
+                    value = self._call(what, layer, value)
                     if counted and drew_unseen(counting):
                         raise ConfigError(
                             f"{what} draws random numbers where nothing can count them (in a branch of "
@@ -183,8 +178,8 @@ class Layers:
                         )
             if shared and versions != [leaf._version for leaf in taken]:
                 raise ConfigError(
-                    f"stage {stage} (layers {layers[0][0]} to {layers[-1][0]}) changes in place what it got, "
-                    f"and several tensors that layer {self.layers[start - 1][0]} gives lie in one memory, "
+                    f"stage {stage} (layers {shown[0]} to {shown[-1]}) changes in place what it got, "
+                    f"and several tensors that layer {self.shown[start - 1]} gives lie in one memory, "
                     f"which they do not at this end: change nothing there, or cut elsewhere (parallel.cuts)"
                 )
             return {"output" if last else f"value {stage}": value}, counting.count
@@ -192,3 +187,26 @@ class Layers:
         before = {stage - 1: [f"value {stage - 1}"]} if stage else {}
         behind = {} if last else {stage + 1: [f"value {stage}"]}
         return Part(before, behind, behind, before, run)
+
+    def _begin(self, env: Env) -> Any:
+        """Give what the first layer gets."""
+        return next(iter(env.values()))
+
+    def _call(self, what: str, layer: nn.Module, value: Any) -> Any:
+        """Call a layer, and say which one it was that failed."""
+        try:
+            found = layer(value)
+        except Exception as error:
+            error.add_note(f"in {what}, given {shapes_of(value)}")
+            raise
+        gave(what.__str__, found)
+        return found
+
+
+def full(layer: str, own: str) -> str:
+    """Name a layer's tensor as the model does. Pure.
+
+    >>> full("2", "weight"), full("", "encoder.weight")
+    ('2.weight', 'encoder.weight')
+    """
+    return f"{layer}.{own}" if layer else own

@@ -9,6 +9,7 @@ from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import torch
+from torch import fx
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
@@ -118,6 +119,26 @@ def shapes_of(given: Any) -> str:
         for leaf in leaves
     )
     return ", ".join(tensors) or "nothing"
+
+
+def refuse_loops(
+    cuts: list[str], ranges: list[tuple[int, int]], nodes: list[fx.Node], weights: list[set[str]]
+) -> None:
+    """Refuse named cuts through a loop: what stands before one comes again behind it, with its weights. Pure.
+
+    `ranges` are the stages' nodes, `weights` what each node uses.
+    """
+    stacks = [(i, node.meta.get("nn_module_stack") or {}) for i, node in enumerate(nodes)]
+    for name, (at, _) in zip(cuts, ranges[1:]):
+        ends = {key: i for i, stack in stacks for key, (path, _) in stack.items() if path == name}
+        before, behind = weights[:at], weights[at : max(ends.values(), default=at)]
+        again = set[str]().union(*before) & set[str]().union(*behind)
+        if len(ends) > 1 and again:
+            raise ConfigError(
+                f"parallel.cuts: {name} is called {len(ends)} times in one forward, and {min(again)}, which "
+                f"is used before it, is used again between these calls: the cut goes through a loop, whose "
+                f"{len(ends)} turns would go through both stages; cut before the loop or behind it"
+            )
 
 
 def begins(cuts: list[str], owners: list[str], what: str) -> list[tuple[int, int]]:

@@ -1,13 +1,14 @@
-"""Cuts a model into stages, in one of two ways, chosen by the model.
+"""Cuts a model into stages, in one of three ways, chosen by the model.
 
       layers   nn.Sequential, or a module with `layers()`: each layer takes what the one before gave
       graph    any module that torch.export can write down as operators in the program's order
+      calls    the rest, as calls of its modules, between cuts that the user names
 
 Where a parameter is used tells its stage; one that several use belongs to the first, the others
 keep copies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import nn
 
 from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
+from hpctrain.pipeline.calls import Calls
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.layers import Layers, layers_of
 from hpctrain.pipeline.part import Cut
+from hpctrain.pipeline.trace import UnwritableError
 
 
 def write(
@@ -27,8 +31,9 @@ def write(
     named: bool,
     stages: int,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    cuts: Sequence[str] = (),
 ) -> Cut:
-    """Say what a model can be cut between; `place` cuts it. Local.
+    """Say what a model can be cut between; `place` cuts it, where `cuts` says. Local.
 
     `inputs` is one micro-batch, for its shapes and dtypes; `around` gives what passes run under (autocast).
     Raises ConfigError where the model can't be cut, saying what stands in the way.
@@ -43,7 +48,13 @@ def write(
     found = layers_of(module)
     if found is not None and len(inputs) == 1:
         return Layers(found, next(iter(inputs.values())), stages)
-    return Graph(module, inputs, named, stages, around)
+    try:
+        return Graph(module, inputs, named, stages, around)
+    except UnwritableError as error:
+        if not cuts:
+            raise
+        LOGGER.debug("%s", error)
+    return Calls(module, inputs, named, stages, list(cuts))
 
 
 def cut(
@@ -60,7 +71,7 @@ def cut(
     with `scales` (collective), else estimated (local, deterministic).
     """
     need(cuts, stages)
-    found = write(module, inputs, named, stages)
+    found = write(module, inputs, named, stages, cuts=cuts)
     found.place(cuts, scales)
     return found
 

@@ -36,8 +36,21 @@ from hpctrain.pipeline.state import changed_by
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
 
+LIBRARY = os.path.join(os.path.dirname(torch.__file__), "")
+
+OTHERWISE = (
+    "name by parallel.cuts the modules where stages are to begin (what has no cut inside runs as it is), "
+    "make the model an nn.Sequential, or give it a method layers() that lists submodules which follow one "
+    "another"
+)
+"""What to do about a forward that can't be written down."""
+
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
+
+
+class UnwritableError(ConfigError):
+    """A forward that operators can't say; what stands in the way."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class Writer:
                 f"a micro-batch of {samples} samples is too small for the model's BatchNorm ({line}): "
                 f"set parallel.micro_batches lower; the last batch of an epoch may have few samples"
             )
-        cause = f"{self._where(error)} ({type(error).__name__}: {line.strip()})"
+        cause = f"{where(error, self.skeleton)} ({type(error).__name__}: {line.strip()})"
         if self._fails_anyway(error, arguments):
             shapes = ", ".join(f"{name} {(samples, *shape)}" for name, (shape, _) in like.items())
             return ConfigError(
@@ -139,10 +152,9 @@ class Writer:
             )
         lost = isinstance(error, NotImplementedError)  # a part of the backward, no branch
         instead = "" if lost else "write a branch on a tensor's numbers as torch.where, "
-        return ConfigError(
+        return UnwritableError(
             f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
-            f"down, so it can't be cut{cause}; {instead}make the model an nn.Sequential, or "
-            f"give it a method layers() that lists submodules which follow one another"
+            f"down, so it can't be cut{cause}; {instead}{OTHERWISE}"
         )
 
     def _read(self, program: torch.export.ExportedProgram, names: list[str]) -> Traced:
@@ -152,10 +164,10 @@ class Writer:
         """
         signature = program.graph_signature
         if signature.inputs_to_lifted_custom_objs:
-            raise ConfigError(
+            raise UnwritableError(
                 f"parallel.stages = {self.stages}: the forward uses an object that operators can't name "
                 f"({', '.join(signature.inputs_to_lifted_custom_objs.values())}; a torch.Generator, say): "
-                f"leave it out, make the model an nn.Sequential, or give it a method layers()"
+                f"leave it out, {OTHERWISE}"
             )
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         order = list(program.call_spec.in_spec.child(1).context) if self.named else names
@@ -207,7 +219,7 @@ class Writer:
     def _sayable(self, node: fx.Node, constants: dict[str, Any]) -> None:
         """Refuse an operator that would do something else by itself than in its forward. Local."""
         if draws_inside(node, constants):
-            raise ConfigError(
+            raise UnwritableError(
                 f"parallel.stages = {self.stages}: operator {node.name} of {path_of(node) or 'the model'} "
                 f"draws random numbers in a branch, which would be others than in one process: draw before it"
             )
@@ -224,10 +236,9 @@ class Writer:
         )
         lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
         place = f", at {lines[-2].strip()}: `{lines[-1].strip()}`" if len(lines) > 1 else ""
-        raise ConfigError(
+        raise UnwritableError(
             f"parallel.stages = {self.stages}: operator {node.name} of {path_of(node) or 'the model'}"
-            f"{place}: {what}; or make the model an nn.Sequential, or give it a method layers() that lists "
-            f"submodules which follow one another"
+            f"{place}: {what}; or {OTHERWISE}"
         )
 
     def _known_shape(self, node: fx.Node) -> None:
@@ -236,11 +247,10 @@ class Writer:
         sizes = [size for leaf in leaves if isinstance(leaf, torch.Tensor) for size in leaf.shape]
         if not all(isinstance(size, int) for size in sizes):
             layer = f" of layer {path_of(node)}" if path_of(node) else ""
-            raise ConfigError(
+            raise UnwritableError(
                 f"parallel.stages = {self.stages}: the shape of what operator {node.name}{layer} gives "
                 f"depends on a tensor's numbers, so the model can't be cut: mask instead (torch.where), "
-                f"or make it an nn.Sequential, or give it a method layers() that lists submodules which "
-                f"follow one another"
+                f"or {OTHERWISE}"
             )
 
     def _fails_anyway(self, error: Exception, arguments: tuple[Any, dict[str, Any]]) -> bool:
@@ -255,19 +265,19 @@ class Writer:
             return type(other) is type(error)
         return False
 
-    def _where(self, error: Exception) -> str:
-        """Say at which layer and line of the user's code the writing down ended. Local."""
-        names = {id(m): name for name, m in self.skeleton.named_modules()}
-        torchs = os.path.join(os.path.dirname(torch.__file__), "")
-        found = ""
-        for frame, number in traceback.walk_tb(error.__traceback__):
-            owner = frame.f_locals.get("self")
-            path = frame.f_code.co_filename
-            if id(owner) in names and not path.startswith(torchs):
-                layer = f"layer {names[id(owner)]} " if names[id(owner)] else ""
-                text = linecache.getline(path, number).strip()
-                found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
-        return found
+
+def where(error: Exception, module: nn.Module) -> str:
+    """Say at which layer of a module and line of the user's code a forward ended. Local."""
+    names = {id(m): name for name, m in module.named_modules()}
+    found = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        path = frame.f_code.co_filename
+        if id(owner) in names and not path.startswith(LIBRARY):
+            layer = f"layer {names[id(owner)]} " if names[id(owner)] else ""
+            text = linecache.getline(path, number).strip()
+            found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
+    return found
 
 
 @contextmanager
@@ -375,9 +385,9 @@ def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
     try:
         twin = copy.deepcopy(module, memo)
     except TypeError as error:  # "cannot pickle …"
-        raise ConfigError(
+        raise UnwritableError(
             f"parallel.stages: {type(module).__name__} can't be copied to be written down ({error}): keep "
-            f"such an object elsewhere, make it an nn.Sequential, or give it a method layers()"
+            f"such an object elsewhere, {OTHERWISE}"
         ) from error
     for norm in twin.modules():
         if isinstance(norm, _BatchNorm) and norm.momentum is None:

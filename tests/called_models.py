@@ -1,0 +1,156 @@
+"""Models that torch.export can't write down, and that are no rows: stages begin where the user says."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+WIDTH = 32
+
+
+class Squeezed(torch.autograd.Function):
+    """A tanh whose own backward halves the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(found := torch.tanh(x))
+        return found
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (found,) = ctx.saved_tensors
+        return 0.5 * gradient * (1 - found * found)
+
+
+class Choosing(nn.Module):
+    """Looks at numbers: branches, counts, NumPy, shapes that hang on data, dropout in a branch."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.one, self.two = nn.Linear(width, width), nn.Linear(width, width)
+        self.drop, self.calls = nn.Dropout(0.3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if x.mean().item() > 0.0:
+            x = self.drop(self.one(x))
+        else:
+            x = functional.relu(self.two(x))
+        rows = x[x.sum(1) > 0]
+        share = float(rows.detach().float().numpy().size) / max(1, x.numel())
+        return x + share * torch.tanh(self.two(x))
+
+
+class Passing(nn.Module):
+    """An encoder whose layers look at numbers, skips over stages, a mask, a scale, ties; several inputs to heads."""
+
+    def __init__(self, in_features: int, out_features: int, tied: bool = False, width: int = WIDTH):
+        super().__init__()
+        self.begin, self.tied = nn.Linear(in_features, width), tied
+        norm = nn.Sequential(nn.Unflatten(1, (4, width // 4)), nn.BatchNorm1d(4), nn.Flatten())
+        self.encoder = nn.Sequential(Choosing(width), norm, Choosing(width), nn.ReLU(inplace=True))
+        self.middle = nn.ModuleDict({"a": Choosing(width), "b": nn.Linear(width, width)})
+        self.scale = nn.Parameter(torch.full((width,), 0.7))
+        self.register_buffer("shift", torch.linspace(-0.1, 0.1, width))
+        self.last = nn.Linear(width, out_features)
+
+    def forward(self, x):
+        first = self.begin(x)
+        early = self.encoder(first)
+        with torch.no_grad():
+            mask = early > self.shift
+        found = {"value": self.middle["a"](early), "mask": mask, "none": None}
+        found["value"] = functional.dropout(found["value"], 0.2, self.training) * self.scale
+        value = self.middle["b"](torch.where(found["mask"], found["value"], first))
+        value += early
+        value = functional.linear(Squeezed.apply(value), self.middle["b"].weight) + first
+        if self.tied:
+            value = value + functional.linear(value, self.begin.weight.T).mean(1, keepdim=True)
+        return self.last(value.view(x.shape[0], -1))
+
+
+class Sharing(nn.Module):
+    """Its parts tell one another something aside: a dictionary, or a weight in a plain attribute."""
+
+    def __init__(self, in_features: int, out_features: int, way: str):
+        super().__init__()
+        self.begin, self.one, self.two = nn.Linear(in_features, WIDTH), Choosing(), Choosing()
+        self.last = nn.Linear(WIDTH, out_features)
+        notes = {}
+        if way == "dictionary":
+            self.one.register_forward_hook(lambda module, given, found: notes.update(value=found.mean()))
+            self.two.register_forward_hook(lambda module, given, found: found + notes.get("value", 0.0))
+        else:
+            self.two.kept = [self.begin.weight]
+
+    def forward(self, x):
+        return self.last(self.two(self.one(self.begin(x))))
+
+
+class Twofold(nn.Module):
+    """Two inputs by name, another way in evaluation, a tuple out of a layer, a default argument."""
+
+    def __init__(self, input_shapes: dict[str, tuple[int, ...]], out_features: int):
+        super().__init__()
+        self.wide, self.deep = (nn.Linear(shape[-1], WIDTH) for shape in input_shapes.values())
+        self.inner, self.pair, self.last = Choosing(), Pair(), nn.Linear(WIDTH, out_features)
+
+    def forward(self, x, z, scale: float = 0.5):
+        value = self.inner(self.wide(x) + scale * self.deep(z))
+        left, right = self.pair(value)
+        if self.training:
+            left = functional.dropout(left, 0.1)
+        return self.last(left + right[..., : x.size(-1)].mean(-1, keepdim=True) * z.shape[1])
+
+
+class Pair(nn.Module):
+    """Gives a tuple."""
+
+    def forward(self, x):
+        return (x, 2.0 * x) if x.sum() > 0 else (2.0 * x, x)
+
+
+class Looped(nn.Module):
+    """Goes through its cell several times, which looks at numbers or not."""
+
+    def __init__(self, in_features: int, out_features: int, looks: bool = False):
+        super().__init__()
+        self.begin, self.last = nn.Linear(in_features, WIDTH), nn.Linear(WIDTH, out_features)
+        self.cell = nn.Sequential(Choosing() if looks else nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        x = self.begin(x)
+        for _ in range(3):
+            x = torch.tanh(self.cell(x))
+        return self.last(x)
+
+
+class Unfollowed(nn.Module):
+    """Does between the cuts what can't be followed, in one of several ways."""
+
+    def __init__(self, in_features: int, out_features: int, way: str):
+        super().__init__()
+        self.begin, self.inner = nn.Linear(in_features, WIDTH), Choosing()
+        self.last, self.way, self.count = nn.Linear(WIDTH, out_features), way, 0
+        self.register_buffer("steps", torch.zeros(()))
+        if way == "hook":
+            self.register_forward_hook(lambda module, given, found: 2 * found)
+
+    def forward(self, x):
+        x = self.inner(self.begin(x))
+        if (self.way == "branch" and x.mean() > 0) or (self.way == "type" and isinstance(x, torch.Tensor)):
+            x = 2 * x
+        elif self.way == "size":
+            x = x * torch.ones(len(x), 1)
+        elif self.way == "draw":
+            x = x + torch.randn(WIDTH)
+        elif self.way == "count":
+            self.count += 1
+            x = x * self.count
+        elif self.way == "kept":
+            self.kept = x
+        elif self.way == "buffer":
+            self.steps += 1
+        elif self.way == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                x = functional.linear(x, self.last.weight).float().mean() + x
+        return self.last(x)

@@ -1,0 +1,157 @@
+"""Stages of models that no operators can say, cut at the modules that the user names."""
+
+import re
+
+import pytest
+from test_pipeline import build, build_alone, has_bits_of_one_process, layouts, take_weights  # noqa: F401
+
+from hpctrain.errors import ConfigError
+from hpctrain.pipeline.calls import Calls
+from hpctrain.verify import compare
+
+CUTS = {2: ["encoder.2"], 3: ["encoder.1", "middle.b"], 4: ["encoder.1", "encoder.2", "last"]}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("schedule", "recompute"), [("1f1b", "never"), ("1f1b", "always"), ("gpipe", "never"), ("zb-h1", "never")]
+)
+def test_a_model_that_looks_at_numbers(world, build, schedule, recompute):  # noqa: F811
+    """Branches, NumPy, counts and shapes by data inside; skips, masks, no gradients, views, a buffer between."""
+    for stages in layouts(world.size):
+        settings = {"micro_batches": 5, "schedule": schedule, "recompute": recompute}
+        job = build("Passing", stages, module="called_models", cuts=CUTS[stages], **settings)
+        assert isinstance(job.pipeline.cut, Calls)
+        if stages == world.size:
+            has_bits_of_one_process(world, job, "Passing")
+        else:
+            assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+def test_several_stages_a_rank(world, build):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two ranks with two stages each")
+    settings = {"micro_batches": 4, "schedule": "interleaved", "cuts": CUTS[4]}
+    job = build("Passing", 2, module="called_models", **settings)
+    has_bits_of_one_process(world, job, "Passing")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("cut", ["encoder", "middle.a", "last"])
+def test_what_follows_the_cut_and_what_stays_before_it(world, build, cut):  # noqa: F811
+    """Also with a weight that two stages use: the sum of its gradients has another order, in torch's rounding."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    for tied in (False, True):
+        arguments = {"tied": True} if tied else {"width": 128}  # weights that are made on their stage only
+        job = build("Passing", 2, module="called_models", cuts=[cut], micro_batches=5, arguments=arguments)
+        assert isinstance(job.pipeline.cut, Calls)
+        has_bits_of_one_process(world, job, "Tied" if tied else "Passing")
+        assert job.pipeline.cut.names(1)[0].split(".")[0] == cut.split(".")[0]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["dictionary", "weight"])
+def test_what_parts_tell_one_another_aside_is_refused(world, build, way):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two stages")
+    settings = {"module": "called_models", "arguments": {"way": way}, "micro_batches": 3}
+    text = {"dictionary": "which another stage has, too", "weight": "layer two keeps a weight"}[way]
+    with pytest.raises(ConfigError, match=text):
+        job = build("Sharing", 2, cuts=["two"], **settings)
+        job.engine.step(0, job.loader.read(0), 0.0)
+    has_bits_of_one_process(world, build("Sharing", 2, cuts=["last"], **settings), "Sharing")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("cut", ["inner", "pair", "last"])
+def test_two_inputs_and_another_way_in_evaluation(world, build, cut):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two stages")
+    inputs = {"inputs": {"x": "x", "z": "x"}}
+    job = build("Twofold", 2, module="called_models", cuts=[cut], micro_batches=3, **inputs)
+    assert isinstance(job.pipeline.cut, Calls)
+    has_bits_of_one_process(world, job, "Twofold")
+    alone = build_alone(job)
+    take_weights(job, alone)
+    found = job.engine.evaluate(job.split_batches("train"), job.task.measure)
+    assert found == alone.engine.evaluate(alone.split_batches("train"), alone.task.measure)
+    alone.close()
+    alone.topology.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("autocast", ["none", "bf16"])
+def test_evaluation_and_autocast(world, build, autocast):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("Passing", 2, module="called_models", cuts=["encoder.2"], micro_batches=5, autocast=autocast)
+    before = job.engine.evaluate(job.split_batches("train"), job.task.measure)
+    assert before["loss"][1] > 0
+    has_bits_of_one_process(world, job, "Passing")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_cut_through_a_loop_is_refused_with_the_number(world, build, looks):  # noqa: F811
+    """By operators and by calls; all turns of the loop in one stage are fine."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    settings = {"module": "called_models", "arguments": {"looks": looks}, "micro_batches": 3}
+    text = r"cell.1 is called 3 times in one forward, and cell.0\S+, which is used before it, is used again"
+    with pytest.raises(ConfigError, match=text):
+        build("Looped", 2, cuts=["cell.1"], **settings)
+    for cut in ("cell", "last"):
+        job = build("Looped", 2, cuts=[cut], **settings)
+        assert isinstance(job.pipeline.cut, Calls) == looks
+        has_bits_of_one_process(world, job, "Looped")
+
+
+WAYS = {
+    "branch": "a branch that hangs on a value",
+    "type": "asks for the type of a value",
+    "size": "asks for the length of a value",
+    "draw": "draws random numbers that hang on no tensor",
+    "count": "changes count",
+    "kept": "changes kept",
+    "buffer": "changes steps",
+    "autocast": "switches autocast",
+    "hook": "there is a hook on the model",
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", WAYS)
+def test_what_can_not_be_followed_is_refused_in_words(world, build, way):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError) as raised:
+        build("Unfollowed", 2, module="called_models", cuts=["last"], arguments={"way": way})
+    assert re.search(WAYS[way], str(raised.value)), raised.value
+
+
+@pytest.mark.mpi
+def test_without_cuts_the_error_says_to_name_them(world, build):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match="name by parallel.cuts the modules where stages are to begin"):
+        build("Passing", 2, module="called_models")
+
+
+@pytest.mark.mpi
+def test_a_failure_names_the_call(world, build, monkeypatch):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two stages")
+    import called_models
+
+    job = build("Passing", 2, module="called_models", cuts=["encoder.2"], micro_batches=4)
+
+    def fail(*_):
+        raise ValueError("on purpose")
+
+    monkeypatch.setattr(called_models.Choosing, "forward", fail)
+    with pytest.raises(
+        Exception, match=r"(?s)on purpose.*in layer encoder.0 \(Choosing\), given float32 \(\d, 32\)"
+    ):
+        job.engine.step(0, job.loader.read(0), 0.0)
