@@ -48,6 +48,16 @@ class DriftError(HpctrainError):
 class RankError(HpctrainError):
     """A rank failed with an error of the user's code or of a library; the text is its traceback."""
 
+    def __new__(cls, *text: str) -> "RankError":
+        """Take the text alone: a class that this one is joined with may ask for more."""
+        return super().__new__(cls, *text)
+
+    def __init__(self, *text: str) -> None:
+        """Take the text alone."""
+        Exception.__init__(self, *text)
+
+    __str__ = Exception.__str__
+
 
 def nearest(name: str, legal: Iterable[str], most: int = 3) -> str:
     """Name the legal names nearest to a wrong one, for the end of an error message.

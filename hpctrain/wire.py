@@ -1,5 +1,6 @@
 """Ranks agree: one rank asks the filesystem for all, and a failure of one is raised on all."""
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from hpctrain import errors
 from hpctrain.errors import HpctrainError, RankError
 
 T = TypeVar("T")
+NOT_RAISED = (StopIteration, StopAsyncIteration)
+"""Python takes them for the end of a generator that they pass through."""
 
 
 def from_root(comm: MPI.Intracomm, function: Callable[[], T]) -> T:
@@ -42,26 +45,45 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
 
     Where every rank failed (a wrong configuration, say) the name is left out, and where ranks of `comm`
     agreed on it before it is not named again. Does nothing where no rank failed. An `HpctrainError` keeps
-    its class (and exit status); any other exception becomes a `RankError` whose text is the traceback of
-    the failing rank.
+    its class (and exit status); any other exception becomes a `RankError` that is also of its class, where a
+    rank knows that, and whose text is the traceback of the failing rank.
     """
     first = comm.allreduce(comm.rank if failure else comm.size, op=MPI.MIN)
     if first == comm.size:
         return
     alone = comm.allreduce(int(failure is not None)) < comm.size
-    kind, text, named, rank = comm.bcast(describe(failure) if comm.rank == first and failure else None, first)
+    mine = describe(failure) if comm.rank == first and failure else None
+    kind, own, text, named, rank = comm.bcast(mine, first)
     if comm.size > 1 and name_rank and alone and not named:
         text, named = f"rank {rank} of {MPI.COMM_WORLD.size}: {text}", True
-    error = getattr(errors, kind, RankError)(text)
+    error = also(*own)(text) if own else getattr(errors, kind)(text)
     error.named = named
     error.agreed, error.agreed_on = True, comm
     raise error from (failure if comm.rank == first else None)
 
 
-def describe(failure: Exception) -> tuple[str, str, bool, int]:
-    """Class name and text by which a failure travels between ranks; whether a rank is named; this rank."""
+def describe(failure: Exception) -> tuple[str, tuple[str, str] | None, str, bool, int]:
+    """Give the class of ours, module and name of another, text, whether a rank is named, and this rank."""
     rank = MPI.COMM_WORLD.rank
     if isinstance(failure, HpctrainError):
         known = (kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__))
-        return next(known), str(failure), failure.named, rank
-    return "RankError", "".join(traceback.format_exception(failure)).rstrip(), False, rank
+        return next(known), None, str(failure), failure.named, rank
+    kind = type(failure)
+    text = "".join(traceback.format_exception(failure)).rstrip()
+    return "RankError", (kind.__module__, kind.__qualname__), text, False, rank
+
+
+def also(module: str, name: str) -> type[RankError]:
+    """Give a RankError that is caught as the class of that name, too, where there is one here. Local.
+
+    >>> isinstance(also("builtins", "KeyError")("no such layer"), KeyError), also("gone", "GoneError")
+    (True, <class 'hpctrain.errors.RankError'>)
+    """
+    kind = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, NOT_RAISED):
+        return RankError
+    try:
+        found = type(kind.__name__, (RankError, kind), {"__module__": module})
+        return found if found("") else RankError
+    except TypeError:  # it is made so that no class can be both
+        return RankError

@@ -1164,7 +1164,7 @@ def test_an_error_says_step_micro_batch_and_stage(world, build, backward):
         pytest.skip("as many stages as ranks, two at least")
     arguments = {"at": 3, "backward": backward, "call": 6}
     job = build("breaking_row", world.size, arguments=arguments, micro_batches=8)
-    with pytest.raises(HpctrainError, match="trouble in a layer") as raised:
+    with pytest.raises(ValueError, match="trouble in a layer") as raised:
         job.engine.step(0, job.loader.read(0))
     last = world.size - 1
     assert f"at step 0, micro-batch 5, stage {last}, rank {last}" in str(raised.value)

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from hpctrain.errors import ConfigError, DataError, RankError
 from hpctrain.wire import from_root, raise_together, together
@@ -36,6 +37,50 @@ def test_a_users_exception_travels_as_its_traceback(world):
     with pytest.raises(RankError, match=r"(?s)Traceback.*ZeroDivisionError"), together(world):
         if world.rank == 0:
             _ = 1 / 0
+
+
+class OwnError(ValueError):
+    """Asks for more than a text."""
+
+    def __init__(self, layer, shape):
+        super().__init__(f"{layer}: {shape}")
+        self.shape = shape
+
+
+class PickyError(Exception):
+    """Can't be made of a text."""
+
+    def __new__(cls, layer, shape):
+        return super().__new__(cls, layer)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("v"), KeyError("k"), OSError(2, "o"), UnicodeDecodeError("utf8", b"", 0, 1, "u"), torch.OutOfMemoryError("m"),
+     OwnError("layer", 3)],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_a_users_exception_is_one_of_its_class_on_all_ranks(world, error):
+    with (
+        pytest.raises(type(error), match=r"(?s)Traceback.*" + type(error).__name__) as caught,
+        together(world),
+    ):
+        if world.rank == world.size - 1:
+            raise error
+    assert isinstance(caught.value, RankError)
+    assert caught.value.agreed
+    assert all(text == str(caught.value) for text in world.allgather(str(caught.value)))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "error", [StopIteration("end"), PickyError("layer", 3)], ids=["StopIteration", "picky"]
+)
+def test_an_exception_that_nothing_else_can_be_is_a_rank_error(world, error):
+    with pytest.raises(RankError, match=type(error).__name__) as caught:
+        raise_together(world, error if world.rank == 0 else None)
+    assert type(caught.value) is RankError
 
 
 @pytest.mark.mpi
