@@ -294,7 +294,7 @@ def engine_of(
         return Engine(*common)
     fast = parallel.gradients == "fast"
     engine = StagedEngine(*common, pipeline=portion.pipeline, schedule=portion.schedule, fast=fast)
-    engine.straight.never_later(portion.at_once)
+    engine.straight.at_once(portion.at_once)
     return engine
 
 

@@ -9,7 +9,7 @@ can be written where it belongs:
 
 and for an embedding only the rows that were looked up are added, place[i] ← place[i] + g, where
 autograd makes a whole table of mostly zeros. Convolutions and norms have no kernel that writes
-where it is told: theirs are added, which is little beside their own work.
+where it is told: theirs are added, which is little beside their own work, and autograd does it.
 
 In a pipeline what linear layers and convolutions compute for their weights may wait, so that the gradient
 that another stage waits for leaves first; there products of several micro-batches may also become
@@ -69,6 +69,9 @@ class Places(Protocol):
     def later(self, *parameters: torch.Tensor) -> bool:
         """Tell whether gradients may be computed after their backward; if so they are waited for."""
 
+    def left(self, *parameters: torch.Tensor) -> bool:
+        """Tell whether autograd may bring a layer's gradients, in the same order of the sum; it will then."""
+
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Note that no gradient of the parameter waits any more."""
 
@@ -99,7 +102,12 @@ class StraightIntoPlace:
         """How many gradients of a parameter wait: layers of several weights may share a bias."""
         self._never_later: set[int] = set()
         """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
-        another, and those of which the user of this was told."""
+        another."""
+        self._at_once: set[int] = set()
+        """Weights whose gradients wait in the last micro-batch alone."""
+        self._last, self._forward_of = -1, -1
+        self._called: set[int] = set()
+        """Weights and biases of convolutions that were called in this forward."""
         self.compiled = any(
             type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None)
             for m in module.modules()
@@ -111,12 +119,21 @@ class StraightIntoPlace:
         takers: list[Callable[..., Any]] = [self._linear, self._embedding, *3 * [self._convolution]]
         self._taking = Replaced(dict(zip(CALLED, takers, strict=True)))
 
-    def never_later(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Let what these add to their gradients never wait: for them a split backward is too dear. Local."""
-        self._never_later.update(map(id, parameters))
+    def at_once(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Let what these add to their gradients wait in a step's last micro-batch alone. Local.
 
-    def forward(self) -> AbstractContextManager[None]:
-        """Give what watches the calls of a forward; it costs nothing where no layer could gain. Local."""
+        For them a split backward is dear: once it is repaid, as behind the last one the other stages wait.
+        """
+        self._at_once.update(map(id, parameters))
+
+    def forward(self, micro_batch: int = -1) -> AbstractContextManager[None]:
+        """Give what watches the calls of a forward; it costs nothing where no layer could gain. Local.
+
+        With the number of a micro-batch in whose backward weight gradients may wait; else convolutions, which
+        gain nothing else, are left to torch where the sum keeps its order.
+        """
+        self._forward_of = micro_batch
+        self._called.clear()
         if not self.weights or self.compiled:
             return nullcontext()
         self.by_onednn = products.allowed()
@@ -135,11 +152,12 @@ class StraightIntoPlace:
         finally:
             self._active, self._micro_batch = False, -1
 
-    def begin(self, micro_batches: int, waits: bool = False) -> None:
+    def begin(self, micro_batches: int, waits: bool = False, last: int = -1) -> None:
         """Start a step of so many micro-batches: no product waits, and weights are new. Local.
 
-        `waits`: this rank waits for another's activations first.
+        `waits`: this rank waits for another's activations first; `last`: number of the last micro-batch.
         """
+        self._last = last
         self._waiting.clear()
         self._owed.clear()
         self.laid.begin(micro_batches, waits)
@@ -177,6 +195,23 @@ class StraightIntoPlace:
                 if not self._owed[one]:
                     self._places.caught_up(one)
 
+    def _may_wait(self, parameters: Iterable[torch.Tensor], micro_batch: int) -> bool:
+        """Whether what parameters get from a micro-batch may wait, as far as it is known here. Local."""
+        barred = self._never_later if micro_batch == self._last else self._never_later | self._at_once
+        return micro_batch >= 0 and barred.isdisjoint(map(id, parameters))
+
+    def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether a convolution's gradients are left to torch: calling ours costs some percent. Local.
+
+        Of several calls with one weight or bias the first: torch would add those of all before they join.
+        """
+        ids = {id(one) for one in (weight, bias) if one is not None}
+        parameters = [one for one in (weight, bias) if one is not None and one.requires_grad]
+        waits = self._may_wait(parameters, self._forward_of)
+        first = self._called.isdisjoint(ids)
+        self._called |= ids
+        return first and not waits and self._places.left(*parameters)
+
     def _takes(self, x: torch.Tensor, weight: Any, bias: Any = None) -> bool:
         """Whether a call of a layer is taken. Local."""
         managed = id(weight) in self.weights and weight.requires_grad and torch.is_grad_enabled()
@@ -212,7 +247,7 @@ class StraightIntoPlace:
         self, function: Any, input: torch.Tensor, weight: Any, bias: Any = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> torch.Tensor:  # fmt: skip
-        if not self._takes(input, weight, bias) or input.ndim != weight.ndim:
+        if not self._takes(input, weight, bias) or input.ndim != weight.ndim or self._leaves(weight, bias):
             return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
         sizes = [[n] * (weight.ndim - 2) if isinstance(n, int) else n for n in (stride, padding, dilation)]
         if not all(isinstance(n, (list, tuple)) and all(type(m) is int for m in n) for n in sizes):
@@ -256,8 +291,7 @@ class StraightIntoPlace:
         """
         if not all(self.fills(parameter, work.g.dtype) for parameter in parameters):
             return False
-        waits = self._micro_batch >= 0 and self._never_later.isdisjoint(map(id, parameters))
-        if waits and self._places.later(*parameters):
+        if self._may_wait(parameters, self._micro_batch) and self._places.later(*parameters):
             entry = Waiting(self._micro_batch, parameters, work.alone())
             self._waiting.setdefault(parameters[0], []).append(entry)
             self._owed.update(parameters)

@@ -68,7 +68,7 @@ class StagedEngine(Engine):
         """Start with nothing that waits."""
         super().__post_init__()
         self.straight.fast = self.fast
-        self._last_backward = -1
+        self._last_backward, self._splits = -1, False
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
@@ -111,7 +111,8 @@ class StagedEngine(Engine):
         self._losses.clear()  # of a step that failed
         for stage in pipeline.stages:
             stage.kept.clear()
-        self.straight.begin(len(working), waits=pipeline.rank > 0)
+        ends = self._last_backward if pipeline.rank else -1  # nobody waits for the first stage
+        self.straight.begin(len(working), waits=pipeline.rank > 0, last=ends)
         pipeline.copies.begin()
         pipeline.transport.begin(pipeline.kept)
         waited = pipeline.transport.waited
@@ -123,7 +124,11 @@ class StagedEngine(Engine):
             if not error.agreed:
                 raise
             return failure or error
-        for instruction in program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual):
+        every = [*program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual)]
+        # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
+        splits = any(isinstance(i, BackwardInput) for i in every)
+        self._splits = splits and self.averager.growing is None
+        for instruction in every:
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             if not sizes[v]:
                 if isinstance(instruction, (Backward, BackwardInput)) and not instruction.virtual:
@@ -174,8 +179,7 @@ class StagedEngine(Engine):
             case ReceiveGradient():
                 stage.receive_gradient(v, part)
             case Backward() | BackwardInput():
-                # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
-                waits = isinstance(instruction, BackwardInput) and self.averager.growing is None
+                waits = isinstance(instruction, BackwardInput) and self._splits
                 self._backward_staged(instruction, number, stage, part, waits)
                 if stage.stage == 0:
                     stage.forget(v)
@@ -196,7 +200,8 @@ class StagedEngine(Engine):
         own = self.parameters[stage.stage // self.topology.stages]
         marks = (buffers.marks(), versions_of(own)) if stage.recomputes else None
         before = buffers.contents() if stage.recomputes and not self._stepped else {}
-        with self.straight.forward(), self._precision(), self._watching():
+        taking = self.straight.forward(v if self._splits else -1)
+        with taking, self._precision(), self._watching():
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
         if marks and marks == (buffers.marks(), versions_of(own)):  # it changed nothing that it read
@@ -217,7 +222,8 @@ class StagedEngine(Engine):
         total, weight = self._losses.pop(v, (None, 0.0)) if stage.last else (None, 0.0)
         if stage.kept[v].gone:
             set_generators(key(self.seed, number, v) >> 1)
-            with self.averager.running.unseen(), self.straight.forward(), self._precision():
+            taking = self.straight.forward(v if self._splits else -1)
+            with self.averager.running.unseen(), taking, self._precision():
                 stage.again(v, part)
         if v == self._last_backward:
             self.averager.last_backward(self.parameters[virtual] if virtual else None)

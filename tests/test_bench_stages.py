@@ -35,7 +35,11 @@ def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
         pytest.skip("eight layers have no even stages on three ranks")
     entered = []
     forward = StraightIntoPlace.forward
-    monkeypatch.setattr(StraightIntoPlace, "forward", lambda self: entered.append(1) or forward(self))
+    monkeypatch.setattr(
+        StraightIntoPlace,
+        "forward",
+        lambda self, micro_batch=-1: entered.append(1) or forward(self, micro_batch),
+    )
     with Topology.build(world, world.size, device="cpu") as topology:
         case = Case(small, (16, 64), 8)
         torch.manual_seed(3)

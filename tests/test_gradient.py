@@ -41,6 +41,9 @@ class Owner:
     def later(self, *parameters):
         return self.waits
 
+    def left(self, *parameters):
+        return False
+
     def caught_up(self, parameter):
         self.caught.append(id(parameter))
 
@@ -402,7 +405,7 @@ def test_a_weight_that_an_embedding_adds_to_does_not_wait():
     straight = StraightIntoPlace(module, owner)
     for v, x in enumerate(batches):
         owner.waits = v > 0
-        with straight.forward():
+        with straight.forward(v):
             loss = module(x).square().sum()
         with straight.accumulating(v):
             loss.backward()
@@ -461,7 +464,7 @@ def steps(module, batches, waits, count=2):
         straight.begin(len(batches))
         own = [x.detach().clone().requires_grad_() for x in batches]
         for v, x in enumerate(own):
-            with straight.forward():
+            with straight.forward(v if waits else -1):
                 loss = module(x).square().sum()
             with straight.accumulating(v if waits else -1):
                 loss.backward()
@@ -488,6 +491,39 @@ def test_convolutions_have_autograds_bits(kind, waits, watched):
     together = len(list(plain.parameters()))
     expected_waits = [] if kind in UNSEEN or not waits else 3 * [(together, False)] + 3 * [(together, True)]
     assert watched == expected_waits
+
+
+def test_what_is_dear_to_split_waits_in_the_last_micro_batch_alone(watched):
+    """Convolutions are taken there only; bits are autograd's all the same."""
+    plain = make(
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(21, 2), nn.Conv1d(1, 2, 1))
+    )
+    plain = nn.Sequential(*plain[:3], nn.Unflatten(1, (1, 2)), plain[3])
+    batches = [torch.randn(4, 2, 9, generator=torch.Generator().manual_seed(v)) for v in range(3)]
+    module = copy.deepcopy(plain)
+    places, flats = real_places(module)
+    straight = StraightIntoPlace(module, places)
+    straight.at_once([*module[0].parameters(), *module[2].parameters()])
+    for step in range(3):
+        places.begin()
+        places.point(0, flats)
+        straight.begin(len(batches), last=2)
+        for v, x in enumerate(batches):
+            watched.clear()
+            with straight.forward(v):
+                found = module(x)
+            with straight.accumulating(v):
+                found.square().sum().backward()
+            filters, line = (2, step > 0), (1, step > 0)
+            assert sorted(watched) == sorted([filters] if v < 2 else [line, filters, filters])
+            straight.weights_of(v, last=v == 2)
+    for x in batches:
+        plain(x).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        found = places.place(places.named[name])[0]
+        torch.testing.assert_close(
+            found, parameter.grad, rtol=1e-6, atol=1e-6
+        )  # a line's bias is added whole
 
 
 class Special(nn.Module):
@@ -567,7 +603,7 @@ def test_all_buckets_of_convolutions_that_wait_are_told(kind, watched):
         straight.begin(2)
         told.clear()
         for v, x in enumerate(batches):
-            with straight.forward():
+            with straight.forward(v):
                 loss = module(x).square().sum()
             if v:
                 places.last_backward(told.append)

@@ -216,10 +216,10 @@ def test_several_stages_a_rank_have_the_bits_of_one_process(world, build, waits,
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    "work", [Work(1.0, 1.0, 1.0, 0), Work(1.0, 2.0, 0.0, 0), Work(1.0, 2.0, 2.0, 0, 0.5)]
+    "work", [Work(1.0, 1.0, 1.0, 0), Work(1.0, 2.0, 0.0, 0), Work(1.0, 1.2, 0.8, 0, 1.5)]
 )
 def test_a_schedule_of_its_own_choice_has_the_bits_of_one_process(world, build, waits, monkeypatch, work):
-    """Zero bubble, interleaved, and backward passes that are not split; what is chosen is run, told and drawn."""
+    """Zero bubble, interleaved, and backward passes that are split at the end; what is chosen is run and told."""
     if world.size not in layouts(world.size):
         pytest.skip("as many stages as ranks, two at least")
     monkeypatch.setattr(profile, "timed", lambda *_: work)
@@ -230,7 +230,7 @@ def test_a_schedule_of_its_own_choice_has_the_bits_of_one_process(world, build, 
     assert (job.schedule, len(job.pipeline.stages)) == (expected, 1 + (expected == "interleaved"))
     assert job.config.parallel.schedule == "auto"  # a resume with other stages chooses anew
     has_bits_of_one_process(world, job, "plain_row")
-    assert any(world.allgather(any(waits))) == (work.joint == 0.0)
+    assert any(world.allgather(any(waits)))
 
 
 @pytest.mark.mpi

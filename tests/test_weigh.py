@@ -17,6 +17,7 @@ from hpctrain import gradient
 from hpctrain import scales as scaling
 from hpctrain.averaging.groups import state_copies
 from hpctrain.config import Config, Optimizer
+from hpctrain.engine import precision
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline import expected, fit, profile, split, weigh
 from hpctrain.pipeline.choice import Plan, Scales, Wire
@@ -430,9 +431,22 @@ def test_a_whole_backward_is_not_priced_as_its_halves():
     assert profile.cost_of([work])(0, BackwardWeight(0)) == 2.5
 
 
+def test_a_backward_that_is_split_at_the_end_is_priced_so():
+    """At twice the pace, too, and on a stage of two such pieces."""
+    work = Work(1.0, 2.0, 1.5, 7, joint=3.0, late=5).at_once
+    assert (work.seconds, work.backward, work.late) == (4.0, 3.0, 5)
+    pair = profile.Profile([work, work], [1.0], profile.Limits([], [], 0.0))
+    for passes, times in (([work], 1.0), ([work.times(2.0)], 2.0), (fit.passes(pair, [(0, 2)], [0.5]), 4.0)):
+        cost = profile.cost_of(passes, last=3)
+        for v, first, second in ((2, 3.0, 0.0), (3, 2.0, 1.5)):
+            assert cost(0, BackwardInput(v)) == times * first
+            assert cost(0, BackwardWeight(v)) == times * second
+            assert cost(0, Backward(v)) == times * 3.0
+
+
 @pytest.mark.mpi
 def test_a_backward_that_is_dear_to_split_stays_whole(world, even):
-    """Ten micro-batches lose 0.5 each, to send the first gradient 1.0 earlier."""
+    """But in the last micro-batch: ten lose 0.5 each, twice that in a step, to send the first gradient 1.0 earlier."""
     dear, cheap = Work(1.0, 1.5, 1.0, 0, joint=2.0), Work(1.0, 1.0, 1.0, 0, joint=2.0)
     asked = with_plans(world, 2, 10, KEPT)
     pieces = [lambda work=work: work for work in (dear, cheap, cheap, dear)]
@@ -440,7 +454,7 @@ def test_a_backward_that_is_dear_to_split_stays_whole(world, even):
     assert found.at_once == [0, 3]
     assert [(work.input_gradient, work.weight_gradient) for work in found.passes] == [(3.0, 1.0)] * 2
     assert "of 4 pieces of the model 2 compute all their gradients at once" in found.said[-1]
-    asked.micro_batches = 2
+    asked.micro_batches = 1
     assert choose(2, [1] * 4, [Held(0)] * 4, pieces, asked).at_once == []
 
 
@@ -606,7 +620,7 @@ def test_every_measured_pass_casts_the_weights():
             return found
 
     measure, _ = layer(rows=8)
-    with torch.autocast("cpu", torch.bfloat16), Watch():
+    with precision("bf16", "cpu"), Watch():
         measure()
     assert casts.count((512, 512)) == casts.count((8, 512)) > profile.REPEATS
 

@@ -52,7 +52,9 @@ class Places:
         self._shared: set[int] = set()
         """Parameters whose gradients other ranks add to at the end: their buckets leave last."""
         self._mixed: set[int] = set()
-        """Parameters that autograd has brought something for."""
+        """Parameters that autograd has brought something for, unasked."""
+        self._left: set[int] = set()
+        """Parameters that it may bring something for."""
         self._steps = 0
         self.repeats = False
         """Whether one backward has brought a parameter's gradient in several portions."""
@@ -143,11 +145,23 @@ class Places:
         Not in the first step, which shows what autograd brings, nor for what autograd adds to: the
         sum would have another order.
         """
-        indices = [self._index[id(parameter)] for parameter in parameters]
-        if self._steps < 2 or not self._mixed.isdisjoint(indices):
-            return False
+        indices = self._alone(parameters)
         self._waiting.update(indices)
-        return True
+        return bool(indices)
+
+    def left(self, *parameters: torch.Tensor) -> bool:
+        """Tell whether autograd may bring a layer's gradients; what it brings for others is mixed. Local.
+
+        Not in the first step either, nor for what it adds to: it would add that up first.
+        """
+        indices = self._alone(parameters)
+        self._left.update(indices)
+        return bool(indices)
+
+    def _alone(self, parameters: Iterable[torch.Tensor]) -> list[int]:
+        """Give the numbers of parameters that autograd adds nothing to; none if it does, or may. Local."""
+        indices = [self._index[id(p)] for p in parameters if id(p) in self._index]
+        return indices if self._steps > 1 and self._mixed.isdisjoint(indices) else []
 
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Note that no gradient of the parameter waits any more. Local."""
@@ -167,7 +181,8 @@ class Places:
             self._not_late(index)
             if grad.layout != torch.strided:
                 grad = grad.to_dense()
-            self._mixed.add(index)
+            if index not in self._left:
+                self._mixed.add(index)
             if grad.data_ptr() != view.data_ptr() or not grad.numel():
                 if self._fresh[index]:
                     view.copy_(grad)

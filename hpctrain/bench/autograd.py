@@ -11,7 +11,7 @@ class Autograd:
     """No part of the models is."""
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self, micro_batch: int = -1) -> Iterator[None]:
         """Nothing is watched."""
         yield
 
@@ -20,7 +20,7 @@ class Autograd:
         """Autograd adds to the gradients itself."""
         yield
 
-    def begin(self, micro_batches: int, waits: bool = False) -> None:
+    def begin(self, micro_batches: int, waits: bool = False, last: int = -1) -> None:
         """Nothing waits."""
 
     def weights_of(self, micro_batch: int, last: bool) -> None:

@@ -27,12 +27,14 @@ from hpctrain.data.loader import Step
 from hpctrain.errors import ConfigError
 from hpctrain.loss import SummedLoss
 from hpctrain.pipeline import simulate, split
+from hpctrain.pipeline.choice import Plan, Scales
 from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.pipeline import Pipeline, take_share
+from hpctrain.pipeline.profile import Limits
 from hpctrain.pipeline.schedule import SEVERAL
 from hpctrain.pipeline.transport import Transport
 from hpctrain.staged import StagedEngine
-from hpctrain.topology import Topology
+from hpctrain.topology import Topology, usable_cores
 
 CONTENDERS = {
     "ours": "1F1B, one stage a rank",
@@ -129,12 +131,35 @@ def our_steps(
         "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),
         "ours_autograd": our_step(topology, case, x, y, "1f1b"),
     }
-    if not case.sleeps:
-        found["ours_autograd"][1].straight = Autograd()  # type: ignore[assignment]
     if case.halves(topology.stages):
         found["ours_interleaved"] = our_step(topology, case, x, y, "interleaved")
         found["ours_interleaved_fast"] = our_step(topology, case, x, y, "interleaved", fast=True)
+    if not case.sleeps:
+        dear = dear_to_split(topology, case, x)
+        for _, engine in (made for who, made in found.items() if "fast" not in who):
+            engine.straight.at_once(p for name, p in engine.module.named_parameters() if name in dear)
+        found["ours_autograd"][1].straight = Autograd()  # type: ignore[assignment]
     return found
+
+
+def dear_to_split(topology: Topology, case: Case, x: torch.Tensor) -> set[str]:
+    """Name the parameters whose gradients a job would not let wait, by measurement. Collective."""
+    stages, any_size = topology.stages, [float("inf")] * topology.stages
+    module = case.make()
+    pieces = split.write(module, {"x": x[: len(x) // case.micro_batches]}, False, stages)
+    proof = simulate.check("zb-h1", stages, range(case.micro_batches))
+    turns = -(-topology.comms.world.size // len(usable_cores()))
+    scales = Scales(
+        topology.comms.world,
+        [[rank] for rank in range(stages)],
+        lambda: Limits(any_size, any_size, float("inf")),
+        [Plan("zb-h1", 1, proof.lives)],
+        case.micro_batches,
+        copies=0.0,
+        turn=(topology.world_rank % turns, turns),
+    )
+    pieces.place([], scales)
+    return pieces.at_once
 
 
 def simulated(topology: Topology, case: Case) -> dict[str, list[float]]:

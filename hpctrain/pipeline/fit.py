@@ -284,7 +284,8 @@ def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:
     ranks = len(scales.ranks)
     every = programs(plan.schedule, ranks, range(scales.micro_batches), plan.virtual)
     choice.wires = [scales.wires[at % ranks] if scales.wires else Wire() for at in range(len(choice.parts))]
-    choice.seconds = simulate(every, cost_of(choice.passes), wire=choice.wire).seconds
+    cost = cost_of(choice.passes, scales.micro_batches - 1)
+    choice.seconds = simulate(every, cost, wire=choice.wire).seconds
     return choice
 
 
@@ -313,6 +314,8 @@ def passes(profile: Profile, parts: Sequence[tuple[int, int]], speeds: Sequence[
             sum(work.late for work in works),
             max(work.moment for work in works),
             works[-1].gives,
+            sooner=sum(work.sooner for work in works),
+            tail=sum(work.tail for work in works),
         ).times(1.0 / speed)
         for works, speed in zip((profile.works[a:b] for a, b in parts), speeds)
     ]

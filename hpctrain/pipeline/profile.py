@@ -67,6 +67,10 @@ class Work:
     """Bytes of what the pieces behind it get from it and those before it."""
     own: int = 0
     """Bytes of `kept` that no other piece can have kept, too: what it was given is left out."""
+    sooner: float = 0.0
+    """Seconds by which `input_gradient` is shorter in a step's last micro-batch."""
+    tail: float = 0.0
+    """Seconds by which `weight_gradient` is longer there."""
 
     @property
     def seconds(self) -> float:
@@ -77,6 +81,12 @@ class Work:
     def whole(self) -> "Work":
         """The same work with a backward that is not split."""
         return replace(self, input_gradient=self.backward, weight_gradient=0.0, late=0)
+
+    @property
+    def at_once(self) -> "Work":
+        """The same work with a backward that is split in a step's last micro-batch alone."""
+        sooner = self.backward - self.input_gradient
+        return replace(self.whole, sooner=sooner, tail=self.weight_gradient, late=self.late)
 
     @property
     def backward(self) -> float:
@@ -91,11 +101,13 @@ class Work:
             input_gradient=factor * self.input_gradient,
             weight_gradient=factor * self.weight_gradient,
             joint=factor * self.joint,
+            sooner=factor * self.sooner,
+            tail=factor * self.tail,
         )
 
 
-def cost_of(passes: Sequence[Work]) -> Cost:
-    """Give what a pass costs on a stage, by the stages' work. Pure."""
+def cost_of(passes: Sequence[Work], last: int = -1) -> Cost:
+    """Give what a pass costs on a stage, by the stages' work; `last`: the last micro-batch. Pure."""
 
     def cost(stage: int, instruction: Instruction) -> float:
         work = passes[stage]
@@ -103,9 +115,9 @@ def cost_of(passes: Sequence[Work]) -> Cost:
             case Forward():
                 return work.forward
             case BackwardInput():
-                return work.input_gradient
+                return work.input_gradient - work.sooner * (instruction.micro_batch == last)
             case BackwardWeight():
-                return work.weight_gradient
+                return work.weight_gradient + work.tail * (instruction.micro_batch == last)
         return work.backward
 
     return cost
@@ -242,7 +254,7 @@ def timed(
     def once(micro_batch: int) -> tuple[float, float, float]:
         nonlocal late
         began = time.perf_counter()
-        with straight.forward():
+        with straight.forward(micro_batch):
             every = tensors_in(run())
         between = time.perf_counter()
         outputs = [leaf for leaf in every if leaf.requires_grad]
@@ -294,6 +306,10 @@ class MadeUpPlaces:
 
     def later(self, *parameters: torch.Tensor) -> bool:
         """All may wait."""
+        return True
+
+    def left(self, *parameters: torch.Tensor) -> bool:
+        """All may be left to autograd."""
         return True
 
     def caught_up(self, parameter: torch.Tensor) -> None:

@@ -17,8 +17,11 @@ from hpctrain.pipeline.profile import Held, Unmeasured, Work, measure
 
 T = TypeVar("T")
 UNKNOWN = Work(0.0, 0.0, 0.0, 0)
-SPLIT_WORTH = 1.1
+SPLIT_WORTH = 1.02
 """How many times as long the halves of a backward take, at least, where they are not to be split."""
+COLD = 2.0
+"""How many times as much that costs in a step as where one piece is repeated: the second half's tensors have
+left the caches by then (measured with convolutions)."""
 
 
 def choose(
@@ -52,8 +55,9 @@ def choose(
             warned=[f"{why}: memory is short, and nothing says if it suffices"] if memory else [],
         )
     at_once = too_dear(profile.works, scales) if scales.splits == "auto" else []
-    whole = range(len(pieces)) if scales.splits == "never" else at_once
-    works = [work.whole if at in whole else work for at, work in enumerate(profile.works)]
+    works = [work.at_once if at in at_once else work for at, work in enumerate(profile.works)]
+    if scales.splits == "never":
+        works = [work.whole for work in profile.works]
     profile = replace(profile, works=works)
     first, *others = scales.plans
     best = tried = fitted(first, estimates, weights, profile, scales, named=named)
@@ -76,8 +80,8 @@ def choose(
         best.said.append(f"the schedule is {best.schedule}, simulated with the pieces' times: {by}")
     if at_once:
         best.said.append(
-            f"of {len(pieces)} pieces of the model {len(at_once)} compute all their gradients at once: "
-            f"to let those of the weights wait would take longer"
+            f"of {len(pieces)} pieces of the model {len(at_once)} compute all their gradients at once, "
+            f"but in a step's last micro-batch: to let those of the weights wait would take longer"
         )
     best.at_once, best.shared, best.ranks = at_once, shared, scales.ranks
     best.works, best.pieces = profile.works, count
@@ -103,16 +107,15 @@ def reaches(plan: Plan, scales: Scales, pieces: int) -> bool:
 
 
 def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
-    """List the pieces whose backward is not to be split. Pure.
+    """List the pieces whose backward is to be split in a step's last micro-batch alone. Pure.
 
     To split costs each micro-batch the halves' time over that of the whole; it shortens the way of the
-    first gradients through the stages by the weight gradient's, once a stage.
+    first gradients through the stages, and of the last ones, by the weight gradient's, once a stage. All
+    pieces that lose by it are judged together, as one's loss may be no more than its measurement's noise.
     """
-    gaps = len(scales.ranks) - 1
-    found = []
-    for at, work in enumerate(works):
-        halves = work.input_gradient + work.weight_gradient
-        lost = scales.micro_batches * (halves - work.joint)
-        if work.joint and halves > SPLIT_WORTH * work.joint and lost > gaps * work.weight_gradient:
-            found.append(at)
-    return found
+    losing = [at for at, work in enumerate(works) if work.joint and work.seconds > work.whole.seconds]
+    whole = sum(works[at].joint for at in losing)
+    lost = sum(works[at].seconds - works[at].whole.seconds for at in losing)
+    waiting = (len(scales.ranks) - 1) * sum(works[at].weight_gradient for at in losing)
+    dear = lost > (SPLIT_WORTH - 1.0) * whole and COLD * scales.micro_batches * lost > waiting
+    return losing if dear else []

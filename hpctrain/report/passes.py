@@ -69,7 +69,7 @@ def expectation(job: Job, measured: Simulation) -> Simulation | None:
     if not choice.passes:
         return None
     ran = {(span.stage, span.instruction) for span in measured.spans}
-    usual = cost_of(choice.passes)
+    usual = cost_of(choice.passes, max(span.instruction.micro_batch for span in measured.spans))
     return dry(job, lambda stage, i: usual(stage, i) if (stage, i) in ran else 0.0, choice.wire)
 
 
