@@ -45,6 +45,15 @@ def to_file(path: Path, topology: Topology) -> None:
     LOGGER.addHandler(_formatted(logging.FileHandler(path, encoding="utf-8"), topology))
 
 
+def failed(text: str) -> None:
+    """Write why the run fails into log.txt alone: the screen has it as the last thing. Local."""
+    for handler in LOGGER.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(
+                LOGGER.makeRecord(LOGGER.name, logging.ERROR, __file__, 0, "failed: %s", (text,), None)
+            )
+
+
 def _formatted(handler: logging.Handler, topology: Topology) -> logging.Handler:
     start_of_line = prefix(topology.world_rank, topology.world_size, topology.stage, topology.stages)
     handler.setFormatter(logging.Formatter(start_of_line.replace("%", "%%") + "%(message)s"))

@@ -64,8 +64,9 @@ def look(config: Config, run: RunFolder) -> tuple[Config, loading.Stored | None]
         return config, None
     before = from_toml(path)
     asked = adopt(config, before)
-    if not complete_steps(run.checkpoints):
-        return config, None  # it never got to a checkpoint: there is nothing to go on with or to lose
+    if not complete_steps(run.checkpoints):  # there is nothing to go on with
+        LOGGER.warning("%s holds a run that stopped before its first checkpoint: it begins anew", run.path)
+        return config, None
     lines = differences(before, asked)
     if lines:
         check_classes(config)  # a slip is no other configuration

@@ -99,6 +99,7 @@ class Loop:
             return self.steps()
         except HpctrainError as error:
             self.run_folder.row("end", self.at.step, status="failed", reason=str(error)[-2000:])
+            log.failed(str(error))
             raise
 
     def steps(self) -> int:

@@ -1,6 +1,7 @@
 """Runs that stop and go on: finished, killed, signalled, grown, on other ranks."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -213,8 +214,12 @@ def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder
     end = rows(tmp_path / "runs/small")[-1]
     assert (end["event"], end["status"]) == ("end", "failed")
     assert "the loss is" in end["reason"]
+    log = tmp_path / "runs/small/log.txt"
+    assert re.search(r"r0/2 \| failed: .*the loss is", log.read_text()), "once, as on the screen"
+    assert "failed: " not in ended.out, "the screen has it as an error"
     again = launcher.ranks(2, "train", "small.toml")
     assert again.status == 0, again.text
+    assert "holds a run that stopped before its first checkpoint: it begins anew" in again.out
     assert [row["status"] for row in rows(tmp_path / "runs/small") if row["event"] == "end"] == ["done"]
 
 
