@@ -19,9 +19,10 @@ from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
 from hpctrain.draws import again, run_again, set_generators
 from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
-from hpctrain.errors import HpctrainError, RankError
+from hpctrain.errors import ConfigError, HpctrainError, RankError
 from hpctrain.gradient import Places
 from hpctrain.keys import key
+from hpctrain.log import LOGGER
 from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
@@ -41,6 +42,8 @@ from hpctrain.pipeline.schedule import (
 from hpctrain.pipeline.simulate import Span
 from hpctrain.pipeline.stage import Stage, versions_of
 from hpctrain.pipeline.transport import PeerFailedError
+from hpctrain.pipeline.unseen import Unseen, needed
+from hpctrain.tensors import tensors_in
 from hpctrain.wire import raise_together
 
 PASSES = (Forward, Backward, BackwardInput, BackwardWeight)
@@ -200,20 +203,47 @@ class StagedEngine(Engine):
         own = self.parameters[stage.stage // self.topology.stages]
         marks = (buffers.marks(), versions_of(own)) if stage.recomputes else None
         before = buffers.contents() if stage.recomputes and not self._stepped else {}
+        unseen = None if self._stepped else Unseen(self.module)
         taking = self.straight.forward(v if self._splits else -1)
         with taking, self._precision(), self._watching():
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
+        if unseen:
+            self._refuse_unseen(v, stage, unseen)
         if marks and marks == (buffers.marks(), versions_of(own)):  # it changed nothing that it read
             now = buffers.now() if before else {}
             stage.keeps |= any(not torch.equal(now[name], old) for name, old in before.items())
-            stage.let_go(v)
+            if unseen is None or self._runs_again(stage, unseen):
+                stage.let_go(v)
         if stage.last:
             self._losses[v] = self._checked(
                 number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
             )
         if resident:  # of all micro-batches that are on their way at once
             self.activation_bytes += max(0, resident_bytes() - resident)
+
+    def _refuse_unseen(self, v: int, stage: Stage, unseen: Unseen) -> None:
+        """Refuse what a forward has changed unseen, if a backward on its way needs it. Local."""
+        others = [kept.found for other, kept in stage.kept.items() if other != v and not kept.gone]
+        tensors = unseen.tensors() if others else {}
+        name = needed(tensors_in(others), tensors) if tensors else ""
+        if name:
+            raise ConfigError(
+                f"the forward of stage {stage.stage} changes {name} through .data or by NumPy, which torch "
+                f"does not count, and the backward of a micro-batch before it needs what was there: "
+                f"{SEVERAL_AT_ONCE}"
+            )
+
+    def _runs_again(self, stage: Stage, unseen: Unseen) -> bool:
+        """Whether a forward can run again: plain attributes that it changes would change twice. Local."""
+        changed, new = unseen.attributes()
+        if changed and not (stage.keeps or stage.last):
+            stage.keeps = True
+            LOGGER.warning(
+                "the forward of stage %d changes %s: it is not run again for backward, and keeps its memory",
+                *(stage.stage, ", ".join(changed[:3])),
+            )
+        return not new  # what the first forward makes, later ones may only use
 
     def _backward_staged(
         self, instruction: Instruction, number: int, stage: Stage, part: Part, waits: bool

@@ -1265,3 +1265,64 @@ def drawing_later(in_features: int, out_features: int, since: int = 2) -> nn.Seq
     """One such layer in each of two stages."""
     ends = nn.Linear(in_features, 8), nn.Linear(8, out_features)
     return nn.Sequential(ends[0], DrawsLater(since), nn.Linear(8, 8), DrawsLater(since), nn.Tanh(), ends[1])
+
+
+class Spectral(nn.Module):
+    """A linear layer whose weight is divided by its norm, by hand: `u` moves on in each forward, in some way."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.weight, self.way = nn.Parameter(torch.randn(8, 8)), way
+        self.register_buffer("u", torch.ones(8))
+        self.frozen = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x):
+        u = self.frozen if self.way == "parameter" else self.u
+        v = functional.normalize(self.weight.t().mv(u), dim=0)
+        if self.training:
+            with torch.no_grad():
+                new = functional.normalize(self.weight.mv(v), dim=0)
+            if self.way == "numpy":
+                u.numpy()[:] = new.numpy()
+            elif self.way == "in place":
+                u.data.copy_(new)
+            else:
+                u.data = new
+        sigma = (u.clone() if self.way == "copied" else u).dot(self.weight.mv(v.detach()))
+        return functional.linear(x, self.weight / sigma)
+
+
+def spectral_row(in_features: int, out_features: int, way: str) -> nn.Sequential:
+    """One in front of others."""
+    row = [nn.Linear(in_features, 8), Spectral(way), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, out_features)]
+    return nn.Sequential(*row)
+
+
+class Turned(torch.autograd.Function):
+    """The gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.factor * gradient, None
+
+
+class Turning(nn.Module):
+    """Turns gradients round, more and more: only they hang on the count."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return Turned.apply(x, 0.1 * self.count)
+
+
+def turning_row(in_features: int, out_features: int) -> nn.Sequential:
+    """One between others."""
+    return nn.Sequential(nn.Linear(in_features, 8), Turning(), nn.Linear(8, 8), nn.Linear(8, out_features))

@@ -683,12 +683,36 @@ def test_a_forward_that_changes_a_weight_keeps_its_graph(world, build, micro_bat
 
 
 @pytest.mark.mpi
-def test_what_gives_other_numbers_the_second_time_is_refused(world, build):
+@pytest.mark.parametrize("way", ["in place", "assigned", "parameter", "numpy", "copied"])
+def test_what_is_changed_unseen_while_a_backward_needs_it_is_refused(world, build, way):
+    """A spectral norm by hand: with one micro-batch on its way, as in the last stage, or a copy, it is exact."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    arguments, settings = {"way": way}, {"micro_batches": 4}
+    job = build("spectral_row", 2, cuts=["3"], arguments=arguments, **settings)
+    if way == "copied":
+        has_bits_of_one_process(world, job, "")
+    else:
+        what = "1.frozen" if way == "parameter" else "1.u"
+        with pytest.raises(
+            ConfigError, match=rf"the forward of stage 0 changes {what} through .data or by NumPy"
+        ):
+            job.engine.step(0, job.loader.read(0))
+    has_bits_of_one_process(world, build("spectral_row", 2, cuts=["1"], arguments=arguments, **settings), "")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["counting_row", "turning_row"])
+def test_a_forward_that_counts_its_calls_is_not_run_again(world, build, model, caplog):
+    """Its numbers hang on the count, or its gradients alone, or those of a later step."""
     if world.size not in (2, 3, 4):
         pytest.skip("one stage lets nothing go")
-    job = build("counting_row", world.size, recompute="always")
-    with pytest.raises(ConfigError, match="stage 0 gives other numbers when its forward is run again"):
-        job.engine.step(0, job.loader.read(0))
+    job = build(model, world.size, recompute="always", micro_batches=4)
+    with caplog.at_level("WARNING", LOGGER.name):
+        has_bits_of_one_process(world, job, "")
+    told = "changes 0.calls" if model == "counting_row" else "changes 1.count"
+    told += ": it is not run again for backward, and keeps its memory"
+    assert any(world.allgather(any(told in message for message in caplog.messages)))
 
 
 @pytest.mark.mpi
