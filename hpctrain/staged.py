@@ -23,7 +23,6 @@ from hpctrain.errors import ConfigError, HpctrainError, RankError
 from hpctrain.gradient import Places
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
-from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.schedule import (
@@ -75,9 +74,7 @@ class StagedEngine(Engine):
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
-        cut = self.pipeline.cut
-        if isinstance(cut, Layers):
-            cut.asides.add("the loss", getattr(self.loss, "loss", self.loss))
+        self.pipeline.cut.beside("the loss", getattr(self.loss, "loss", self.loss))
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
 

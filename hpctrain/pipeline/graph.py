@@ -80,6 +80,9 @@ class Graph:
         paths = (path_of(node) for node in traced.nodes if traced.stage[node.name] == stage)
         return list(dict.fromkeys(path for path in paths if path))
 
+    def beside(self, name: str, value: Any) -> None:
+        """Operators hold nothing that others could share."""
+
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Who gives values to whom, and waits for whose gradients."""
         parts = {s: self.part(s, self.samples, True) for s in range(self.stages)}

@@ -136,6 +136,10 @@ class Layers:
         """Names of its layers."""
         return self.shown[slice(*self.ranges[stage])]
 
+    def beside(self, name: str, value: Any) -> None:
+        """Look at what the loss holds, too."""
+        self.asides.add(name, value)
+
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Each to the next, and back."""
         links = {s: [s + 1] if s + 1 < self.stages else [] for s in range(self.stages)}

@@ -62,6 +62,9 @@ class Cut(Protocol):
     def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
         """What a stage does with so many samples, like those; None: like those that it was cut by."""
 
+    def beside(self, name: str, value: Any) -> None:
+        """Take what else runs on the last stage and may share something with its layers: the loss."""
+
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """By stage: the later stages that it gives values to in training, and that gradients come from."""
 
