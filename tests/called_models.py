@@ -86,6 +86,30 @@ class Sharing(nn.Module):
         return self.last(self.two(self.one(self.begin(x))))
 
 
+class Counting(nn.Module):
+    """Scales by the number of its calls, which torch.export writes down as it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.count = nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x):
+        self.count += 1
+        return self.line(x) * (1.0 + 0.1 * self.count)
+
+
+class Counted(nn.Module):
+    """One between others."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.begin, self.inner = nn.Linear(in_features, WIDTH), Counting()
+        self.last = nn.Linear(WIDTH, out_features)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.inner(self.begin(x))))
+
+
 class Twofold(nn.Module):
     """Two inputs by name, another way in evaluation, a tuple out of a layer, a default argument."""
 

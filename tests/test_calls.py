@@ -6,6 +6,7 @@ import pytest
 from test_pipeline import build, build_alone, has_bits_of_one_process, layouts, take_weights  # noqa: F401
 
 from hpctrain.errors import ConfigError
+from hpctrain.log import LOGGER
 from hpctrain.pipeline.calls import Calls
 from hpctrain.verify import compare
 
@@ -49,6 +50,21 @@ def test_what_follows_the_cut_and_what_stays_before_it(world, build, cut):  # no
         assert isinstance(job.pipeline.cut, Calls)
         has_bits_of_one_process(world, job, "Tied" if tied else "Passing")
         assert job.pipeline.cut.names(1)[0].split(".")[0] == cut.split(".")[0]
+
+
+@pytest.mark.mpi
+def test_a_module_that_keeps_count_runs_as_it_is(world, build, caplog):  # noqa: F811
+    """Operators would keep the count as it was, which a warning tells; named cuts let the module run."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    settings = {"module": "called_models", "micro_batches": 4}
+    job = build("Counted", 2, cuts=["last"], **settings)
+    assert isinstance(job.pipeline.cut, Calls)
+    has_bits_of_one_process(world, job, "Counted")
+    with caplog.at_level("WARNING", LOGGER.name):
+        job = build("Counted", 2, **settings)
+    assert not isinstance(job.pipeline.cut, Calls)
+    assert any("the forward changes inner.count" in message for message in caplog.messages)
 
 
 @pytest.mark.mpi

@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
+from hpctrain.log import LOGGER
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins, refuse_loops
@@ -57,6 +58,13 @@ class Graph:
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Cut it where `cuts` says, else by measured or estimated work. Collective, if there are scales."""
         traced = self._first
+        if self.writer.changed:
+            LOGGER.warning(
+                "the forward changes %s: it is written down once, so in stages that stays as it is, and what "
+                "hangs on it, too (hpctrain verify compares with one process); where parallel.cuts names "
+                "modules, what is around them alone may be written down so",
+                ", ".join(self.writer.changed[:3]),
+            )
         self._place(traced, cuts, scales)
         self.inputs = {}
         self.stages = len(self.choice.parts)

@@ -9,14 +9,13 @@ keep copies.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from hpctrain.errors import ConfigError
-from hpctrain.log import LOGGER
 from hpctrain.pipeline.calls import Calls
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.graph import Graph
@@ -49,12 +48,15 @@ def write(
     if found is not None and len(inputs) == 1:
         return Layers(found, next(iter(inputs.values())), stages)
     try:
-        return Graph(module, inputs, named, stages, around)
-    except UnwritableError as error:
+        graph = Graph(module, inputs, named, stages, around)
+    except UnwritableError:
         if not cuts:
             raise
-        LOGGER.debug("%s", error)
-    return Calls(module, inputs, named, stages, list(cuts))
+        return Calls(module, inputs, named, stages, list(cuts))
+    if cuts and graph.writer.changed:  # which operators can't say, and modules do
+        with suppress(ConfigError):
+            return Calls(module, inputs, named, stages, list(cuts))
+    return graph
 
 
 def cut(

@@ -96,6 +96,8 @@ class Writer:
         self.fake = FakeTensorMode()
         self.skeleton = skeleton(module, self.fake)
         self._looked = False
+        self.changed: list[str] = []
+        """Plain attributes that the forward changes."""
 
     def write(self, samples: int, training: bool, like: Like) -> Traced:
         """Write the forward down with torch.export, on tensors without memory."""
@@ -112,7 +114,7 @@ class Writer:
         told = told_of_others(others, "written down once, each stays the same number")
         if told and not self._looked:
             LOGGER.warning("%s", told)
-        self._warn_of_state(arguments)
+        self._look_for_state(arguments)
         return self._read(program, list(fakes))
 
     def _exported(
@@ -200,21 +202,15 @@ class Writer:
             program.call_spec.out_spec,
         )
 
-    def _warn_of_state(self, arguments: tuple[Any, dict[str, Any]]) -> None:
-        """Say once which plain attributes a forward changes: operators don't. torch.export puts them back."""
+    def _look_for_state(self, arguments: tuple[Any, dict[str, Any]]) -> None:
+        """Find once which plain attributes a forward changes; torch.export puts them back. Local."""
         if self._looked:
             return
         self._looked = True
         twin = skeleton(self.module, self.fake)  # what it keeps for later calls has no memory
         with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            changed = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
-        if changed:
-            LOGGER.warning(
-                "the forward changes %s: it is written down once, so in stages that stays as it is, and what "
-                "hangs on it, too (hpctrain verify compares with one process)",
-                ", ".join(changed[:3]),
-            )
+            self.changed = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
 
     def _sayable(self, node: fx.Node, constants: dict[str, Any]) -> None:
         """Refuse an operator that would do something else by itself than in its forward. Local."""
