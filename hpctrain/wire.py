@@ -48,11 +48,11 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
     its class (and exit status); any other exception becomes a `RankError` that is also of its class, where a
     rank knows that, and whose text is the traceback of the failing rank.
     """
-    first = comm.allreduce(comm.rank if failure else comm.size, op=MPI.MIN)
+    first = comm.allreduce(comm.size if failure is None else comm.rank, op=MPI.MIN)
     if first == comm.size:
         return
     alone = comm.allreduce(int(failure is not None)) < comm.size
-    mine = describe(failure) if comm.rank == first and failure else None
+    mine = describe(failure) if comm.rank == first and failure is not None else None
     kind, own, text, named, rank = comm.bcast(mine, first)
     if comm.size > 1 and name_rank and alone and not named:
         text, named = f"rank {rank} of {MPI.COMM_WORLD.size}: {text}", True
@@ -84,6 +84,7 @@ def also(module: str, name: str) -> type[RankError]:
         return RankError
     try:
         found = type(kind.__name__, (RankError, kind), {"__module__": module})
-        return found if found("") else RankError
-    except TypeError:  # it is made so that no class can be both
+        found("").agreed = True
+    except Exception:  # it is made so that no class can be both, or does what it likes
         return RankError
+    return found

@@ -1,8 +1,13 @@
 """Models that torch.export can't write down, and that are no rows: stages begin where the user says."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 WIDTH = 32
 
@@ -166,7 +171,7 @@ class Unfollowed(nn.Module):
         elif self.way == "size":
             x = x * torch.ones(len(x), 1)
         elif self.way == "draw":
-            x = x + torch.randn(WIDTH)
+            x = x + float(np.random.rand())
         elif self.way == "count":
             self.count += 1
             x = x * self.count
@@ -178,3 +183,123 @@ class Unfollowed(nn.Module):
             with torch.autocast("cpu", torch.bfloat16):
                 x = functional.linear(x, self.last.weight).float().mean() + x
         return self.last(x)
+
+
+class Report(NamedTuple):
+    """What a part tells."""
+
+    value: torch.Tensor
+    extra: dict
+
+
+@dataclass
+class Told:
+    """The same."""
+
+    value: torch.Tensor
+    hidden: tuple
+
+
+class Telling(nn.Module):
+    """Gives an object of the user's, numbers of all kinds, and looks at numbers."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.inner, self.way = Choosing(), way
+
+    def forward(self, x):
+        y = self.inner(x)
+        if self.way == "namedtuple":
+            return Report(y, {"scale": 0.5, "none": None})
+        if self.way == "dataclass":
+            return Told(y, (2.0 * y, 3))
+        return {"value": y, "numbers": [1, 2.5, True, "word", complex(1.0, -2.0)]}
+
+
+class Reporting(nn.Module):
+    """Uses parts of it in the next stage; makes tensors of sizes, and changes one; keeps a size by."""
+
+    def __init__(self, in_features: int, out_features: int, way: str):
+        super().__init__()
+        self.begin, self.told, self.way = nn.Linear(in_features, WIDTH), Telling(way), way
+        self.inner, self.last = Choosing(), nn.Linear(WIDTH, out_features)
+        self.places = nn.Embedding(WIDTH, WIDTH)
+
+    def forward(self, x):
+        n, _ = x.shape
+        x = self.begin(x) + self.places(torch.arange(n, device=x.device))
+        told = self.told(x)
+        summed = torch.zeros(WIDTH)
+        summed += x.detach().mean(0)
+        summed[0] = 1.0
+        y = self.inner(x) + summed
+        if self.way == "namedtuple":
+            y = y + told.value * told.extra["scale"]
+        elif self.way == "dataclass":
+            y = y + told.value + told.hidden[0] * told.hidden[1]
+        else:
+            numbers = told["numbers"]
+            y = y + told["value"] * numbers[0] * numbers[1] + numbers[2] * (y * numbers[4]).real
+        y += torch.ones(n, 1) * torch.rand(n, 1)
+        return self.last(y)
+
+
+class Unsaid(nn.Module):
+    """Does between the cuts what would be done once, or asks what stand-ins can't say."""
+
+    def __init__(self, in_features: int, out_features: int, way: str):
+        super().__init__()
+        self.begin, self.inner, self.way = nn.Linear(in_features, WIDTH), Choosing(), way
+        self.last, self.aside = nn.Linear(WIDTH, out_features), nn.Sequential(nn.Dropout(0.5), Choosing())
+        self.rng, self.silent = np.random.default_rng(1), Silent()
+
+    def forward(self, x):
+        x = self.begin(x)
+        if self.way == "mode":
+            self.aside.eval()
+            x = self.aside(x)
+            self.aside.train(self.training)
+        elif self.way == "frozen":
+            self.inner.requires_grad_(False)
+        x = self.inner(x)
+        if self.way == "frozen":
+            self.inner.requires_grad_(True)
+        elif self.way == "read":
+            x = x * self.inner.calls
+        elif self.way == "parameters":
+            with torch.no_grad():
+                x = x + sum(p.square().sum() for p in self.inner.parameters())
+        elif self.way == "moving":
+            with torch.no_grad():
+                for p in self.inner.parameters():
+                    p.mul_(0.99)
+        elif self.way == "generator":
+            x = x * self.rng.random()
+        elif self.way == "swallowed":
+            try:
+                x = x * len(x)
+            except Exception:
+                x = x + 1
+        elif self.way == "dtype":
+            x = x * 2 if x.dtype is torch.float32 else x
+        elif self.way == "key":
+            x = x * {torch.float32: 2.0}.get(x.dtype, 1.0)
+        elif self.way == "tensor":
+            x = x * 2 if torch.is_tensor(x) else x
+        elif self.way == "noted":
+            x.scale = 2.0
+        elif self.way == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t):
+                x = torch.tanh(self.aside(x))
+        elif self.way == "reentrant":
+            x = checkpoint(self.aside, x, use_reentrant=True)
+        elif self.way == "none":
+            x = x if self.silent(x) is None else 2 * x
+        return self.last(x)
+
+
+class Silent(nn.Module):
+    """Gives nothing."""
+
+    def forward(self, x):
+        return None

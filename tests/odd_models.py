@@ -278,3 +278,13 @@ def normed_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(in_features, WIDTH), NormedLayer(), NormedLayer(), nn.Linear(WIDTH, out_features)
     )
+
+
+class Freezing(Odd):
+    """Freezes a layer for one of its calls."""
+
+    def middle(self, x):
+        self.inner.requires_grad_(False)
+        x = torch.tanh(self.inner(x))
+        self.inner.requires_grad_(True)
+        return self.inner(x)

@@ -115,7 +115,7 @@ def test_a_cut_through_a_loop_is_refused_with_the_number(world, build, looks):  
     if world.size != 2:
         pytest.skip("two stages")
     settings = {"module": "called_models", "arguments": {"looks": looks}, "micro_batches": 3}
-    text = r"cell.1 is called 3 times in one forward, and cell.0\S+, which is used before it, is used again"
+    text = "cell.1 is called 3 times in one forward, and cell.0, which is called before it, is called again"
     with pytest.raises(ConfigError, match=text):
         build("Looped", 2, cuts=["cell.1"], **settings)
     for cut in ("cell", "last"):
@@ -145,6 +145,47 @@ def test_what_can_not_be_followed_is_refused_in_words(world, build, way):  # noq
     with pytest.raises(ConfigError) as raised:
         build("Unfollowed", 2, module="called_models", cuts=["last"], arguments={"way": way})
     assert re.search(WAYS[way], str(raised.value)), raised.value
+
+
+SAID = {
+    "mode": "changes aside before it is called",
+    "frozen": "changes inner.one before it is called",
+    "read": "reads inner.calls, which a module that it calls changes",
+    "parameters": "computes with inner.one.weight, not by its name",
+    "moving": "computes with inner.one.weight, not by its name",
+    "generator": "does something else each time",
+    "swallowed": "asks for the length of a value",
+    "dtype": "asks for .dtype of a value and compares it unseen",
+    "key": "takes a value as a key",
+    "tensor": "asks for the type of a value",
+    "noted": "sets .scale of a value",
+    "hooks": "switches autocast, inference mode or hooks on saved tensors",
+    "reentrant": "set use_reentrant=False",
+    "none": "silent gives None",
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", SAID)
+def test_what_would_be_done_once_is_refused(world, build, way):  # noqa: F811
+    """At the cut, or in the first forward where only that shows it."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError) as raised:
+        job = build("Unsaid", 2, module="called_models", cuts=["last"], arguments={"way": way})
+        job.engine.step(0, job.loader.read(0), 0.0)
+    assert SAID[way] in str(raised.value)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["namedtuple", "dataclass", "numbers"])
+def test_parts_of_objects_and_numbers_cross(world, build, way):  # noqa: F811
+    """And tensors that the forward makes of sizes, one of which it changes: each forward has its own."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    arguments = {"way": way}
+    job = build("Reporting", 2, module="called_models", cuts=["inner"], micro_batches=5, arguments=arguments)
+    has_bits_of_one_process(world, job, "Reporting")
 
 
 @pytest.mark.mpi

@@ -737,7 +737,7 @@ def has_bits_of_one_process(world, job, model):
     assert set(owned) == set(state)
 
 
-NO_MODELS = ("Odd", "Warming", "NormedLayer", "FrozenNorm", "OtherNorm", "ChunkedNorm")
+NO_MODELS = ("Odd", "Warming", "NormedLayer", "Freezing", "FrozenNorm", "OtherNorm", "ChunkedNorm")
 ODD = [
     name
     for name, kind in vars(odd_models).items()
@@ -754,6 +754,15 @@ def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
         pytest.skip("two ranks do")
     job = build(model, 2, module="odd_models", micro_batches=3)
     has_bits_of_one_process(world, job, model)
+
+
+@pytest.mark.mpi
+def test_a_weight_that_is_frozen_for_a_call_is_refused(world, build):
+    """Operators would train it in that call, too."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match="a weight is frozen, or no more, for a part of the forward"):
+        build("Freezing", 2, module="odd_models", micro_batches=3)
 
 
 def test_no_stage_begins_between_what_changes_a_table_and_who_reads_it():

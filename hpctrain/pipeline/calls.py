@@ -10,48 +10,46 @@ them, but nothing may hang on their numbers, shapes or types, nor on what it kee
 """
 
 import operator
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import reduce
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
-from torch.utils import _pytree
 
-from hpctrain.draws import of_others
 from hpctrain.errors import ConfigError
-from hpctrain.gradient import CALLED
-from hpctrain.hidden import OURS, has_hooks
-from hpctrain.modes import Replaced
+from hpctrain.pipeline.follow import GRAD, IN_PLACE, followed
 from hpctrain.pipeline.layers import Layers, full
 from hpctrain.pipeline.operators import TAKEN, path_of
 from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, refuse_loops, shapes_of
-from hpctrain.pipeline.state import changed_by
-from hpctrain.pipeline.trace import LIBRARY, Like, quiet, where
+from hpctrain.pipeline.trace import Like
 
-OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
-GRAD = "grad"
-"""Note on a call: whether gradients were on."""
+VIEWS = ("T", "mT", "H", "mH", "real", "imag")
+"""Attributes of a tensor that are tensors."""
 
 
 class Calls(Layers):
     """A model as calls of its modules; a stage makes those from one cut to the next."""
 
     def __init__(
-        self, module: nn.Module, inputs: dict[str, torch.Tensor], named: bool, stages: int, cuts: list[str]
+        self,
+        module: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        named: bool,
+        stages: int,
+        cuts: Sequence[str],
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Follow the forwards around the cuts, in both modes. Local.
+        """Follow the forwards around the cuts, in both modes; passes run under what `around` gives. Local.
 
         `named`: forward gets its inputs by name. Raises ConfigError where they can't be followed or cut.
         """
-        followed = {mode: Followed(module, list(inputs), named, mode, cuts) for mode in (False, True)}
-        self._followed = followed[True]
-        super().__init__([("", Segment(followed, stage)) for stage in range(stages)], dict(inputs), stages)
+        own = own_names(module, cuts)
+        modes = {mode: Followed(module, list(inputs), named, mode, own, around) for mode in (False, True)}
+        self._followed = modes
+        super().__init__([("", Segment(modes, stage)) for stage in range(stages)], dict(inputs), stages)
         self.shown = [next(iter(self.names(stage)), "the model") for stage in range(stages)]
 
     def adopt(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -65,7 +63,7 @@ class Calls(Layers):
 
     def names(self, stage: int) -> list[str]:
         """Modules that it calls, in order."""
-        calls = self._followed.stages[stage]
+        calls = self._followed[True].stages[stage]
         return list(dict.fromkeys(path for path in map(path_of, calls) if path))
 
     def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
@@ -75,7 +73,9 @@ class Calls(Layers):
 
         def in_mode(env: Env, stream: int, begin: int) -> tuple[Env, int]:
             segment.training = training
-            return run(env, stream, begin)
+            found = run(env, stream, begin)
+            self._followed[training].reads.check()
+            return found
 
         part.run = in_mode
         return part
@@ -131,28 +131,28 @@ class Segment(Holder):
 
 
 class Followed:
-    """What the forwards around the cuts do in one mode, followed once."""
+    """What the forwards around the cuts do in one mode, cut into stages."""
 
-    def __init__(self, root: nn.Module, inputs: list[str], named: bool, mode: bool, cuts: list[str]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        inputs: list[str],
+        named: bool,
+        mode: bool,
+        cuts: list[str],
+        around: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
         """Follow them. Local. Raises ConfigError saying what can't be followed, and what to do."""
         self.root = root
-        root.train(mode)
-        tracer = Follower(inputs, named, cuts)
-        refuse_hooks(root, tracer.inner)
-        nodes = list(self._graph(tracer).nodes)
-        self.constants = tracer.taken_back(root)
-        for constant in self.constants.values():
-            if isinstance(constant, FakeTensor):
-                raise ConfigError(
-                    f"parallel.cuts: {type(root).__name__} computes with a tensor in a plain attribute, "
-                    f"which has no numbers yet: register it (register_buffer)"
-                )
+        graph, self.constants, self.reads = followed(root, inputs, named, mode, cuts, around)
+        nodes = list(graph.nodes)
         self.placeholders = dict(zip((node.name for node in nodes if node.op == "placeholder"), inputs))
         calls = [node for node in nodes if node.op.startswith("call_")]
-        ranges = begins(cuts, [path_of(node) for node in calls], "modules")
-        weights = {path: {*dict(root.get_submodule(path).named_parameters(path))} for path in targets(calls)}
-        refuse_loops(cuts, ranges, calls, [weights.get(str(node.target), set()) for node in calls])
-        self.stages = {stage: calls[start:stop] for stage, (start, stop) in enumerate(ranges)}
+        ranges = begins(
+            cuts, [path_of(node) for node in calls], "modules" if mode else "modules in evaluation"
+        )
+        refuse_loops(cuts, ranges, calls)
+        self.stages = parts_first({stage: calls[start:stop] for stage, (start, stop) in enumerate(ranges)})
         self.output = nodes[-1].args[0]
         self.given_out = nodes[-1].all_input_nodes
         last = {a: at for at, mine in self.stages.items() for node in mine for a in node.all_input_nodes}
@@ -165,6 +165,9 @@ class Followed:
         }
         """By stage: what later ones still use."""
         self._gone = {at: self._ends(mine, self.crosses[at]) for at, mine in self.stages.items()}
+        uses = [{str(a.target) for n in mine for a in n.all_input_nodes} for mine in self.stages.values()]
+        self._apart = {name for name in self.constants if sum(name in names for names in uses) > 1}
+        """Constants that several stages use."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Followed":
         return self  # it has no numbers of its own
@@ -177,63 +180,64 @@ class Followed:
             found[ends[name]].append(name)
         return found
 
-    def _graph(self, tracer: "Follower") -> fx.Graph:
-        before, others = torch.default_generator.get_state(), of_others()
-        found: list[fx.Graph] = []
-        try:
-            with quiet(), own_gradients_noted(tracer), Replaced(dict.fromkeys(CALLED, tracer.taken)):
-                changed = changed_by(self.root, lambda: found.append(tracer.trace(self.root)))
-                if len(found) < 2:
-                    tracer.trace(self.root)  # for its error
-        except Exception as error:
-            line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
-            raise self._refusal(
-                f"{where(error, self.root)} ({type(error).__name__}: {line.strip()})"
-            ) from None
-        changed += kept_in(self.root, tracer.inner)
-        if changed:
-            raise self._refusal(f": it changes {', '.join(changed[:3])}, which would stay as it is")
-        if not torch.equal(before, torch.default_generator.get_state()) or others != of_others():
-            raise self._refusal(": it draws random numbers that hang on no tensor, which would stay the same")
-        return found[-1]
-
-    def _refusal(self, why: str) -> ConfigError:
-        return ConfigError(
-            f"parallel.cuts: the forward of {type(self.root).__name__} can't be followed from cut to cut"
-            f"{why}: put that into a submodule without a cut inside, which runs as it is; or make the model "
-            f"an nn.Sequential, or give it a method layers() that lists submodules which follow one another"
-        )
-
-    # -- running -----------------------------------------------------------------------------
-
     def run(self, owner: nn.Module, stage: int, given: Env) -> Any:
-        """Make a stage's calls, with modules and tensors of `owner`. Local."""
-        env = dict(given)
+        """Make a stage's calls, with modules and tensors of `owner`. Local.
+
+        `given`: what the stage before gave, values of several names once, or the model's inputs.
+        """
+        env = {name: found for names, found in given.items() for name in names.split()}
         if not stage:
             env = {name: given[of] for name, of in self.placeholders.items()}
+        fresh: dict[str, Any] = {}
+        """Constants of this forward: it may change them."""
 
         def value(node: fx.Node) -> Any:
-            return self._tensor(owner, str(node.target)) if node.op == "get_attr" else env[node.name]
+            name = str(node.target)
+            if node.op != "get_attr":
+                return env[node.name]
+            if name not in self.constants:
+                return self._tensor(owner, name)
+            if name not in fresh:
+                constant = self.constants[name]
+                fresh[name] = constant.clone() if isinstance(constant, torch.Tensor) else constant
+            return fresh[name]
 
         for node in self.stages[stage]:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), value)
             try:
-                with nullcontext() if node.meta[GRAD] else torch.no_grad():
+                with grads(node.meta[GRAD]):
                     env[node.name] = self._made(owner, node, arguments, named)
             except Exception as error:
                 error.add_note(f"in {place_of(owner, node)}, given {shapes_of((arguments, named))}")
                 raise
-            gave(lambda node=node: place_of(owner, node), env[node.name])  # type: ignore[misc]
+            if env[node.name] is None and node.op == "call_module":
+                raise ConfigError(
+                    f"parallel.cuts: {node.target} gives None, and whether the forward around the cuts asks "
+                    f"for that can't be seen: let it give a tensor, or put who asks into one module with it"
+                )
+            gave(partial(place_of, owner, node), env[node.name])
             for name in self._gone[stage][node]:
                 env.pop(name, None)
             del arguments, named
+        for name in self._apart & fresh.keys():
+            if isinstance(fresh[name], torch.Tensor) and fresh[name]._version:
+                raise ConfigError(
+                    f"parallel.cuts: stage {stage} changes in place a tensor that the forward around the "
+                    f"cuts makes, and that another stage uses, too: make it in a module"
+                )
         if stage == max(self.stages):
             return fx.node.map_arg(self.output, value)
-        return {name: env[name] for name in self.crosses[stage]}
+        return self._leaving(stage, env)
+
+    def _leaving(self, stage: int, env: Env) -> Env:
+        """Give what later stages use; one object that has several names once: gradients add up in it."""
+        names: dict[Any, list[str]] = {}
+        for name in self.crosses[stage]:
+            own = id(env[name]) if isinstance(env[name], torch.Tensor) else name
+            names.setdefault(own, []).append(name)
+        return {" ".join(same): env[same[0]] for same in names.values()}
 
     def _tensor(self, owner: nn.Module, name: str) -> Any:
-        if name in self.constants:
-            return self.constants[name]
         try:
             return reduce(getattr, name.split("."), owner)
         except AttributeError:  # a plain attribute
@@ -249,97 +253,33 @@ class Followed:
         return node.target(*arguments, **named)  # type: ignore[operator]
 
 
-class Stand(fx.Proxy):
-    """Stands for a value; what it is nobody knows."""
-
-    def __setitem__(self, at: Any, value: Any) -> None:
-        """Write down an assignment."""
-        self.tracer.create_proxy("call_function", operator.setitem, (self, at, value), {})
-
-    def __len__(self) -> int:
-        """Refuse to say how long it is."""
-        raise fx.proxy.TraceError("asks for the length of a value")
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """Refuse to say what it is, to the user's code."""
-        asking = sys._getframe(1)
-        while asking.f_back and asking.f_code.co_filename.startswith("<frozen"):  # abc, say
-            asking = asking.f_back
-        if asking.f_code.co_filename.startswith((LIBRARY, OWN)):
-            return Stand
-        raise fx.proxy.TraceError("asks for the type of a value")
+def parts_first(stages: dict[int, list[fx.Node]]) -> dict[int, list[fx.Node]]:
+    """Let parts of a value (an attribute, a key's) be taken where it is made: they cross then. Pure."""
+    home = {node: stage for stage, calls in stages.items() for node in calls}
+    for node in [*home]:
+        keyed = node.target is operator.getitem and isinstance(node.args[1], str)
+        named = node.target is getattr and node.args[1] not in VIEWS
+        of = node.args[0] if keyed or named else None
+        if isinstance(of, fx.Node) and of.op != "get_attr":
+            home[node] = home.get(of, 0)
+    return {at: [node for node in home if home[node] == at] for at in stages}
 
 
-class Follower(fx.Tracer):
-    """Follows the forwards of modules with a cut inside."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, inputs: list[str], named: bool, cuts: list[str]) -> None:
-        """Take the names of the inputs, whether forward gets them by name, and where to cut."""
-        super().__init__()
-        self.inputs, self.named = inputs, named
-        steps = (name.split(".") for name in cuts)
-        self.inner = {".".join(path[:n]) for path in steps for n in range(len(path))}
-        """Paths of what has a cut inside, the model's own "" too."""
-        self._taken = ""
-        self._modes = modes()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is called as it is."""
-        return module_qualified_name not in self.inner
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Let the forward get the model's inputs, and nothing else."""
-        given = [self.create_proxy("placeholder", name, (), {}) for name in self.inputs]
-        by_name = dict(zip(self.inputs, given)) if self.named else {}
-        return (lambda root: root_fn(root, *([] if self.named else given), **by_name)), [self.root]
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """Refuse a branch."""
-        raise fx.proxy.TraceError("a branch that hangs on a value")
-
-    def iter(self, obj: fx.Proxy) -> Any:
-        """Refuse a loop."""
-        raise fx.proxy.TraceError("a loop through a value")
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Give what stands for a call's value."""
-        return Stand(node, self)
-
-    def create_node(self, kind: str, *arguments: Any, **named: Any) -> fx.Node:
-        """Write a call down, with how it was made."""
-        if modes() != self._modes:
-            raise fx.proxy.TraceError("switches autocast or inference mode")
-        node = super().create_node(kind, *arguments, **named)
-        node.meta[GRAD] = torch.is_grad_enabled()
-        if self._taken and self._taken == getattr(node.target, "__name__", ""):  # not what is made for it
-            node.meta[TAKEN] = self._taken
-        return node
-
-    def taken(self, function: Any, *arguments: Any, **named: Any) -> Any:
-        """Write a call of a layer's function down by its name, under which others may stand then."""
-        self._taken = function.__name__
-        try:
-            return function(*arguments, **named)
-        finally:
-            self._taken = ""
-
-    def taken_back(self, root: nn.Module) -> dict[str, Any]:
-        """Take from the model the constants that were laid into it."""
-        laid = [name for name in vars(root) if name.startswith(("_tensor_constant", "_tree_spec_constant"))]
-        return {name: vars(root).pop(name) for name in laid}
-
-
-def modes() -> list[bool]:
-    """Say how calls are made, but for gradients. Local."""
-    return [*map(torch.is_autocast_enabled, ("cpu", "cuda")), torch.is_inference_mode_enabled()]
+def own_names(module: nn.Module, cuts: Sequence[str]) -> list[str]:
+    """Give the first of a module's names where it has several; others as they are. Local."""
+    every = dict(module.named_modules(remove_duplicate=False))
+    first = {id(inner): name for name, inner in module.named_modules()}
+    return [first[id(every[name])] if name in every else name for name in cuts]
 
 
 def targets(calls: list[fx.Node]) -> list[str]:
     """List the modules that are called. Pure."""
     return list(dict.fromkeys(str(node.target) for node in calls if node.op == "call_module"))
+
+
+def grads(on: bool) -> AbstractContextManager[Any]:
+    """Switch gradients as they were when a call was followed. Local."""
+    return nullcontext() if torch.is_grad_enabled() == on else torch.set_grad_enabled(on)
 
 
 def in_place(node: fx.Node) -> bool:
@@ -349,7 +289,7 @@ def in_place(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    own = node.target is operator.setitem or (name[:1] == "i" and hasattr(operator, f"__{name}__"))
+    own = node.target is operator.setitem or (name in IN_PLACE and node.target is getattr(operator, name))
     return own or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
@@ -359,44 +299,3 @@ def place_of(owner: nn.Module, node: fx.Node) -> str:
         return f"layer {node.target} ({type(owner.get_submodule(str(node.target))).__name__})"
     at = f"layer {path_of(node)}" if path_of(node) else "the model's forward"
     return f"{at}, {node.name}"
-
-
-def kept_in(root: nn.Module, inner: set[str]) -> list[str]:
-    """Name what of a forward was kept in what is followed. Local."""
-    found = []
-    for path, owner in root.named_modules():
-        if path in inner:
-            own = {name: value for name, value in vars(owner).items() if name not in OURS}
-            for name, value in {**owner._buffers, **own}.items():
-                if any(issubclass(type(leaf), fx.Proxy) for leaf in _pytree.tree_leaves(value)):
-                    found.append(full(path, name))
-    return found
-
-
-def refuse_hooks(root: nn.Module, inner: set[str]) -> None:
-    """Refuse hooks on what is followed: they would run once. Local."""
-    for path in sorted(inner):
-        try:
-            hooked = has_hooks(root.get_submodule(path))
-        except AttributeError:
-            continue  # no module of that name: the cut is refused below
-        if hooked:
-            raise ConfigError(
-                f"parallel.cuts: there is a hook on {path or 'the model'}, which has a cut inside and is not "
-                f"called as a whole in stages: put it on modules without a cut inside"
-            )
-
-
-@contextmanager
-def own_gradients_noted(tracer: Follower) -> Iterator[None]:
-    """Write the calls of autograd.Functions down as they are, with their own backward. Local."""
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def applied(cls: type, *given: Any, **named: Any) -> Any:
-        return tracer.create_proxy("call_function", apply.__get__(None, cls), given, named)
-
-    torch.autograd.Function.apply = classmethod(applied)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]

@@ -109,7 +109,7 @@ class Graph:
         bad = forbidden(nodes, at)
         ranges = begins(cuts, [path_of(node) for node in nodes], "modules")
         edges = [start for start, _ in ranges]
-        refuse_loops(cuts, ranges, nodes, [self._held([node], traced) for node in nodes])
+        refuse_loops(cuts, ranges, nodes)
         for stage, (a, b) in enumerate(pairwise([*edges, len(nodes)]) if cuts else ()):
             if all(cost(node) <= A_VIEW for node in nodes[a:b]):
                 name = cuts[min(stage, len(cuts) - 1)]

@@ -44,7 +44,7 @@ class Layout:
 
     leaves: tuple[Any, ...]
     """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line, without gaps, with others in one
-    memory) or ("c", value)."""
+    memory), ("c", value) or ("z", real, imaginary)."""
     tree: _pytree.TreeSpec
 
     def encode(self) -> bytes:
@@ -82,9 +82,11 @@ class Layout:
             if grad:
                 made.requires_grad_()
             return [made] if name is None else {name: made}
-        leaves, left = [], iter(flats)
+        leaves, left = list[Any](), iter(flats)
         for leaf in self.leaves:
-            if leaf[0] == "c":
+            if leaf[0] == "z":
+                leaves.append(complex(*leaf[1:]))
+            elif leaf[0] == "c":
                 leaves.append(leaf[1])
             else:
                 _, kind, shape, strides, grad, behind, gaps, shares = leaf
@@ -280,6 +282,8 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
             parts.append(Raw(flat.data_ptr(), flat.nbytes, flat))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             listed.append(("c", leaf))
+        elif isinstance(leaf, complex):
+            listed.append(("z", leaf.real, leaf.imag))
         else:
             raise HpctrainError(f"a {type(leaf).__name__} would cross to stage {stage}: {CROSSING}")
     make = layout_of if len(parts) == len(leaves) else Layout  # 1, 1.0 and True are equal

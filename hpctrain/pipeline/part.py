@@ -124,23 +124,24 @@ def shapes_of(given: Any) -> str:
     return ", ".join(tensors) or "nothing"
 
 
-def refuse_loops(
-    cuts: list[str], ranges: list[tuple[int, int]], nodes: list[fx.Node], weights: list[set[str]]
-) -> None:
-    """Refuse named cuts through a loop: what stands before one comes again behind it, with its weights. Pure.
+def refuse_loops(cuts: list[str], ranges: list[tuple[int, int]], nodes: list[fx.Node]) -> None:
+    """Refuse named cuts through a loop: what is called before one is called again behind it. Pure.
 
-    `ranges` are the stages' nodes, `weights` what each node uses.
+    `ranges` are the stages' nodes. Modules that are called again behind the last call of the named one may
+    share weights with themselves as they like.
     """
-    stacks = [(i, node.meta.get("nn_module_stack") or {}) for i, node in enumerate(nodes)]
+    stacks = [node.meta.get("nn_module_stack") or {} for node in nodes]
+    calls = [{(str(path), key) for key, (path, *_) in stack.items() if path} for stack in stacks]
     for name, (at, _) in zip(cuts, ranges[1:]):
-        ends = {key: i for i, stack in stacks for key, (path, _) in stack.items() if path == name}
-        before, behind = weights[:at], weights[at : max(ends.values(), default=at)]
-        again = set[str]().union(*before) & set[str]().union(*behind)
-        if len(ends) > 1 and again:
+        own = {call: i for i, made in enumerate(calls) for call in made if call[0] == name}
+        before = set[tuple[str, str]]().union(*calls[:at])
+        behind = set[tuple[str, str]]().union(*calls[at : max(own.values(), default=at)]) - before
+        again = {path for path, _ in before} & {path for path, _ in behind} - {name}
+        if len(own) > 1 and again:
             raise ConfigError(
-                f"parallel.cuts: {name} is called {len(ends)} times in one forward, and {min(again)}, which "
-                f"is used before it, is used again between these calls: the cut goes through a loop, whose "
-                f"{len(ends)} turns would go through both stages; cut before the loop or behind it"
+                f"parallel.cuts: {name} is called {len(own)} times in one forward, and {max(again)}, which "
+                f"is called before it, is called again between these: the cut goes through a loop, whose "
+                f"{len(own)} turns would go through both stages; cut before the loop or behind it"
             )
 
 

@@ -49,6 +49,21 @@ class Copies:
         self._own = own
         self._views = {id(copy): torch.empty_like(copy) for copy in copies}
         self._fresh = dict.fromkeys(self._views, True)
+        for copy in copies:
+            if copy.requires_grad:
+                copy.register_post_accumulate_grad_hook(self._brought)  # type: ignore[no-untyped-call]
+
+    def _brought(self, copy: torch.Tensor) -> None:
+        """Add what autograd has brought at once: it may lie in one memory with another weight's. Local."""
+        if copy.grad is None:
+            return
+        view, brought = self._views[id(copy)], copy.grad
+        brought = brought if brought.layout == torch.strided else brought.to_dense()
+        if self._fresh[id(copy)]:
+            view.copy_(brought)
+        else:
+            view.add_(brought)
+        self._fresh[id(copy)], copy.grad = False, None
 
     def begin(self) -> None:
         """Start a step: no gradient has joined. Local."""
@@ -84,12 +99,9 @@ class Copies:
             self._own.caught_up(parameter)
 
     def taken(self, copy: torch.Tensor) -> torch.Tensor | None:
-        """Give the gradient of a copy, what autograd brought added; then nothing has joined it. Local."""
-        view, fresh, brought = self._views[id(copy)], self._fresh[id(copy)], copy.grad
-        self._fresh[id(copy)], copy.grad = True, None
-        if fresh:
-            return brought
-        return view if brought is None else view.add_(brought)
+        """Give the gradient of a copy; then nothing has joined it. Local."""
+        fresh, self._fresh[id(copy)] = self._fresh[id(copy)], True
+        return None if fresh else self._views[id(copy)]
 
 
 class Pipeline:

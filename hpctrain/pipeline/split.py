@@ -52,10 +52,10 @@ def write(
     except UnwritableError:
         if not cuts:
             raise
-        return Calls(module, inputs, named, stages, list(cuts))
+        return Calls(module, inputs, named, stages, cuts, around)
     if cuts and graph.writer.changed:  # which operators can't say, and modules do
         with suppress(ConfigError):
-            return Calls(module, inputs, named, stages, list(cuts))
+            return Calls(module, inputs, named, stages, cuts, around)
     return graph
 
 

@@ -300,14 +300,23 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
     def hooked(tensor: torch.Tensor, hook: Any) -> Any:
         raise NotImplementedError("the hook on a tensor's gradient would be lost")
 
+    requires_grad = tensor.requires_grad_
+
+    def switched(tensor: torch.Tensor, on: bool = True) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad != on:
+            raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
+        return requires_grad(tensor, on)
+
     for name, m in module.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
             raise NotImplementedError(f"the backward hook of {name or 'the model'} would be lost")
     function.apply, tensor.register_hook = classmethod(applied), hooked  # type: ignore[assignment, method-assign]
+    tensor.requires_grad_ = switched  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
+        tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
 
 
 def as_recomputed() -> AbstractContextManager[Any]:
@@ -316,13 +325,16 @@ def as_recomputed() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def regions_kept() -> Iterator[None]:
-    """Let torch.utils.checkpoint recompute nothing: torch.export can't write nested regions down. Local."""
+def regions_kept(around: Callable[[], AbstractContextManager[Any]] = as_recomputed) -> Iterator[None]:
+    """Let torch.utils.checkpoint recompute nothing, and run `around` its regions. Local.
+
+    torch.export can't write nested regions down.
+    """
     name = "_checkpoint_without_reentrant_generator"
     before = getattr(checkpoint, name, None)
 
     def kept(*_: Any, **__: Any) -> Iterator[None]:
-        with as_recomputed():
+        with around():
             yield
 
     if before is not None:
