@@ -5,12 +5,20 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from hpctrain.config import ClassPath
 from hpctrain.errors import ConfigError, nearest
+
+
+def callables(module: ModuleType) -> list[str]:
+    """List what a module has of its own that may be called: not what it imports, if there is any. Pure."""
+    named = {name: value for name, value in vars(module).items() if callable(value) and name[:1] != "_"}
+    own = [name for name, value in named.items() if getattr(value, "__module__", "") == module.__name__]
+    return own or [*named]
 
 
 def find_class(path: str, key: str) -> Callable[..., Any]:
@@ -34,7 +42,9 @@ def find_class(path: str, key: str) -> Callable[..., Any]:
             f"the current folder ({folder}) or on PYTHONPATH"
         ) from None
     if not hasattr(module, name):
-        raise ConfigError(f"{key} = {path!r}: {module_name} has no {name}: {nearest(name, vars(module))}")
+        raise ConfigError(
+            f"{key} = {path!r}: {module_name} has no {name}: {nearest(name, callables(module))}"
+        )
     found: Callable[..., Any] = getattr(module, name)
     if not callable(found):
         raise ConfigError(f"{key} = {path!r} is a {type(found).__name__}, a class was expected")

@@ -159,6 +159,7 @@ SAID = {
     "key": "takes a value as a key",
     "tensor": "asks for the type of a value",
     "noted": "sets .scale of a value",
+    "data": "takes .data of a value",
     "hooks": "switches autocast, inference mode or hooks on saved tensors",
     "reentrant": "set use_reentrant=False",
     "none": "silent gives None",

@@ -141,6 +141,10 @@ class Stand(fx.Proxy):
     def __getattr__(self, name: str) -> "Asked":
         found = Asked(self, name)
         if asked_by_user():
+            if name == "data":
+                self.refuse(
+                    "takes .data of a value, whose changes nobody counts (under torch.no_grad() they are)"
+                )
             self.tracer.asked.append(found)  # type: ignore[attr-defined]
         return found
 
