@@ -17,8 +17,11 @@ from hpctrain.errors import ConfigError, nearest
 def callables(module: ModuleType) -> list[str]:
     """List what a module has of its own that may be called: not what it imports, if there is any. Pure."""
     named = {name: value for name, value in vars(module).items() if callable(value) and name[:1] != "_"}
-    own = [name for name, value in named.items() if getattr(value, "__module__", "") == module.__name__]
-    return own or [*named]
+    inside = (module.__name__, f"{module.__name__}.")  # a package has its classes in modules of its own
+    homes = {name: getattr(value, "__module__", None) or "" for name, value in named.items()}
+    return [name for name, home in homes.items() if home == inside[0] or home.startswith(inside[1])] or [
+        *named
+    ]
 
 
 def find_class(path: str, key: str) -> Callable[..., Any]:

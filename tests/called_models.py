@@ -305,3 +305,17 @@ class Silent(nn.Module):
 
     def forward(self, x):
         return None
+
+
+class Returning(nn.Module):
+    """A module gives back what it got, and both are used behind the cut."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.begin, self.same = nn.Linear(in_features, WIDTH), nn.Identity()
+        self.inner, self.last = Choosing(), nn.Linear(WIDTH, out_features)
+
+    def forward(self, x):
+        x = torch.tanh(self.begin(x))
+        again = self.same(x)
+        return self.last(self.inner(x) * 0.3 + again * 0.7 + x * 0.1)

@@ -1326,3 +1326,17 @@ class Turning(nn.Module):
 def turning_row(in_features: int, out_features: int) -> nn.Sequential:
     """One between others."""
     return nn.Sequential(nn.Linear(in_features, 8), Turning(), nn.Linear(8, 8), nn.Linear(8, out_features))
+
+
+class StackedTies(nn.Module):
+    """Two weights of both stages, whose gradients torch lays into one memory in the second."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.into, self.back = nn.Linear(in_features, 8), nn.Linear(8, 8)
+        self.p, self.q = nn.Parameter(torch.ones(8)), nn.Parameter(torch.full((8,), 2.0))
+        self.out = nn.Linear(8, out_features)
+
+    def forward(self, x):
+        x = torch.tanh(self.into(x) * self.p * self.q)
+        return self.out(self.back(x) + torch.stack([self.p, self.q]).sum(0))

@@ -190,6 +190,14 @@ def test_parts_of_objects_and_numbers_cross(world, build, way):  # noqa: F811
 
 
 @pytest.mark.mpi
+def test_what_a_module_gives_back_crosses_once(world, build):  # noqa: F811
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("Returning", 2, module="called_models", cuts=["inner"], micro_batches=5)
+    has_bits_of_one_process(world, job, "Returning")
+
+
+@pytest.mark.mpi
 def test_without_cuts_the_error_says_to_name_them(world, build):  # noqa: F811
     if world.size != 2:
         pytest.skip("two stages")

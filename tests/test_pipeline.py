@@ -1181,6 +1181,14 @@ def test_tied_weights_in_half_precision_have_the_gradients_of_one_process(world,
 
 
 @pytest.mark.mpi
+def test_tied_weights_whose_gradients_torch_lays_into_one_memory(world, build):
+    """It adds the next micro-batch's to both at once: each is taken over as it comes."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    assert compare(build("StackedTies", 2, cuts=["back"], micro_batches=4), 2) is None
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_one_sample_trains_in_stages(world, build, schedule):
     """More stages than samples, and than micro-batches."""
