@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--hosts", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     asked = parser.parse_args()
+    asked.output.mkdir(parents=True, exist_ok=True)
     found = {}
     for ranks in asked.ranks:
         rows = measured("pipeline", mpirun(ranks), CASES if ranks == 2 else SHORT)
