@@ -48,6 +48,9 @@ class DriftError(HpctrainError):
 class RankError(HpctrainError):
     """A rank failed with an error of the user's code or of a library; the text is its traceback."""
 
+    own: tuple[str, str] | None = None
+    """Module and name of that error's class, if it has come from another rank."""
+
     def __new__(cls, *text: str) -> "RankError":
         """Take the text alone: a class that this one is joined with may ask for more."""
         return super().__new__(cls, *text)

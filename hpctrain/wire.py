@@ -58,6 +58,8 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
         text, named = f"rank {rank} of {MPI.COMM_WORLD.size}: {text}", True
     error = also(*own)(text) if own else getattr(errors, kind)(text)
     error.named = named
+    if isinstance(error, RankError):
+        error.own = own
     error.agreed, error.agreed_on = True, comm
     raise error from (failure if comm.rank == first else None)
 
@@ -66,8 +68,8 @@ def describe(failure: Exception) -> tuple[str, tuple[str, str] | None, str, bool
     """Give the class of ours, module and name of another, text, whether a rank is named, and this rank."""
     rank = MPI.COMM_WORLD.rank
     if isinstance(failure, HpctrainError):
-        known = (kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__))
-        return next(known), None, str(failure), failure.named, rank
+        ours = (kind for kind in type(failure).__mro__ if getattr(errors, kind.__name__, None) is kind)
+        return next(ours).__name__, getattr(failure, "own", None), str(failure), failure.named, rank
     kind = type(failure)
     text = "".join(traceback.format_exception(failure)).rstrip()
     return "RankError", (kind.__module__, kind.__qualname__), text, False, rank

@@ -73,6 +73,18 @@ def test_a_users_exception_is_one_of_its_class_on_all_ranks(world, error):
     assert all(text == str(caught.value) for text in world.allgather(str(caught.value)))
 
 
+# one that bears the name of one of ours
+Clashing = type("DataError", (Exception,), {"__module__": __name__, "__qualname__": "Clashing"})
+
+
+@pytest.mark.mpi
+def test_a_class_stays_where_ranks_agree_twice_and_names_of_ours_do_not_matter(world):
+    with pytest.raises(Clashing, match="twice") as caught, together(world), together(world):
+        raise Clashing("twice")
+    assert isinstance(caught.value, RankError)
+    assert not isinstance(caught.value, DataError)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     "error", [StopIteration("end"), PickyError("layer", 3)], ids=["StopIteration", "picky"]

@@ -31,7 +31,10 @@ from hpctrain.tensors import Looking, storage_of, tensors_in
 HERE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 GRAD = "grad"
 """Note on a call: whether gradients were on."""
-IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+IN_PLACE = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
 """Operators of Python that change a tensor."""
 
 
@@ -403,7 +406,7 @@ def alike(one: tuple[fx.Graph, dict[str, Any]], *others: tuple[fx.Graph, dict[st
         return [f"{n.op} {n.name} {n.target} {given} {n.meta}" for n, given in zip(graph.nodes, names)]
 
     def same(a: Any, b: Any) -> bool:
-        return type(a) is not type(b) or not isinstance(a, torch.Tensor) or torch.equal(a, b)
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
 
     return all(
         listed(one[0]) == listed(graph)
