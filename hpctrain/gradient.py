@@ -22,7 +22,7 @@ the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -104,8 +104,9 @@ class StraightIntoPlace:
         """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
         another."""
         self._at_once: set[int] = set()
-        """Weights whose gradients wait in the last micro-batch alone."""
-        self._last, self._forward_of = -1, -1
+        """Weights whose gradients wait only in the micro-batches that come `behind`."""
+        self._behind: Container[int] = ()
+        self._forward_of = -1
         self._called: set[int] = set()
         """Weights and biases of convolutions that were called in this forward."""
         self.compiled = any(
@@ -120,9 +121,9 @@ class StraightIntoPlace:
         self._taking = Replaced(dict(zip(CALLED, takers, strict=True)))
 
     def at_once(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Let what these add to their gradients wait in a step's last micro-batch alone. Local.
+        """Let what these add to their gradients wait only in the last micro-batches, those `behind`. Local.
 
-        For them a split backward is dear: once it is repaid, as behind the last one the other stages wait.
+        For them a split backward is dear: there it is repaid, as the other stages wait for the last one.
         """
         self._at_once.update(map(id, parameters))
 
@@ -152,12 +153,13 @@ class StraightIntoPlace:
         finally:
             self._active, self._micro_batch = False, -1
 
-    def begin(self, micro_batches: int, waits: bool = False, last: int = -1) -> None:
+    def begin(self, micro_batches: int, waits: bool = False, behind: Container[int] = ()) -> None:
         """Start a step of so many micro-batches: no product waits, and weights are new. Local.
 
-        `waits`: this rank waits for another's activations first; `last`: number of the last micro-batch.
+        `waits`: this rank waits for another's activations first; `behind`: the micro-batches whose weight
+        gradients are computed when all gradients that others wait for have left.
         """
-        self._last = last
+        self._behind = behind
         self._waiting.clear()
         self._owed.clear()
         self.laid.begin(micro_batches, waits)
@@ -197,7 +199,7 @@ class StraightIntoPlace:
 
     def _may_wait(self, parameters: Iterable[torch.Tensor], micro_batch: int) -> bool:
         """Whether what parameters get from a micro-batch may wait, as far as it is known here. Local."""
-        barred = self._never_later if micro_batch == self._last else self._never_later | self._at_once
+        barred = self._never_later if micro_batch in self._behind else self._never_later | self._at_once
         return micro_batch >= 0 and barred.isdisjoint(map(id, parameters))
 
     def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -50,7 +50,7 @@ class Portion:
     schedule: str
     """The pipeline's."""
     at_once: list[torch.nn.Parameter]
-    """Parameters whose gradients are to wait in a step's last micro-batch alone."""
+    """Parameters whose gradients are to wait only in a step's last micro-batches."""
     synced: bool
     """Whether BatchNorm layers see the whole batch."""
 

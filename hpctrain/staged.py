@@ -35,6 +35,7 @@ from hpctrain.pipeline.schedule import (
     ReceiveGradient,
     Send,
     SendGradient,
+    behind,
     forward_only,
     program,
 )
@@ -111,8 +112,10 @@ class StagedEngine(Engine):
         self._losses.clear()  # of a step that failed
         for stage in pipeline.stages:
             stage.kept.clear()
-        ends = self._last_backward if pipeline.rank else -1  # nobody waits for the first stage
-        self.straight.begin(len(working), waits=pipeline.rank > 0, last=ends)
+        every = [*program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual)]
+        # nobody waits for the first stage
+        late = behind(i for i in every if sizes[i.micro_batch]) if pipeline.rank else set[int]()
+        self.straight.begin(len(working), waits=pipeline.rank > 0, behind=late)
         pipeline.copies.begin()
         pipeline.transport.begin(pipeline.kept)
         waited = pipeline.transport.waited
@@ -124,7 +127,6 @@ class StagedEngine(Engine):
             if not error.agreed:
                 raise
             return failure or error
-        every = [*program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual)]
         # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
         splits = any(isinstance(i, BackwardInput) for i in every)
         self._splits = splits and self.averager.growing is None

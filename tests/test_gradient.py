@@ -507,7 +507,7 @@ def test_what_is_dear_to_split_waits_in_the_last_micro_batch_alone(watched):
     for step in range(3):
         places.begin()
         places.point(0, flats)
-        straight.begin(len(batches), last=2)
+        straight.begin(len(batches), behind={2})
         for v, x in enumerate(batches):
             watched.clear()
             with straight.forward(v):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from hpctrain import assemble, products
+from hpctrain import assemble, gradient, products
 from hpctrain.averaging import links
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.node import Node
@@ -118,7 +118,6 @@ def build(world, files):
 @pytest.fixture
 def waits(monkeypatch):
     """Lets every linear layer's and convolution's weight gradient wait; counts those that do."""
-    from hpctrain import gradient
     from hpctrain.averaging.places import Places
 
     monkeypatch.setattr(gradient, "SMALLEST", 1)
@@ -470,6 +469,23 @@ def test_convolutions_have_the_bits_of_one_process(world, build, waits, schedule
     job = build("convolved_row", world.size, micro_batches=5, schedule=schedule, recompute=recompute)
     has_bits_of_one_process(world, job, "convolved_row")
     assert any(world.allgather(any(waits)))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("schedule", "late"), [("1f1b", [0, 1, 1, 1]), ("zb-h1", [0, 2, 3, 4])])
+def test_what_is_dear_to_split_waits_behind_the_last_gradient(
+    world, build, waits, schedule, late, monkeypatch
+):
+    """In as many micro-batches as have their weight gradients there; none on the first stage, for which none waits."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    waited, real = set(), gradient.Waiting
+    monkeypatch.setattr(gradient, "Waiting", lambda v, *rest: waited.add(v) or real(v, *rest))
+    job = build("convolved_row", world.size, micro_batches=5, schedule=schedule)
+    job.engine.straight.at_once(job.engine.module.parameters())
+    waited.clear()  # of measuring
+    has_bits_of_one_process(world, job, "convolved_row")
+    assert waited == set(range(5 - late[job.topology.stage], 5))
 
 
 @pytest.mark.mpi

@@ -23,7 +23,7 @@ from hpctrain.pipeline import expected, fit, profile, split, weigh
 from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.profile import Held, Limits, Work
-from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight
+from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight, programs
 from hpctrain.pipeline.weigh import choose
 from hpctrain.scales import schedules
 from hpctrain.topology import Topology
@@ -305,7 +305,10 @@ def test_what_cannot_be_measured_is_refused_by_its_weights(world, even, monkeypa
     for cuts in ([], ["2" if model == "layers" else "rows.2"]):
         asked = scales(world, limits=[2 * 4096, 2 * 4096])
         found = split.cut(module, {"x": torch.randn(8, 16)}, False, 2, cuts, asked)
-        assert "pieces can't be measured alone (ValueError: no numbers suit it)" in found.choice.said[0]
+        assert (
+            "pieces can't be measured alone (piece 1 of 4: ValueError: no numbers suit it)"
+            in found.choice.said[0]
+        )
         assert [len(found.tensors(stage)) for stage in range(2)] == [2, 2]
         with pytest.raises(ConfigError, match="the model does not fit"):
             split.cut(module, {"x": torch.randn(8, 16)}, False, 2, cuts, scales(world, limits=[8000, 8000]))
@@ -425,23 +428,28 @@ def test_the_fastest_schedule_is_chosen(world, even, solid):
 def test_a_whole_backward_is_not_priced_as_its_halves():
     """With and without a forward that runs again; where it was not measured, its halves count."""
     work = Work(1.0, 2.0, 2.5, 0, joint=3.0)
+    every = programs("1f1b", 1, [0])
     for passes, seconds in (([work], 3.0), ([fit.twice(work)], 4.0), ([Work(1.0, 2.0, 2.5, 0)], 4.5)):
-        assert profile.cost_of(passes)(0, Backward(0)) == seconds
-    assert profile.cost_of([work])(0, BackwardInput(0)) == 2.0
-    assert profile.cost_of([work])(0, BackwardWeight(0)) == 2.5
+        assert profile.cost_of(passes, every)(0, Backward(0)) == seconds
+    assert profile.cost_of([work], every)(0, BackwardInput(0)) == 2.0
+    assert profile.cost_of([work], every)(0, BackwardWeight(0)) == 2.5
 
 
 def test_a_backward_that_is_split_at_the_end_is_priced_so():
-    """At twice the pace, too, and on a stage of two such pieces."""
+    """At twice the pace, too, and on a stage of two such pieces; by the schedule in the last one or two."""
     work = Work(1.0, 2.0, 1.5, 7, joint=3.0, late=5).at_once
     assert (work.seconds, work.backward, work.late) == (4.0, 3.0, 5)
     pair = profile.Profile([work, work], [1.0], profile.Limits([], [], 0.0))
     for passes, times in (([work], 1.0), ([work.times(2.0)], 2.0), (fit.passes(pair, [(0, 2)], [0.5]), 4.0)):
-        cost = profile.cost_of(passes, last=3)
-        for v, first, second in ((2, 3.0, 0.0), (3, 2.0, 1.5)):
-            assert cost(0, BackwardInput(v)) == times * first
-            assert cost(0, BackwardWeight(v)) == times * second
-            assert cost(0, Backward(v)) == times * 3.0
+        for schedule, late in (("1f1b", {3}), ("zb-h1", {2, 3})):
+            cost = profile.cost_of([*passes, *passes], programs(schedule, 2, range(4)))
+            for v in range(4):
+                first, second = (2.0, 1.5) if v in late else (3.0, 0.0)
+                assert cost(1, BackwardInput(v)) == times * first
+                assert cost(1, BackwardWeight(v)) == times * second
+                assert cost(1, Backward(v)) == times * 3.0
+                assert cost(0, BackwardInput(v)) == times * 3.0  # nobody waits for the first stage
+                assert cost(0, BackwardWeight(v)) == 0.0
 
 
 @pytest.mark.mpi
@@ -556,15 +564,15 @@ def test_what_cannot_be_measured_is_estimated_on_all_ranks(world):
 
     told = choose(2, [1] * 4, [Held(0)] * 4, [*works(1, 1, 9), refuses], scales(world))
     assert told.warned == [
-        "the cut is by estimate, as pieces can't be measured alone (MemoryError: no 5 bytes): memory is short, "
-        "and nothing says if it suffices"
+        "the cut is by estimate, as pieces can't be measured alone (piece 4 of 4: MemoryError: no 5 bytes): "
+        "memory is short, and nothing says if it suffices"
     ]
     assert not told.said
     pieces = [*works(1, 1, 9), fails]
     found = choose(2, [1] * 4, [Held(0)] * 4, pieces, scales(world))
     assert found.parts == [(0, 2), (2, 4)]
     assert found.said == [
-        "the cut is by estimate, as pieces can't be measured alone (ValueError: not with these numbers)"
+        "the cut is by estimate, as pieces can't be measured alone (piece 4 of 4: ValueError: not with these numbers)"
     ]
 
 

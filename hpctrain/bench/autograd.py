@@ -1,6 +1,6 @@
 """Weight gradients as autograd computes them, for peers and bounds of the benchmarks."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 
@@ -20,7 +20,7 @@ class Autograd:
         """Autograd adds to the gradients itself."""
         yield
 
-    def begin(self, micro_batches: int, waits: bool = False, last: int = -1) -> None:
+    def begin(self, micro_batches: int, waits: bool = False, behind: Container[int] = ()) -> None:
         """Nothing waits."""
 
     def weights_of(self, micro_batch: int, last: bool) -> None:

@@ -124,7 +124,7 @@ class Choice:
     schedule: str = ""
     """The one that was chosen by measured times; empty where there are none."""
     at_once: list[int] = field(default_factory=list)
-    """Pieces whose weight gradients are to wait in a step's last micro-batch alone."""
+    """Pieces whose weight gradients are to wait only in a step's last micro-batches."""
     seconds: float = 0.0
     """Of a step, simulated; 0 where nothing is measured."""
     wires: list[Wire] = field(default_factory=list)

@@ -41,7 +41,7 @@ def table(cut: Cut, schedule: str, micro_batches: int, crowded: bool = False) ->
     names = ["modules", *(" … ".join(ends(cut.names(stage))) for stage in range(cut.stages))]
     every = programs(schedule, ranks, range(micro_batches), cut.stages // ranks)
     links, back = cut.links()
-    found = simulate(every, cost_of(choice.passes, micro_batches - 1), links, choice.wire, back)
+    found = simulate(every, cost_of(choice.passes, every), links, choice.wire, back)
     return [
         "expected of each stage, from pieces measured alone: the times of a micro-batch, and what stages "
         "behind get of it; weights with gradients and optimizer + what so many micro-batches keep for "

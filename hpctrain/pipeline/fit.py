@@ -284,7 +284,7 @@ def with_seconds(choice: Choice, plan: Plan, scales: Scales) -> Choice:
     ranks = len(scales.ranks)
     every = programs(plan.schedule, ranks, range(scales.micro_batches), plan.virtual)
     choice.wires = [scales.wires[at % ranks] if scales.wires else Wire() for at in range(len(choice.parts))]
-    cost = cost_of(choice.passes, scales.micro_batches - 1)
+    cost = cost_of(choice.passes, every)
     choice.seconds = simulate(every, cost, wire=choice.wire).seconds
     return choice
 

@@ -48,7 +48,7 @@ class Cut(Protocol):
     """In all; `place` may choose to have several a rank."""
     choice: Choice
     at_once: set[str]
-    """Names of parameters whose gradients are to wait in a step's last micro-batch alone."""
+    """Names of parameters whose gradients are to wait only in a step's last micro-batches."""
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Say where its stages begin, once, before anything else. Collective, if there are scales."""

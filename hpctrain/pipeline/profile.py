@@ -26,7 +26,7 @@ from torch.utils import _pytree
 from hpctrain.gradient import StraightIntoPlace, hooked
 from hpctrain.pipeline.held import Living, bytes_kept
 from hpctrain.pipeline.operators import called, changes
-from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction
+from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, behind
 from hpctrain.pipeline.simulate import Cost
 from hpctrain.pipeline.trace import Traced, skeleton
 from hpctrain.room import ran_out
@@ -68,9 +68,9 @@ class Work:
     own: int = 0
     """Bytes of `kept` that no other piece can have kept, too: what it was given is left out."""
     sooner: float = 0.0
-    """Seconds by which `input_gradient` is shorter in a step's last micro-batch."""
+    """Seconds by which `input_gradient` is shorter in micro-batches whose weight gradients come `behind`."""
     tail: float = 0.0
-    """Seconds by which `weight_gradient` is longer there."""
+    """Seconds by which `weight_gradient` is longer in those."""
 
     @property
     def seconds(self) -> float:
@@ -84,7 +84,7 @@ class Work:
 
     @property
     def at_once(self) -> "Work":
-        """The same work with a backward that is split in a step's last micro-batch alone."""
+        """The same work with a backward that is split where the weight gradients come `behind`."""
         sooner = self.backward - self.input_gradient
         return replace(self.whole, sooner=sooner, tail=self.weight_gradient, late=self.late)
 
@@ -106,18 +106,19 @@ class Work:
         )
 
 
-def cost_of(passes: Sequence[Work], last: int = -1) -> Cost:
-    """Give what a pass costs on a stage, by the stages' work; `last`: the last micro-batch. Pure."""
+def cost_of(passes: Sequence[Work], programs: Sequence[Sequence[Instruction]]) -> Cost:
+    """Give what a pass costs on a stage, by the stages' work and all ranks' programs. Pure."""
+    late = [behind(program) if rank else set[int]() for rank, program in enumerate(programs)]
 
     def cost(stage: int, instruction: Instruction) -> float:
-        work = passes[stage]
+        work, waits = passes[stage], instruction.micro_batch in late[stage % len(late)]
         match instruction:
             case Forward():
                 return work.forward
             case BackwardInput():
-                return work.input_gradient - work.sooner * (instruction.micro_batch == last)
+                return work.input_gradient - work.sooner * waits
             case BackwardWeight():
-                return work.weight_gradient + work.tail * (instruction.micro_batch == last)
+                return work.weight_gradient + work.tail * waits
         return work.backward
 
     return cost
@@ -195,17 +196,18 @@ def measure(
     ranks outnumber cores and would disturb one another; `limits` is asked behind it all, as libraries
     take memory when they first run.
     """
-    failed, mine = None, dict[int, Work]()
+    failed, mine, at = None, dict[int, Work](), -1
     reference = 0.0
     for number in range(turn[1]):
         try:
             if number == turn[0]:
                 with streams_kept(), around:
-                    mine = {at: pieces[at]() for at in range(comm.rank, len(pieces), comm.size)}
+                    for at in range(comm.rank, len(pieces), comm.size):
+                        mine[at] = pieces[at]()
                     reference = yardstick()
         except (Exception, SystemExit) as error:  # made-up numbers don't suit every operator
             line = next(iter(str(error).strip().splitlines()), "")
-            failed = f"{type(error).__name__}: {line}", ran_out(error)
+            failed = f"piece {at + 1} of {len(pieces)}: {type(error).__name__}: {line}", ran_out(error)
         done = comm.Ibarrier()
         while not done.Test():
             time.sleep(NAP_SECONDS)

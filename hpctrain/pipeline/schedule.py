@@ -249,6 +249,23 @@ def program(
         yield from with_messages(instruction, rank, ranks, virtual)
 
 
+def behind(passes: Iterable[Instruction]) -> set[int]:
+    """Give the micro-batches whose weight gradients a rank computes behind all gradients of inputs. Pure.
+
+    To let them wait is what lets the last gradient that others wait for leave as early as it can.
+
+    >>> sorted(behind(program("zb-h1", 1, 2, range(4)))), sorted(behind(program("1f1b", 1, 2, range(4))))
+    ([2, 3], [3])
+    """
+    found = set[int]()
+    for instruction in passes:
+        if isinstance(instruction, (Backward, BackwardInput)):
+            found.clear()
+        elif isinstance(instruction, BackwardWeight):
+            found.add(instruction.micro_batch)
+    return found
+
+
 def with_messages(instruction: Instruction, rank: int, ranks: int, virtual: int) -> Iterator[Instruction]:
     """Put the messages of its stage around a pass."""
     v, at = instruction.micro_batch, instruction.virtual

@@ -81,7 +81,7 @@ def choose(
     if at_once:
         best.said.append(
             f"of {len(pieces)} pieces of the model {len(at_once)} compute all their gradients at once, "
-            f"but in a step's last micro-batch: to let those of the weights wait would take longer"
+            f"but in a step's last micro-batches: to let those of the weights wait would take longer"
         )
     best.at_once, best.shared, best.ranks = at_once, shared, scales.ranks
     best.works, best.pieces = profile.works, count
@@ -107,7 +107,7 @@ def reaches(plan: Plan, scales: Scales, pieces: int) -> bool:
 
 
 def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
-    """List the pieces whose backward is to be split in a step's last micro-batch alone. Pure.
+    """List the pieces whose backward is to be split in a step's last micro-batches alone. Pure.
 
     To split costs each micro-batch the halves' time over that of the whole; it shortens the way of the
     first gradients through the stages, and of the last ones, by the weight gradient's, once a stage. All

@@ -21,6 +21,7 @@ from hpctrain.pipeline.schedule import (
     BackwardInput,
     BackwardWeight,
     Forward,
+    Instruction,
     programs,
 )
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, Wire, simulate
@@ -69,7 +70,7 @@ def expectation(job: Job, measured: Simulation) -> Simulation | None:
     if not choice.passes:
         return None
     ran = {(span.stage, span.instruction) for span in measured.spans}
-    usual = cost_of(choice.passes, max(span.instruction.micro_batch for span in measured.spans))
+    usual = cost_of(choice.passes, every_program(job))
     return dry(job, lambda stage, i: usual(stage, i) if (stage, i) in ran else 0.0, choice.wire)
 
 
@@ -89,7 +90,8 @@ def others(job: Job, measured: Simulation) -> dict[str, float]:
         if name == job.schedule or (virtual > 1 and not fits):
             continue
         works = [lengths_of(usual, range(r, job.pipeline.cut.stages, ranks), virtual) for r in range(ranks)]
-        found[name] = simulate(programs(name, ranks, mine, virtual), cost_of(works * virtual)).seconds
+        every = programs(name, ranks, mine, virtual)
+        found[name] = simulate(every, cost_of(works * virtual, every)).seconds
     return found
 
 
@@ -109,12 +111,16 @@ def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int], virtu
 
 def dry(job: Job, cost: Cost, wire: Wire | None = None) -> Simulation:
     """Simulate a full step of the first replica; messages take the time of a `wire`. Local."""
-    mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
-    stages = job.topology.stages
     assert job.pipeline is not None
     links, back = job.pipeline.cut.links()
-    every = programs(job.schedule, stages, mine, job.pipeline.virtual)
-    return simulate(every, cost, links, wire, back)
+    return simulate(every_program(job), cost, links, wire, back)
+
+
+def every_program(job: Job) -> list[list[Instruction]]:
+    """Give the programs of this replica's ranks. Local."""
+    mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
+    assert job.pipeline is not None
+    return programs(job.schedule, job.topology.stages, mine, job.pipeline.virtual)
 
 
 def row(
