@@ -108,3 +108,12 @@ def files(world, shared_tmp):
         write_samples(shared_tmp, 29, parts=3)
     world.Barrier()
     return str(shared_tmp / "part*.h5")
+
+
+@pytest.fixture
+def build(world, files):
+    """Builds jobs of several stages, and takes them down."""
+    from jobs import jobs
+
+    with jobs(world, files) as job_of:
+        yield job_of

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_pipeline import build, build_alone, has_bits_of_one_process, layouts, take_weights  # noqa: F401
+from jobs import build_alone, has_bits_of_one_process, layouts, take_weights
 
 from hpctrain.errors import ConfigError
 from hpctrain.log import LOGGER
@@ -17,7 +17,7 @@ CUTS = {2: ["encoder.2"], 3: ["encoder.1", "middle.b"], 4: ["encoder.1", "encode
 @pytest.mark.parametrize(
     ("schedule", "recompute"), [("1f1b", "never"), ("1f1b", "always"), ("gpipe", "never"), ("zb-h1", "never")]
 )
-def test_a_model_that_looks_at_numbers(world, build, schedule, recompute):  # noqa: F811
+def test_a_model_that_looks_at_numbers(world, build, schedule, recompute):
     """Branches, NumPy, counts and shapes by data inside; skips, masks, no gradients, views, a buffer between."""
     for stages in layouts(world.size):
         settings = {"micro_batches": 5, "schedule": schedule, "recompute": recompute}
@@ -30,7 +30,7 @@ def test_a_model_that_looks_at_numbers(world, build, schedule, recompute):  # no
 
 
 @pytest.mark.mpi
-def test_several_stages_a_rank(world, build):  # noqa: F811
+def test_several_stages_a_rank(world, build):
     if world.size != 2:
         pytest.skip("two ranks with two stages each")
     settings = {"micro_batches": 4, "schedule": "interleaved", "cuts": CUTS[4]}
@@ -40,7 +40,7 @@ def test_several_stages_a_rank(world, build):  # noqa: F811
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("cut", ["encoder", "middle.a", "last"])
-def test_what_follows_the_cut_and_what_stays_before_it(world, build, cut):  # noqa: F811
+def test_what_follows_the_cut_and_what_stays_before_it(world, build, cut):
     """Also with a weight that two stages use: the sum of its gradients has another order, in torch's rounding."""
     if world.size != 2:
         pytest.skip("two stages")
@@ -53,7 +53,7 @@ def test_what_follows_the_cut_and_what_stays_before_it(world, build, cut):  # no
 
 
 @pytest.mark.mpi
-def test_a_module_that_keeps_count_runs_as_it_is(world, build, caplog):  # noqa: F811
+def test_a_module_that_keeps_count_runs_as_it_is(world, build, caplog):
     """Operators would keep the count as it was, which a warning tells; named cuts let the module run."""
     if world.size != 2:
         pytest.skip("two stages")
@@ -69,7 +69,7 @@ def test_a_module_that_keeps_count_runs_as_it_is(world, build, caplog):  # noqa:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", ["dictionary", "weight"])
-def test_what_parts_tell_one_another_aside_is_refused(world, build, way):  # noqa: F811
+def test_what_parts_tell_one_another_aside_is_refused(world, build, way):
     if world.size != 2:
         pytest.skip("two stages")
     settings = {"module": "called_models", "arguments": {"way": way}, "micro_batches": 3}
@@ -82,7 +82,7 @@ def test_what_parts_tell_one_another_aside_is_refused(world, build, way):  # noq
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("cut", ["inner", "pair", "last"])
-def test_two_inputs_and_another_way_in_evaluation(world, build, cut):  # noqa: F811
+def test_two_inputs_and_another_way_in_evaluation(world, build, cut):
     if world.size != 2:
         pytest.skip("two stages")
     inputs = {"inputs": {"x": "x", "z": "x"}}
@@ -99,7 +99,7 @@ def test_two_inputs_and_another_way_in_evaluation(world, build, cut):  # noqa: F
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("autocast", ["none", "bf16"])
-def test_evaluation_and_autocast(world, build, autocast):  # noqa: F811
+def test_evaluation_and_autocast(world, build, autocast):
     if world.size != 2:
         pytest.skip("two stages")
     job = build("Passing", 2, module="called_models", cuts=["encoder.2"], micro_batches=5, autocast=autocast)
@@ -110,7 +110,7 @@ def test_evaluation_and_autocast(world, build, autocast):  # noqa: F811
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("looks", [False, True])
-def test_a_cut_through_a_loop_is_refused_with_the_number(world, build, looks):  # noqa: F811
+def test_a_cut_through_a_loop_is_refused_with_the_number(world, build, looks):
     """By operators and by calls; all turns of the loop in one stage are fine."""
     if world.size != 2:
         pytest.skip("two stages")
@@ -139,7 +139,7 @@ WAYS = {
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", WAYS)
-def test_what_can_not_be_followed_is_refused_in_words(world, build, way):  # noqa: F811
+def test_what_can_not_be_followed_is_refused_in_words(world, build, way):
     if world.size != 2:
         pytest.skip("two stages")
     with pytest.raises(ConfigError) as raised:
@@ -168,7 +168,7 @@ SAID = {
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", SAID)
-def test_what_would_be_done_once_is_refused(world, build, way):  # noqa: F811
+def test_what_would_be_done_once_is_refused(world, build, way):
     """At the cut, or in the first forward where only that shows it."""
     if world.size != 2:
         pytest.skip("two stages")
@@ -180,7 +180,7 @@ def test_what_would_be_done_once_is_refused(world, build, way):  # noqa: F811
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", ["namedtuple", "dataclass", "numbers"])
-def test_parts_of_objects_and_numbers_cross(world, build, way):  # noqa: F811
+def test_parts_of_objects_and_numbers_cross(world, build, way):
     """And tensors that the forward makes of sizes, one of which it changes: each forward has its own."""
     if world.size != 2:
         pytest.skip("two stages")
@@ -190,7 +190,7 @@ def test_parts_of_objects_and_numbers_cross(world, build, way):  # noqa: F811
 
 
 @pytest.mark.mpi
-def test_what_a_module_gives_back_crosses_once(world, build):  # noqa: F811
+def test_what_a_module_gives_back_crosses_once(world, build):
     if world.size != 2:
         pytest.skip("two stages")
     job = build("Returning", 2, module="called_models", cuts=["inner"], micro_batches=5)
@@ -198,7 +198,7 @@ def test_what_a_module_gives_back_crosses_once(world, build):  # noqa: F811
 
 
 @pytest.mark.mpi
-def test_without_cuts_the_error_says_to_name_them(world, build):  # noqa: F811
+def test_without_cuts_the_error_says_to_name_them(world, build):
     if world.size != 2:
         pytest.skip("two stages")
     with pytest.raises(ConfigError, match="name by parallel.cuts the modules where stages are to begin"):
@@ -206,7 +206,7 @@ def test_without_cuts_the_error_says_to_name_them(world, build):  # noqa: F811
 
 
 @pytest.mark.mpi
-def test_a_failure_names_the_call(world, build, monkeypatch):  # noqa: F811
+def test_a_failure_names_the_call(world, build, monkeypatch):
     if world.size != 2:
         pytest.skip("two stages")
     import called_models

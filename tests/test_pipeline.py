@@ -13,7 +13,8 @@ import odd_models
 import pytest
 import stage_models
 import torch
-from helpers import SAMPLES, config_of
+from helpers import SAMPLES
+from jobs import TIED, alone_like, build_alone, has_bits_of_one_process, layouts, run, take_weights
 from marks import lays_weights
 from mpi4py import MPI
 from torch import nn
@@ -25,7 +26,7 @@ from hpctrain.averaging import links
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.overlap import WAYS, Choice
-from hpctrain.config import ClassPath, Optimizer
+from hpctrain.config import ClassPath
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
@@ -47,7 +48,6 @@ from hpctrain.report.passes import as_simulation
 from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.report.timeline import WATCHED, Timeline, seconds_ahead
 from hpctrain.staged import GROUP, PASSES
-from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
 MODELS = [
@@ -64,15 +64,6 @@ MODELS = [
     "Filled",
     "parametrised_row",
 ]
-TIED = ("Tied", "tied_row", "OwnLoss", "LargeTied", "LargeTiedGraph")
-
-
-MOST = {"Named": 3}
-"""Layers in a row can't be cut into more stages; operators can be cut anywhere."""
-
-
-def layouts(size, model=""):
-    return [s for s in range(2, min(size, MOST.get(model, size)) + 1) if size % s == 0]
 
 
 @pytest.fixture(autouse=True)
@@ -81,38 +72,6 @@ def some_models_at_three(world, request):
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if world.size == 3 and params.get("model", "Skips") not in ("plain_row", "Skips", "Named", "Tied"):
         pytest.skip("2 and 4 ranks do")
-
-
-@pytest.fixture
-def build(world, files):
-    """Builds jobs of several stages, and takes them down."""
-    made = []
-
-    def job_of(model, stages, **settings):
-        config = config_of(
-            files, f"{settings.pop('module', 'stage_models')}.{model}", batch=settings.pop("batch", 8)
-        )
-        config.model.init_args = settings.pop("arguments", {})
-        config.train.clip = settings.pop("clip", 0.0)
-        config.data.targets = settings.pop("targets", config.data.targets)
-        if model in TIED:  # Adam would follow the noise of gradients that are truly zero
-            config.optimizer = Optimizer("torch.optim.SGD", {"lr": 0.05})
-        config.averaging.invariant = settings.pop("invariant", False)
-        config.data.inputs = settings.pop("inputs", config.data.inputs)
-        config.train.autocast = settings.pop("autocast", "none")
-        config.train.loss = settings.pop("loss", config.train.loss)
-        config.parallel.stages = stages
-        for name, value in {"schedule": "1f1b", **settings}.items():
-            setattr(config.parallel, name, value)
-        topology = Topology.build(world, stages)
-        made.append(topology)
-        job = assemble.build(config, topology)
-        made.append(job)
-        return job
-
-    yield job_of
-    for thing in reversed(made):
-        thing.close()
 
 
 @pytest.fixture
@@ -131,29 +90,6 @@ def waits(monkeypatch):
 
     monkeypatch.setattr(Places, "later", counting)
     return asked
-
-
-def alone_like(job, steps, clip=0.0):
-    """Losses and weights of one process with the same micro-batches; every rank does it by itself."""
-
-    config = replace(job.config, parallel=replace(job.config.parallel, stages=1))
-    with Topology.build(MPI.COMM_SELF, threads=job.topology.threads) as topology:  # kernels cut sums by them
-        alone = assemble.build(config, topology)
-        losses = run(alone, steps, clip)
-        state = {n: v.clone() for n, v in tensors_of(alone.engine.module).items()}
-        alone.close()
-    return losses, state
-
-
-def run(job, steps, clip=0.0):
-    """Take steps, every other one of them clipped: both ways to new weights."""
-    losses, position = [], 0
-    for number in range(steps):
-        step = job.loader.read(position)
-        result = job.engine.step(number, step, clip if number % 2 else 0.0)
-        losses.append((result.loss, result.weight, result.norm))
-        position = step.next_position
-    return losses
 
 
 @pytest.mark.mpi
@@ -737,22 +673,6 @@ def test_fast_and_invariant_exclude_each_other(world, build):
         build("plain_row", world.size, micro_batches=6, gradients="fast", invariant=True)
 
 
-def has_bits_of_one_process(world, job, model):
-    losses = run(job, 4, clip=0.05)
-    expected, state = alone_like(job, 4, clip=0.05)
-    mine = tensors_of(job.engine.module)
-    if model in TIED:
-        for name, value in mine.items():  # some roundings of numbers around 1
-            torch.testing.assert_close(value, state[name], rtol=1e-5, atol=1e-6)
-        return
-    assert losses == expected
-    for name, value in mine.items():
-        assert torch.equal(value, state[name]), name
-    owned = [name for share in world.allgather(sorted(mine)) for name in share]
-    assert len(owned) == len(set(owned))
-    assert set(owned) == set(state)
-
-
 NO_MODELS = ("Odd", "Warming", "NormedLayer", "Freezing", "FrozenNorm", "OtherNorm", "ChunkedNorm")
 ODD = [
     name
@@ -1097,19 +1017,6 @@ def test_evaluation_before_and_after_training(world, build, model):
             take_weights(job, alone)
         alone.close()
         alone.topology.close()
-
-
-def build_alone(job):
-
-    config = replace(job.config, parallel=replace(job.config.parallel, stages=1))
-    return assemble.build(config, Topology.build(MPI.COMM_SELF, threads=job.topology.threads))
-
-
-def take_weights(job, alone):
-    """One step of the stages, and their new weights into the model of one process."""
-    job.engine.step(0, job.loader.read(0))
-    for share in job.topology.comms.pipe.allgather(dict(job.engine.module.state_dict())):
-        alone.engine.module.load_state_dict(share, strict=False)
 
 
 @pytest.mark.mpi

@@ -20,10 +20,11 @@ from torch import fx, nn
 from torch.nn import functional
 
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.follow import GRAD, IN_PLACE, followed
+from hpctrain.pipeline.follow import GRAD, followed
 from hpctrain.pipeline.layers import Layers, full
 from hpctrain.pipeline.operators import TAKEN, path_of
 from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, refuse_loops, shapes_of
+from hpctrain.pipeline.stand import IN_PLACE
 from hpctrain.pipeline.trace import Like
 
 VIEWS = ("T", "mT", "H", "mH", "real", "imag")

@@ -1,41 +1,29 @@
 """Follows a forward around its cuts, by torch.fx: what it calls, on what, in which order.
 
-Values are stand-ins, of which nobody knows the numbers, the type or the length. What would hang on them, and
-what would be done while following and never again, is refused: as far as it can be seen, which `x is None`
-and `type(x)` of a value can't.
+Values are stand-ins (`stand.py`). What would be done while following and never again is refused (`noted.py`).
 """
 
-import inspect
-import operator
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree
 
 from hpctrain.draws import of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
-from hpctrain.hidden import OURS, has_hooks
+from hpctrain.hidden import has_hooks
 from hpctrain.modes import Replaced
+from hpctrain.pipeline.noted import OwnNumbers, Reads, functions_noted, look, makers_noted, modes, stands_in
 from hpctrain.pipeline.operators import TAKEN
-from hpctrain.pipeline.state import changed_by, plain
-from hpctrain.pipeline.trace import LIBRARY, quiet, regions_kept, where
-from hpctrain.tensors import Looking, storage_of, tensors_in
+from hpctrain.pipeline.stand import Asked, Stand
+from hpctrain.pipeline.state import changed_by
+from hpctrain.pipeline.trace import quiet, regions_kept, where
 
-HERE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 GRAD = "grad"
 """Note on a call: whether gradients were on."""
-IN_PLACE = (
-    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-    *("iand", "ior", "ixor", "ilshift", "irshift"),
-)
-"""Operators of Python that change a tensor."""
 
 
 def followed(
@@ -116,85 +104,6 @@ def refusal(root: nn.Module, why: str) -> ConfigError:
     )
 
 
-def asked_by_user() -> bool:
-    """Whether the caller's caller is neither torch nor ours. Local."""
-    asking = sys._getframe(2)
-    while asking.f_back and asking.f_code.co_filename.startswith("<frozen"):  # abc, say
-        asking = asking.f_back
-    known = asking.f_code.co_filename.startswith((LIBRARY, HERE))
-    return not known or asking.f_code.co_name == "is_tensor"
-
-
-class Stand(fx.Proxy):
-    """Stands for a value; what it is nobody knows."""
-
-    def refuse(self, why: str) -> Any:
-        """Refuse, also where the user's code catches errors."""
-        vars(self.tracer).setdefault("refused", why)
-        raise fx.proxy.TraceError(why)
-
-    def __setitem__(self, at: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, at, value), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if asked_by_user():
-            self.refuse(f"sets .{name} of a value")
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> "Asked":
-        found = Asked(self, name)
-        if asked_by_user():
-            if name == "data":
-                self.refuse(
-                    "takes .data of a value, whose changes nobody counts (under torch.no_grad() they are)"
-                )
-            self.tracer.asked.append(found)  # type: ignore[attr-defined]
-        return found
-
-    def __len__(self) -> int:
-        return int(self.refuse("asks for the length of a value"))
-
-    def __hash__(self) -> int:
-        return int(self.refuse("takes a value as a key")) if asked_by_user() else id(self)
-
-    def __str__(self) -> str:
-        return str(self.refuse("makes words of a value")) if asked_by_user() else super().__repr__()
-
-    def __repr__(self) -> str:
-        return str(self.refuse("makes words of a value")) if asked_by_user() else super().__repr__()
-
-    def __format__(self, form: str) -> str:
-        return str(self.refuse("makes words of a value"))
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return self.refuse("asks for the type of a value") if asked_by_user() else Stand
-
-
-class Asked(fx.proxy.Attribute, Stand):
-    """An attribute or method of a value."""
-
-    called = False
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Write the call of a method down."""
-        self.called = True
-        return super().__call__(*arguments, **named)
-
-
-def changing(name: str) -> Callable[[Any, Any], Any]:
-    """Give what writes an operator down that changes its first value."""
-
-    def change(self: Stand, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return change
-
-
-for _name in IN_PLACE:
-    setattr(Stand, f"__{_name}__", changing(_name))
-
-
 class Follower(fx.Tracer):
     """Follows the forwards of modules with a cut inside."""
 
@@ -266,132 +175,6 @@ class Follower(fx.Tracer):
             self._taken = ""
 
 
-MAKERS = (
-    *("arange", "empty", "eye", "full", "linspace", "ones", "zeros", "tensor"),
-    *("rand", "randint", "randn", "randperm"),
-)
-"""Functions of torch that make tensors: of a value's size, or such as the forward changes later."""
-
-
-@contextmanager
-def makers_noted(tracer: Follower) -> Iterator[None]:
-    """Write the making of tensors down, each forward has its own. Local."""
-    before = {name: getattr(torch, name) for name in MAKERS}
-
-    def noting(function: Any) -> Any:
-        def make(*given: Any, **named: Any) -> Any:
-            leaves = _pytree.tree_leaves((given, named))
-            if asked_by_user() or any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
-                return tracer.create_proxy("call_function", function, given, named)
-            return function(*given, **named)
-
-        return make
-
-    for name, function in before.items():
-        setattr(torch, name, noting(function))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(torch, name, function)
-
-
-class Reads:
-    """What a followed forward reads of the modules' plain attributes: it must stay as it is."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self._found: dict[tuple[int, str], tuple[str, nn.Module, Any]] = {}
-
-    @contextmanager
-    def noted(self, root: nn.Module) -> Iterator[None]:
-        """Note it while the body runs. Local."""
-        paths, usual = {id(m): path for path, m in root.named_modules()}, object.__getattribute__
-
-        def read(module: nn.Module, name: str) -> Any:
-            value = usual(module, name)
-            if name not in OURS and not callable(value) and asked_by_user() and is_plain(module, name):
-                path = f"{paths.get(id(module), type(module).__name__)}.{name}".lstrip(".")
-                self._found.setdefault((id(module), name), (path, module, plain(value)))
-            return value
-
-        nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            del nn.Module.__getattribute__
-
-    def check(self) -> None:
-        """Refuse what has changed since. Local."""
-        for (_, name), (path, module, before) in self._found.items():
-            if plain(getattr(module, name, None)) != before:
-                raise ConfigError(
-                    f"parallel.cuts: the forward around the cuts reads {path}, which a module that it calls "
-                    f"changes: it is read once, when the model is cut; give it out of that module's forward"
-                )
-
-
-def is_plain(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is the module's own, or a class's that nothing computes. Local."""
-    of_class = inspect.getattr_static(type(module), name, None)
-    return name in vars(module) or (of_class is not None and not hasattr(type(of_class), "__get__"))
-
-
-class OwnNumbers(Looking):
-    """Refuses to compute with the model's own numbers but by its attributes: that would be done once."""
-
-    def __init__(self, root: nn.Module) -> None:
-        """Take the model."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        every = [*root.named_parameters(), *root.named_buffers()]  # a forward may have put a stand-in there
-        self.storages = {storage_of(own): name for name, own in every if isinstance(own, torch.Tensor)}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operator."""
-        for tensor in tensors_in((args, kwargs)):
-            if name := self.storages.get(storage_of(tensor)):
-                raise fx.proxy.TraceError(
-                    f"computes with {name}, not by its name in the forward (parameters(), state_dict())"
-                )
-        return func(*args, **(kwargs or {}))
-
-
-def look(module: nn.Module) -> Any:
-    """Say how a module, without those inside, would run now. Local."""
-    weights = [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
-    return (
-        module.training,
-        weights,
-        [*map(id, module._buffers.values())],
-        own_values(module),
-        stands_in("", module),
-    )
-
-
-def own_values(module: nn.Module) -> dict[str, Any]:
-    """Give what tells a module's own plain attributes from other ones. Local."""
-    return {name: plain(value) for name, value in vars(module).items() if name not in OURS}
-
-
-def stands_in(path: str, module: nn.Module) -> list[str]:
-    """Name the attributes and buffers of a module that hold stand-ins. Local."""
-    own = {name: value for name, value in vars(module).items() if name not in OURS}
-    return [
-        f"{path}.{name}".lstrip(".")
-        for name, value in {**module._buffers, **own}.items()
-        if any(issubclass(type(leaf), fx.Proxy) for leaf in _pytree.tree_leaves(value))
-    ]
-
-
-def modes() -> list[bool]:
-    """Say how calls are made, but for gradients. Local."""
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    autocast = map(torch.is_autocast_enabled, ("cpu", "cuda"))
-    return [*autocast, torch.is_inference_mode_enabled(), hooked]
-
-
 def taken_back(root: nn.Module) -> dict[str, Any]:
     """Take from the model the constants that torch.fx laid into it. Local."""
     laid = [name for name in vars(root) if name.startswith(("_tensor_constant", "_tree_spec_constant"))]
@@ -425,22 +208,3 @@ def refuse_hooks(root: nn.Module, inner: set[str]) -> None:
                 f"parallel.cuts: there is a hook on {path or 'the model'}, which has a cut inside and is not "
                 f"called as a whole in stages: put it on modules without a cut inside"
             )
-
-
-@contextmanager
-def functions_noted(tracer: Follower) -> Iterator[None]:
-    """Write the calls of autograd.Functions down as they are, with their own backward. Local."""
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def applied(cls: type, *given: Any, **named: Any) -> Any:
-        if any(callable(one) and not issubclass(type(one), fx.Proxy) for one in given):
-            raise fx.proxy.TraceError(
-                f"{cls.__name__} is given what it calls (torch.utils.checkpoint: set use_reentrant=False)"
-            )
-        return tracer.create_proxy("call_function", apply.__get__(None, cls), given, named)
-
-    torch.autograd.Function.apply = classmethod(applied)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
