@@ -66,6 +66,27 @@ def test_the_commands_of_your_own_data_and_model(launcher, folder):
     assert (folder / "my.safetensors").is_file()
 
 
+def test_the_stages_of_your_own_model(launcher, folder):
+    """The first section of docs/pipeline.md, from data to weights."""
+    guide = (ROOT / "docs" / "pipeline.md").read_text().split("\n## ")[1]
+    for name, text in re.findall(r"```\w+ file=(\S+)\n(.*?)```", guide, re.S):
+        (folder / name).write_text(text)
+    commands = [line[2:] for line in guide.splitlines() if line.startswith("$ ")]
+    assert len(commands) == 8
+    said = []
+    for command in commands:
+        ended = launcher.run(*shlex.split(command))
+        assert ended.status == 0, f"{command}\n{ended.text}"
+        said.append(ended.text)
+    assert "nothing was trained or written" in said[1]
+    assert "equal: 3 steps of 1 replicas x 2 stages against 1 x 1" in said[2]
+    assert "2 replicas x 2 stages" in said[4]
+    assert "2 replicas x 1 stages" in said[5]
+    with h5py.File(folder / "clean.h5") as file:
+        assert file["clean"].shape == (40, 1, 32, 32)
+    assert (folder / "unet.safetensors").is_file()
+
+
 def test_the_first_screen(launcher, folder):
     """make train in the checkout, shortened and into another folder; then the other two as shown."""
     run = folder / "runs" / "climate-1"
