@@ -132,6 +132,16 @@ def keep_memory(environment: Mapping[str, str], exact: bool = False) -> None:
         mallopt(MMAP_THRESHOLD, APART if exact else LARGEST)
 
 
+def mebibytes(count: float) -> str:
+    """Write bytes as MiB. Pure.
+
+    >>> mebibytes(5_000_000), mebibytes(3 << 30), mebibytes(20_000), mebibytes(90)
+    ('4.8', '3,072.0', '0.019', '0.0')
+    """
+    size = count / 2**20
+    return f"{size:.2g}" if 1e-4 < size < 0.95 else f"{size:,.1f}"
+
+
 def lines(path: Path) -> list[str]:
     """Read a file of the system's; nothing where there is none."""
     try:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hpctrain.errors import ConfigError
+from hpctrain.room import mebibytes
 
 
 def partition(
@@ -76,8 +77,8 @@ def partition(
     if best[layers] == math.inf:
         need, total = max(row[-1] for rows in held for row in rows), sum(room)
         raise ConfigError(
-            f"the model does not fit: its {layers} layers need {need / 2**20:,.1f} MiB, {stages} stages have "
-            f"{total / 2**20:,.1f}, and no cut between layers suits them"
+            f"the model does not fit: its {layers} layers need {mebibytes(need)} MiB, {stages} stages have "
+            f"{mebibytes(total)}, and no cut between layers suits them"
         )
     found, stop = [], layers
     for stage in reversed(range(stages)):

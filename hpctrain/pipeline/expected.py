@@ -7,8 +7,8 @@ from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.profile import cost_of
 from hpctrain.pipeline.schedule import programs
 from hpctrain.pipeline.simulate import simulate
+from hpctrain.room import mebibytes
 
-MEBI = 1 << 20
 HEADS = (
     *("stage", "ranks", "forward ms", "input gradient ms", "weight gradient ms"),
     *("sends MiB", "weights MiB", "kept MiB", "more MiB", "memory MiB", "of MiB"),
@@ -31,9 +31,9 @@ def table(cut: Cut, schedule: str, micro_batches: int, crowded: bool = False) ->
             [
                 *(str(stage), several(choice.ranks[stage % ranks])),
                 *(f"{1e3 * seconds:.2f}" for seconds in times),
-                f"{work.gives / MEBI:.2f}",
-                *(f"{need.held / MEBI:.1f}", f"{need.times} x {need.kept / MEBI:.1f}"),
-                *(f"{need.more / MEBI:.1f}", f"{need.most / MEBI:.1f}", size(need.limit)),
+                mebibytes(work.gives),
+                *(mebibytes(need.held), f"{need.times} x {mebibytes(need.kept)}"),
+                *(mebibytes(need.more), mebibytes(need.most), size(need.limit)),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -79,7 +79,7 @@ def size(limit: float) -> str:
     >>> size(3.5 * 2**30), size(float("inf"))
     ('3,584', 'any')
     """
-    return "any" if limit == float("inf") else f"{limit / MEBI:,.0f}"
+    return "any" if limit == float("inf") else f"{limit / 2**20:,.0f}"
 
 
 def ends(names: Sequence[str]) -> list[str]:

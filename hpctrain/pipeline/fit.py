@@ -14,6 +14,7 @@ from hpctrain.pipeline.choice import Choice, Need, Plan, Scales, Wire
 from hpctrain.pipeline.profile import Held, Limits, Profile, Work, cost_of
 from hpctrain.pipeline.schedule import programs
 from hpctrain.pipeline.simulate import simulate
+from hpctrain.room import mebibytes
 
 WORTH = 1.1
 """By how much a measured cut must be better than the estimate's."""
@@ -130,7 +131,7 @@ class Load:
                 if limited and size > need.limit:
                     raise ConfigError(
                         f"the model does not fit where parallel.cuts cuts it: stage {stage} needs "
-                        f"{size / 2**20:,.1f} MiB and has {need.limit / 2**20:,.1f}"
+                        f"{mebibytes(size)} MiB and has {mebibytes(need.limit)}"
                     )
             return named
         if not limited:
@@ -259,16 +260,16 @@ def certain(
     advice = f"take {advice}more stages, more micro-batches or nodes with more memory"
     if every > limits.share:
         raise ConfigError(
-            f"the model does not fit: {what} take {every / 2**20:,.1f} MiB, and the ranks of its {stages} "
-            f"stages have {limits.share / 2**20:,.1f} left together: {advice}"
+            f"the model does not fit: {what} take {mebibytes(every)} MiB, and the ranks of its {stages} "
+            f"stages have {mebibytes(limits.share)} left together: {advice}"
         )
     if named:
         sizes = [sum(row[a:b]) for (row,), (a, b) in zip(needs, named)]
         over = next((at for at, size in enumerate(sizes) if size > most[at]), None)
         if over is not None:
             raise ConfigError(
-                f"the model does not fit where parallel.cuts cuts it: {what} take {sizes[over] / 2**20:,.1f} "
-                f"MiB in stage {over}, which has {most[over] / 2**20:,.1f} left: {advice}, or cut elsewhere"
+                f"the model does not fit where parallel.cuts cuts it: {what} take {mebibytes(sizes[over])} "
+                f"MiB in stage {over}, which has {mebibytes(most[over])} left: {advice}, or cut elsewhere"
             )
         return
     try:

@@ -4,6 +4,7 @@ from mpi4py import MPI
 
 from hpctrain.assemble import Job
 from hpctrain.log import LOGGER
+from hpctrain.room import mebibytes
 
 
 def say(job: Job) -> None:
@@ -13,14 +14,5 @@ def say(job: Job) -> None:
     names = list(mine)
     sums = [node.allreduce(mine[name]) for name in names]
     _, most = world.allreduce((sum(sums), sums), op=MPI.MAX)
-    found = ", ".join(f"{name} {size(count)}" for name, count in zip(names, most))
+    found = ", ".join(f"{name} {mebibytes(count)} MiB" for name, count in zip(names, most))
     LOGGER.info("memory of a node: %s (activations by resident pages in the first step)", found)
-
-
-def size(count: float) -> str:
-    """Write bytes.
-
-    >>> size(5_000_000), size(20_000)
-    ('4.8 MiB', '0.0 MiB')
-    """
-    return f"{count / 2**20:.1f} MiB"
