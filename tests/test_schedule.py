@@ -1,6 +1,7 @@
 """Laws of every schedule, the drawings in its module, and the dry run that proves them."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -57,17 +58,20 @@ def test_laws(name, ranks, count):
         assert found.bubble == 0
         return
     gaps = ranks - 1
-    if virtual == 1 or count % ranks == 0:
+    if name in ("gpipe", "1f1b", "zb-h1") or (name == "interleaved" and count % ranks == 0):
         bubble = simulate(programs(name, ranks, count), unsplit).bubble
         assert bubble == pytest.approx(gaps / (virtual * count + gaps))
+    gpipe = simulate(programs("gpipe", ranks, count), halved)
+    assert found.seconds <= virtual * gpipe.seconds
     if name == "zb-h1":
         assert found.kept == [min(count, ranks)] * ranks
         if count >= 2 * ranks - 1:  # p - 1 gaps of F + I - W
             assert found.bubble == pytest.approx(gaps / (3 * count + gaps))
-    elif virtual == 1:
+    elif name in ("gpipe", "1f1b"):
         assert found.bubble == pytest.approx(2 * gaps / (3 * count + 2 * gaps))  # of F + I
         peaks = {"gpipe": [count] * ranks, "1f1b": [min(count, ranks - r) for r in range(ranks)]}
-        assert found.kept == peaks.get(name, found.kept)
+        assert found.kept == peaks[name]
+    if virtual == 1:
         assert max(found.kept) <= count
 
 
@@ -84,14 +88,36 @@ def test_interleaving_never_hangs(virtual):
         assert max(found.kept) <= min(count, 2 * ranks)
 
 
-@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b", "zero_bubble", "interleaved"])
+GUIDE = (Path(__file__).parents[1] / "docs" / "pipeline.md").read_text()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_the_drawing_is_what_runs(name):
+    """Above the code, under the generator's name, and in the documentation."""
     lines = schedule.__doc__.splitlines()
-    top = next(at for at, line in enumerate(lines) if line.split(",")[0] == f"    {name}")
-    short = {"one_f_one_b": "1f1b", "zero_bubble": "zb-h1"}.get(name, name)
-    ranks = 2 if name == "interleaved" else 4
+    top = next(at for at, line in enumerate(lines) if line.split(",")[0] == f"    {SCHEDULES[name].__name__}")
+    ranks = 2 if name in schedule.SEVERAL else 4
     drawn = [line[4:] for line in lines[top + 1 : top + 1 + ranks]]
-    assert simulate(programs(short, ranks, 4), halved).picture(1.0) == drawn
+    assert simulate(programs(name, ranks, 4), halved).picture(1.0) == drawn
+    assert "\n".join(drawn) in GUIDE
+
+
+def test_messages_are_taken_in_the_order_in_which_they_come():
+    """As they do on a way; each micro-batch's own passes are in order."""
+    bad = programs("gpipe", 2, 3)
+    backwards = bad[1][6:]
+    halves = [backwards[at : at + 3] for at in range(0, 9, 3)]
+    bad[1][6:] = [i for part in reversed(halves) for i in part]
+    with pytest.raises(HpctrainError, match="stage 1 runs the backward of micro-batch 1 behind that of 2"):
+        simulate(bad, halved)
+    bad = programs("gpipe", 2, 3)
+    bad[1][:6] = [*bad[1][2:4], *bad[1][:2], *bad[1][4:6]]
+    assert [*map(str, bad[1][:4])] == ["rF1", "F1", "rF0", "F0"]
+    with pytest.raises(
+        HpctrainError,
+        match="stage 1 takes micro-batch 1 from stage 0, which sends that of micro-batch 0 before",
+    ):
+        simulate(bad, halved)
 
 
 def test_utilisation_of_four_stages():

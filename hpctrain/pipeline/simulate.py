@@ -6,9 +6,13 @@ one behind the other; a receive waits for it. Who waits for something that nobod
       start(pass)      = max(end of what stood before it on its rank, arrivals that it waits for)
       arrival(message) = max(its send, arrival of the one before it on its way) + wire
 
+Messages of a way come in the order in which they are sent, so they must be taken in it; and a stage's
+gradients add up as in one process only where its backward passes run in the order of the micro-batches.
+
 Stage s is on rank s % ranks: there are as many stages as ranks, or several times as many (virtual ones).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -90,7 +94,7 @@ class Simulation:
 
 Cost = Callable[[int, Instruction], float]
 """Seconds of a pass on a stage."""
-Wire = Callable[[int, int], float]
+WireTime = Callable[[int, int], float]
 """Seconds of a message from stage to stage: activations to a later one, gradients to an earlier one."""
 
 
@@ -98,10 +102,10 @@ def simulate(
     programs: Sequence[Sequence[Instruction]],
     cost: Cost,
     links: Links | None = None,
-    wire: Wire | None = None,
+    wire: WireTime | None = None,
     back: Links | None = None,
 ) -> Simulation:
-    """Run every rank's program. Raises HpctrainError for a deadlock and for passes out of order.
+    """Run every rank's program. Pure. Raises HpctrainError for a deadlock and for what is out of order.
 
     `back`: by stage, the later stages that its gradients come from; without it those it gives to. Without
     `wire` messages take no time.
@@ -148,7 +152,7 @@ class _Machine:
         cost: Cost,
         links: Links,
         back: Links,
-        wire: Wire | None,
+        wire: WireTime | None,
     ) -> None:
         self.programs, self.cost, self.links, self.back, self.wire = programs, cost, links, back, wire
         self.ranks = len(programs)
@@ -157,6 +161,10 @@ class _Machine:
         self.targets = {s: [o for o in range(stages) if s in back[o]] for s in range(stages)}
         self.at, self.clock = [0] * self.ranks, [0.0] * self.ranks
         self.arrivals: dict[tuple[str, int, int, int], float] = {}
+        self.on_the_way: dict[tuple[str, int, int], deque[int]] = {}
+        """Micro-batches whose messages were sent and not taken yet, by kind and stages."""
+        self.latest: dict[tuple[int, str], int] = {}
+        """By stage and kind of pass: the micro-batch of the last backward."""
         self.free: dict[tuple[int, int], float] = {}
         """By way: when its last message has arrived."""
         self.live: list[set[int]] = [set() for _ in range(stages)]
@@ -215,6 +223,8 @@ class _Machine:
         if f"{kind} {v}" in self.done[stage]:
             raise HpctrainError(f"stage {stage} runs {instruction} twice")
         self.done[stage].add(f"{kind} {v}")
+        if kind != "F":
+            self.keep_order(stage, kind, v)
         seconds, start = self.cost(stage, instruction), self.clock[rank]
         self.clock[rank] = start + seconds
         self.found.busy[rank] += seconds
@@ -229,16 +239,36 @@ class _Machine:
             seconds = self.wire(stage, other) if self.wire else 0.0
             self.free[way] = max(clock, self.free.get(way, 0.0)) + seconds
             self.arrivals[kind, stage, other, v] = self.free[way]
+            self.on_the_way.setdefault((kind, stage, other), deque()).append(v)
 
     def take(self, stage: int, messages: list[tuple[str, int, int, int]], mark: str) -> bool:
         """Wait for messages; False where one is not sent yet."""
+        for kind, source, target, v in messages:
+            first = next(iter(self.on_the_way.get((kind, source, target), ())), v)
+            if first != v:
+                raise HpctrainError(
+                    f"stage {target} takes micro-batch {v} from stage {source}, which sends that of "
+                    f"micro-batch {first} before it"
+                )
         if any(message not in self.arrivals for message in messages):
             return False
+        for kind, source, target, _ in messages:
+            self.on_the_way[kind, source, target].popleft()
         arrivals = [self.arrivals[message] for message in messages]
         rank = stage % self.ranks
         self.clock[rank] = max([self.clock[rank], *arrivals])
         self.done[stage].add(mark)
         return True
+
+    def keep_order(self, stage: int, kind: str, v: int) -> None:
+        """Refuse a backward of a micro-batch behind that of a later one."""
+        before = self.latest.get((stage, kind), v)
+        if before > v:
+            raise HpctrainError(
+                f"stage {stage} runs the backward of micro-batch {v} behind that of {before}: its gradients "
+                f"would add up in another order than in one process"
+            )
+        self.latest[stage, kind] = v
 
     def need(self, stage: int, instruction: Instruction, mark: str) -> None:
         """Refuse an instruction whose input is not there."""
@@ -256,7 +286,8 @@ def check(
 ) -> Simulation:
     """Prove a schedule for these numbers before anything runs: a backward of two forwards, halved if split.
 
-    Raises HpctrainError where it would hang, ConfigError for links that go backwards.
+    Raises HpctrainError where it would hang, take messages or run backward passes in another order than that
+    of the micro-batches, or leave a pass out; ConfigError for links that go backwards. Pure.
     """
     for stage, targets in (links or {}).items():
         if any(target <= stage for target in targets):

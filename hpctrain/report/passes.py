@@ -24,7 +24,7 @@ from hpctrain.pipeline.schedule import (
     Instruction,
     programs,
 )
-from hpctrain.pipeline.simulate import Cost, Simulation, Span, Wire, simulate
+from hpctrain.pipeline.simulate import Cost, Simulation, Span, WireTime, simulate
 
 
 @dataclass
@@ -109,7 +109,7 @@ def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int], virtu
     return Work(forward, input_gradient, weight_gradient, 0).times(1.0 / virtual)
 
 
-def dry(job: Job, cost: Cost, wire: Wire | None = None) -> Simulation:
+def dry(job: Job, cost: Cost, wire: WireTime | None = None) -> Simulation:
     """Simulate a full step of the first replica; messages take the time of a `wire`. Local."""
     assert job.pipeline is not None
     links, back = job.pipeline.cut.links()
