@@ -54,8 +54,8 @@ class Parallel:
     stages: int = 1
     """Pipeline stages of one replica."""
     micro_batches: int | Literal["auto"] = "auto"
-    """Micro-batches of one step over all replicas; auto: one a replica, four times the stages a replica
-    with several stages."""
+    """Micro-batches of one step over all replicas; auto: one a replica, with several stages four times as
+    many as stages (and no more than a replica's samples)."""
     schedule: str = "auto"
     """In which order a stage runs its passes: 1f1b keeps the activations of as many micro-batches as there
     are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers and

@@ -141,9 +141,9 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Give the gradients that autograd is to have."""
         x, weight = ctx.saved_tensors
-        of_x, has_bias = ctx.needs_input_grad[1], len(ctx.parameters) > 1
-        work = Correlation(gradient, x, weight, ctx.geometry, has_bias, of_x)
-        if not ctx.owner.take(ctx.parameters, work):
+        of_x, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]  # it may be frozen, for now
+        work = Correlation(gradient, x, weight, ctx.geometry, of_bias, of_x)
+        if not ctx.owner.take(ctx.parameters[: 1 + of_bias], work):
             to_x, to_weight, to_bias = work.gradients(of_x, True)
             return None, to_x, to_weight, to_bias, None, None
         if of_x and work.found is None:

@@ -69,8 +69,11 @@ class Places(Protocol):
     def later(self, *parameters: torch.Tensor) -> bool:
         """Tell whether gradients may be computed after their backward; if so they are waited for."""
 
-    def left(self, *parameters: torch.Tensor) -> bool:
-        """Tell whether autograd may bring a layer's gradients, in the same order of the sum; it will then."""
+    def left(self, *parameters: torch.Tensor, waits: bool) -> bool:
+        """Tell whether autograd may bring a layer's gradients, in the same order of the sum; it will then.
+
+        `waits`: they would rather be computed later, if they may.
+        """
 
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Note that no gradient of the parameter waits any more."""
@@ -212,7 +215,7 @@ class StraightIntoPlace:
         waits = self._may_wait(parameters, self._forward_of)
         first = self._called.isdisjoint(ids)
         self._called |= ids
-        return first and not waits and self._places.left(*parameters)
+        return first and self._places.left(*parameters, waits=waits)
 
     def _takes(self, x: torch.Tensor, weight: Any, bias: Any = None) -> bool:
         """Whether a call of a layer is taken. Local."""

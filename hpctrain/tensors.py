@@ -1,5 +1,6 @@
 """Tensors in trees, what memory they share, and a look at every operator that makes them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """List a tree's tensors. Pure."""
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def changed_once(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """Give a tree with its tensors changed: what stands in several places once, and in all of them. Local."""
+    done: dict[int, tuple[torch.Tensor, Any]] = {}
+
+    def once(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in done:
+            done[id(tensor)] = tensor, change(tensor)
+        return done[id(tensor)][1]
+
+    return _pytree.tree_map_only(torch.Tensor, once, tree)
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -35,6 +35,7 @@ def jobs(world, files):
         config.data.targets = settings.pop("targets", config.data.targets)
         if model in TIED:  # Adam would follow the noise of gradients that are truly zero
             config.optimizer = Optimizer("torch.optim.SGD", {"lr": 0.05})
+        config.optimizer = settings.pop("optimizer", config.optimizer)
         config.averaging.invariant = settings.pop("invariant", False)
         config.data.inputs = settings.pop("inputs", config.data.inputs)
         config.train.autocast = settings.pop("autocast", "none")

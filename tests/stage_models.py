@@ -1340,3 +1340,62 @@ class StackedTies(nn.Module):
     def forward(self, x):
         x = torch.tanh(self.into(x) * self.p * self.q)
         return self.out(self.back(x) + torch.stack([self.p, self.q]).sum(0))
+
+
+class Doubling(nn.Module):
+    """Gives one tensor in several places."""
+
+    def forward(self, x: torch.Tensor):
+        return {"a": x, "b": (x, None, x.detach())}
+
+
+class Undoubling(nn.Module):
+    """Asks which of what it gets is one object; several uses add up in it."""
+
+    def forward(self, given):
+        a, (b, _, c) = given["a"], given["b"]
+        return a.cos() + b.sin() + a.tanh() + c if a is b and a is not c else 2 * a
+
+
+def doubling_row(in_features: int, out_features: int) -> nn.Sequential:
+    ends = nn.Linear(in_features, 16), nn.Linear(16, out_features)
+    return nn.Sequential(ends[0], Doubling(), Undoubling(), nn.Linear(16, 16), ends[1])
+
+
+class FreezingLater(nn.Module):
+    """A convolution whose bias is frozen behind the first step of five micro-batches, called `times`."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.inner, self.times, self.count = nn.Conv1d(4, 4, 3, padding=1), times, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += self.training
+        if self.count > 5:
+            self.inner.bias.requires_grad_(False)
+        for _ in range(self.times):
+            x = self.inner(x).tanh()
+        return x
+
+
+def freezing_row(in_features: int, out_features: int, times: int) -> nn.Sequential:
+    middle = nn.Unflatten(1, (4, 8)), FreezingLater(times), nn.Flatten(1)
+    return nn.Sequential(nn.Linear(in_features, 32), *middle, nn.Linear(32, out_features))
+
+
+class Penalised(nn.Module):
+    """A convolution to whose weight or bias something else is added from the third step of five micro-batches on."""
+
+    def __init__(self, of: str):
+        super().__init__()
+        self.inner, self.of, self.count = nn.Conv1d(4, 4, 3, padding=1), of, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += self.training
+        x = self.inner(x)
+        return x + getattr(self.inner, self.of).square().mean() if self.count > 10 else x
+
+
+def penalised_row(in_features: int, out_features: int, of: str) -> nn.Sequential:
+    middle = nn.Unflatten(1, (4, 8)), Penalised(of), nn.Flatten(1)
+    return nn.Sequential(nn.Linear(in_features, 32), *middle, nn.Linear(32, out_features))

@@ -41,7 +41,7 @@ class Owner:
     def later(self, *parameters):
         return self.waits
 
-    def left(self, *parameters):
+    def left(self, *parameters, waits):
         return False
 
     def caught_up(self, parameter):

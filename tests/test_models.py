@@ -61,10 +61,23 @@ def test_weights_follow_the_seed_alone():
     assert not torch.equal(a, c)
 
 
+def listed(kind):
+    return kind([nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)])
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "torch.nn.ModuleList"])
+def test_a_list_of_layers_is_a_row(kind):
+    made = {"list": list, "tuple": tuple}.get(kind, nn.ModuleList)
+    model = models.build(ClassPath("test_models.listed", {"kind": made}), 0)
+    assert type(model) is nn.Sequential
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert model(torch.ones(5, 3)).shape == (5, 2)
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("collections.OrderedDict", "is no torch.nn.Module"),
+        ("collections.OrderedDict", "is no torch.nn.Module, nor a list of them .*: it gives a OrderedDict"),
         ("torch.nn.ReLU", "it has no parameter to train"),
         ("test_models.Lazy", r"layer\.1 is a LazyLinear, which learns its sizes from the first batch"),
     ],

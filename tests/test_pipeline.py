@@ -26,7 +26,7 @@ from hpctrain.averaging import links
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.overlap import WAYS, Choice
-from hpctrain.config import ClassPath
+from hpctrain.config import ClassPath, Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
@@ -422,6 +422,54 @@ def test_what_is_dear_to_split_waits_behind_the_last_gradient(
     waited.clear()  # of measuring
     has_bits_of_one_process(world, job, "convolved_row")
     assert waited == set(range(5 - late[job.topology.stage], 5))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("times", "dear"), [(1, False), (1, True), (2, False)])
+def test_a_bias_that_is_frozen_later_moves_no_more(world, build, waits, times, dear):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    settings = {"micro_batches": 5, "schedule": "zb-h1", "arguments": {"times": times}}
+    job = build("freezing_row", world.size, **settings)
+    if dear:
+        job.engine.straight.at_once(job.engine.module.parameters())
+    has_bits_of_one_process(world, job, "freezing_row")
+    biases = [
+        (p.requires_grad, p.clone()) for n, p in job.engine.module.named_parameters() if n == "2.inner.bias"
+    ]
+    run(job, 1)
+    after = [p for n, p in job.engine.module.named_parameters() if n == "2.inner.bias"]
+    assert world.allreduce(len(biases)) == 1
+    assert all(not trains and torch.equal(old, new) for (trains, old), new in zip(biases, after))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("of", ["weight", "bias"])
+@pytest.mark.parametrize("dear", [False, True])
+def test_what_is_added_later_to_a_convolution_rounds_otherwise_in_one_step(world, build, waits, of, dear):
+    """The third, when it shows; weights stay, so each step stands alone."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    optimizer = Optimizer("torch.optim.SGD", {"lr": 0.0})
+    settings = {"micro_batches": 5, "schedule": "zb-h1", "arguments": {"of": of}, "optimizer": optimizer}
+    job = build("penalised_row", world.size, **settings)
+    if dear:
+        job.engine.straight.at_once(job.engine.module.parameters())
+    losses, expected = run(job, 8), alone_like(job, 8)[0]
+    differ = [number for number, (one, other) in enumerate(zip(losses, expected)) if one != other]
+    assert differ in ([], [2])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("recompute", ["never", "always"])
+@pytest.mark.parametrize("cut", ["2", "3"])
+def test_a_tensor_in_several_places_stays_one(world, build, schedule, recompute, cut):
+    if world.size != 2:
+        pytest.skip("two stages, cut before and behind who asks")
+    settings = {"micro_batches": 5, "schedule": schedule, "recompute": recompute, "cuts": [cut]}
+    job = build("doubling_row", 2, **settings)
+    has_bits_of_one_process(world, job, "doubling_row")
 
 
 @pytest.mark.mpi
@@ -1147,12 +1195,22 @@ def test_a_gradient_that_is_not_finite_ends_on_all_stages(world, build, schedule
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
-def test_a_step_pickles_nothing(world, build, schedule):
-    """Once shapes are known; models without statistics."""
+@pytest.mark.parametrize(
+    ("model", "schedule"),
+    [
+        ("plain_row", "1f1b"),
+        ("plain_row", "zb-h1"),
+        ("plain_row", "interleaved"),
+        ("Skips", "zb-h1"),
+        ("Tied", "1f1b"),
+    ],
+)
+def test_a_step_pickles_nothing(world, build, model, schedule):
+    """Once shapes are known; with statistics (Skips), with a weight of two stages, over replicas at four ranks."""
     if world.size not in layouts(world.size):
         pytest.skip("as many stages as ranks, two at least")
-    job = build("plain_row", world.size, micro_batches=6, schedule="1f1b" if world.size > 2 else schedule)
+    schedule = "1f1b" if world.size > 2 and schedule == "interleaved" else schedule  # the row is too short
+    job = build(model, 2 if world.size == 4 else world.size, micro_batches=6, schedule=schedule)
     run(job, 6, clip=0.05)
     step, found = job.loader.read(0), []
     MPI.pickle.__init__(lambda *given: found.append(given) or pickle.dumps(*given), pickle.loads)

@@ -33,6 +33,8 @@ class Places:
         self._index = {id(p): at for at, p in enumerate(self.named.values())}
         self._views = [torch.empty(0)] * len(self.named)
         self._fresh = [True] * len(self.named)
+        self._handed: list[torch.Tensor | None] = [None] * len(self.named)
+        """What stands as each parameter's `.grad`: the view, with a count of its own of what is added to it."""
         self._slot = -1
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self.ready, p))  # type: ignore[no-untyped-call]
@@ -53,6 +55,8 @@ class Places:
         """Parameters whose gradients other ranks add to at the end: their buckets leave last."""
         self._mixed: set[int] = set()
         """Parameters that autograd has brought something for, unasked."""
+        self._mixed_at_first: set[int] = set()
+        """Those of them for which it did so in the first step."""
         self._left: set[int] = set()
         """Parameters that it may bring something for."""
         self._steps = 0
@@ -145,23 +149,26 @@ class Places:
         Not in the first step, which shows what autograd brings, nor for what autograd adds to: the
         sum would have another order.
         """
-        indices = self._alone(parameters)
+        indices = self._without(self._mixed, parameters)
         self._waiting.update(indices)
         return bool(indices)
 
-    def left(self, *parameters: torch.Tensor) -> bool:
+    def left(self, *parameters: torch.Tensor, waits: bool) -> bool:
         """Tell whether autograd may bring a layer's gradients; what it brings for others is mixed. Local.
 
-        Not in the first step either, nor for what it adds to: it would add that up first.
+        Not in the first step either, nor for what it added to there: it would add that up first. What it adds
+        to only later has been left before, where nothing waits; where it `waits`, it is left from then on.
         """
-        indices = self._alone(parameters)
+        if waits and self._without(self._mixed, parameters):
+            return False
+        indices = self._without(self._mixed_at_first, parameters)
         self._left.update(indices)
         return bool(indices)
 
-    def _alone(self, parameters: Iterable[torch.Tensor]) -> list[int]:
-        """Give the numbers of parameters that autograd adds nothing to; none if it does, or may. Local."""
+    def _without(self, mixed: set[int], parameters: Iterable[torch.Tensor]) -> list[int]:
+        """Give the numbers of parameters; none if one of them is `mixed`, or may be as yet. Local."""
         indices = [self._index[id(p)] for p in parameters if id(p) in self._index]
-        return indices if self._steps > 1 and self._mixed.isdisjoint(indices) else []
+        return indices if self._steps > 1 and mixed.isdisjoint(indices) else []
 
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Note that no gradient of the parameter waits any more. Local."""
@@ -177,18 +184,22 @@ class Places:
         """
         index = self._index[id(parameter)]
         view, grad = self._views[index], parameter.grad
+        if grad is self._handed[index] and grad is not None and not grad._version:
+            grad = None  # it is what came before
         if grad is not None:  # else nothing came this way: it was filled in place, or there is none
             self._not_late(index)
             if grad.layout != torch.strided:
                 grad = grad.to_dense()
-            if index not in self._left:
+            if index not in self._left or index in self._waiting:
                 self._mixed.add(index)
+                if self._steps == 1:
+                    self._mixed_at_first.add(index)
             if grad.data_ptr() != view.data_ptr() or not grad.numel():
                 if self._fresh[index]:
                     view.copy_(grad)
                 else:
                     view.add_(grad)
-            parameter.grad = view  # the next micro-batch adds to it by itself
+            parameter.grad = self._handed[index] = view.data  # the next micro-batch adds to it by itself
             self.filled(parameter)
         final = self._final is None or index in self._final
         if final and index not in self._waiting:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 from torch import nn
@@ -136,10 +137,8 @@ class RunningStatistics:
         """Gather what all replicas saw and apply it in the order of the micro-batches. Collective."""
         if not self.norms:
             return
-        every = [record for share in comm.allgather(self.records) for record in share]
-        for _, number, mean, variance in sorted(
-            every, key=lambda record: record[0]
-        ):  # stable: calls in order
+        every = sorted(self._gathered(comm), key=lambda record: record[0])  # stable: calls in order
+        for _, number, mean, variance in every:
             norm = self.norms[number]
             assert norm.running_mean is not None
             assert norm.running_var is not None
@@ -148,6 +147,30 @@ class RunningStatistics:
             factor = norm.momentum if norm.momentum is not None else 1.0 / max(1, tracked(norm))
             for running, batch in ((norm.running_mean, mean), (norm.running_var, variance)):
                 running.mul_(1.0 - factor).add_(batch.to(running.device) * factor)
+
+    def _gathered(self, comm: MPI.Intracomm) -> list[Record]:
+        """Give the records of all replicas, rank by rank. Collective over them; nothing is pickled."""
+        if comm.size == 1:
+            return self.records
+        marks = np.array([(v, number) for v, number, *_ in self.records], np.int64).reshape(-1, 2)
+        numbers = [torch.cat((mean, variance)) for *_, mean, variance in self.records]
+        counts = np.empty(comm.size, np.int64)
+        comm.Allgather(np.array([len(marks)], np.int64), counts)
+        every = np.empty((int(counts.sum()), 2), np.int64)
+        comm.Allgatherv(marks, [every, 2 * counts])
+        like = [self.norms[number].running_mean for number in every[:, 1].tolist()]
+        sizes = np.array([2 * mean.nbytes for mean in like if mean is not None], np.int64)
+        parts = [int(part.sum()) for part in np.split(sizes, np.cumsum(counts)[:-1])]
+        mine = [number.view(torch.uint8).numpy() for number in numbers]
+        found = np.empty(int(sizes.sum()), np.uint8)
+        comm.Allgatherv(np.concatenate(mine) if mine else np.empty(0, np.uint8), [found, parts])
+        pieces = torch.split(torch.from_numpy(found), sizes.tolist())
+        records = []
+        for (v, number), piece, running in zip(every.tolist(), pieces, like):
+            assert running is not None
+            mean, variance = piece.clone().view(running.dtype).chunk(2)
+            records.append((v, number, mean, variance))
+        return records
 
 
 def tracked(norm: _BatchNorm) -> int:

@@ -91,7 +91,10 @@ def without_memory(spec: ClassPath, seed: int) -> tuple[nn.Module, Deferred | No
 
 
 def build(spec: ClassPath, seed: int) -> nn.Module:
-    """Build the module on the CPU; its weights depend on the seed alone. Local."""
+    """Build the module on the CPU; its weights depend on the seed alone. Local.
+
+    A list of modules is what an nn.Sequential of them is. Raises ConfigError for what is no model.
+    """
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     arguments = {n: tupled(v) if n in FILLED else v for n, v in spec.init_args.items()}
@@ -99,8 +102,13 @@ def build(spec: ClassPath, seed: int) -> nn.Module:
         module = construct.build(spec, "model", **arguments)
     finally:
         torch.random.set_rng_state(state)
+    if type(module) in (list, tuple, nn.ModuleList) and all(isinstance(one, nn.Module) for one in module):
+        module = nn.Sequential(*module)  # layers that follow one another
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"model.class_path = {spec.class_path!r} is no torch.nn.Module")
+        raise ConfigError(
+            f"model.class_path = {spec.class_path!r} is no torch.nn.Module, nor a list of them that follow "
+            f"one another: it gives a {type(module).__name__}"
+        )
     for name, layer in module.named_modules():
         if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
             raise ConfigError(

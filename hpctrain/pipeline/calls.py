@@ -184,11 +184,9 @@ class Followed:
     def run(self, owner: nn.Module, stage: int, given: Env) -> Any:
         """Make a stage's calls, with modules and tensors of `owner`. Local.
 
-        `given`: what the stage before gave, values of several names once, or the model's inputs.
+        `given`: what the stage before gave, or the model's inputs.
         """
-        env = {name: found for names, found in given.items() for name in names.split()}
-        if not stage:
-            env = {name: given[of] for name, of in self.placeholders.items()}
+        env = dict(given) if stage else {name: given[of] for name, of in self.placeholders.items()}
         fresh: dict[str, Any] = {}
         """Constants of this forward: it may change them."""
 
@@ -228,15 +226,7 @@ class Followed:
                 )
         if stage == max(self.stages):
             return fx.node.map_arg(self.output, value)
-        return self._leaving(stage, env)
-
-    def _leaving(self, stage: int, env: Env) -> Env:
-        """Give what later stages use; one object that has several names once: gradients add up in it."""
-        names: dict[Any, list[str]] = {}
-        for name in self.crosses[stage]:
-            own = id(env[name]) if isinstance(env[name], torch.Tensor) else name
-            names.setdefault(own, []).append(name)
-        return {" ".join(same): env[same[0]] for same in names.values()}
+        return {name: env[name] for name in self.crosses[stage]}
 
     def _tensor(self, owner: nn.Module, name: str) -> Any:
         try:

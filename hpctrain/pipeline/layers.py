@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from hpctrain.draws import Drawing, drew_unseen
 from hpctrain.errors import ConfigError
@@ -20,7 +19,7 @@ from hpctrain.pipeline.part import Env, Part, begins, gave, shapes_of
 from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
-from hpctrain.tensors import tensors_in
+from hpctrain.tensors import changed_once, tensors_in
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
@@ -160,7 +159,7 @@ class Layers:
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
             value = self._begin(env) if stage == 0 else env[f"value {stage - 1}"]
             if changes and stage:
-                value = _pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)
+                value = changed_once(torch.clone, value)
             taken = tensors_in(value) if stage else []
             shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
             versions = [leaf._version for leaf in taken]

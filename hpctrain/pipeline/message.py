@@ -44,7 +44,7 @@ class Layout:
 
     leaves: tuple[Any, ...]
     """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line, without gaps, with others in one
-    memory), ("c", value) or ("z", real, imaginary)."""
+    memory), ("c", value), ("z", real, imaginary) or ("s", number), the same tensor as that leaf."""
     tree: _pytree.TreeSpec
 
     def encode(self) -> bytes:
@@ -88,6 +88,8 @@ class Layout:
                 leaves.append(complex(*leaf[1:]))
             elif leaf[0] == "c":
                 leaves.append(leaf[1])
+            elif leaf[0] == "s":
+                leaves.append(leaves[leaf[1]])
             else:
                 _, kind, shape, strides, grad, behind, gaps, shares = leaf
                 flat = next(left).view(getattr(torch, kind))
@@ -263,8 +265,11 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
         ) from None
     listed: list[Any] = []
     parts: list[Raw] = []
+    seen: dict[int, int] = {}
     for at, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, torch.Tensor) and seen.setdefault(id(leaf), at) != at:
+            listed.append(("s", seen[id(leaf)]))
+        elif isinstance(leaf, torch.Tensor):
             own = [name for name in vars(leaf) if not (name.startswith("_") or name == "persistent")]
             if type(leaf) is not nn.Parameter and (type(leaf) is not torch.Tensor or own):  # not nn.Buffer's
                 what = f"a {type(leaf).__name__} with {', '.join(own) or 'ways of its own'}"
@@ -276,7 +281,7 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
                 laid = laid.to("cpu").resolve_conj().resolve_neg()
             flat, gaps = memory_of(laid)
             behind = laid.data_ptr() % LINE
-            shares = any(lie_together(leaf, other) for number, other in enumerate(leaves) if number != at)
+            shares = any(lie_together(leaf, other) for other in leaves if other is not leaf)
             kind, shape, grad = name_of(leaf.dtype), tuple(leaf.shape), leaf.requires_grad
             listed.append(("t", kind, shape, laid.stride(), grad, behind, gaps, shares))
             parts.append(Raw(flat.data_ptr(), flat.nbytes, flat))

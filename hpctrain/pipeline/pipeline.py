@@ -89,9 +89,10 @@ class Copies:
         own = [parameter for parameter in parameters if id(parameter) not in self._views]
         return not own or self._own.later(*own)
 
-    def left(self, *parameters: torch.Tensor) -> bool:
+    def left(self, *parameters: torch.Tensor, waits: bool) -> bool:
         """Tell whether autograd may bring a layer's gradients: not for copies. Local."""
-        return self._views.keys().isdisjoint(map(id, parameters)) and self._own.left(*parameters)
+        own = self._views.keys().isdisjoint(map(id, parameters))
+        return own and self._own.left(*parameters, waits=waits)
 
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Note that no gradient of the parameter waits any more. Local."""

@@ -310,9 +310,9 @@ class MadeUpPlaces:
         """All may wait."""
         return True
 
-    def left(self, *parameters: torch.Tensor) -> bool:
-        """All may be left to autograd."""
-        return True
+    def left(self, *parameters: torch.Tensor, waits: bool) -> bool:
+        """All may be left to autograd that don't wait."""
+        return not waits
 
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Nothing to note."""

@@ -22,7 +22,7 @@ from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import BACKWARD, FORWARD, KINDS, PeerFailedError, Transport
-from hpctrain.tensors import tensors_in
+from hpctrain.tensors import changed_once, tensors_in
 
 
 @dataclass
@@ -49,12 +49,9 @@ class Kept:
 
     def begin(self, values: Env) -> Env:
         """Give what was received as values that this stage's graph begins with. Local."""
-        return {
-            name: self._begun(value)
-            if isinstance(value, torch.Tensor)
-            else _pytree.tree_map_only(torch.Tensor, self._begun, value)
-            for name, value in values.items()
-        }
+        if len(values) == 1 and isinstance(value := next(iter(values.values())), torch.Tensor):
+            return {next(iter(values)): self._begun(value)}
+        return changed_once(self._begun, values)  # type: ignore[no-any-return]
 
     def _begun(self, leaf: torch.Tensor) -> torch.Tensor:
         if not leaf.requires_grad:
@@ -168,7 +165,7 @@ class Stage:
         kept = self.kept[v]
         if self.recomputes and not self.last and not self.keeps and kept.given:
             kept.gone = True
-            kept.found = _pytree.tree_map_only(torch.Tensor, without_graph, kept.found)
+            kept.found = changed_once(without_graph, kept.found)
 
     def again(self, v: int, part: Part) -> None:
         """Run the part once more, for the graph that was let go. Local.
@@ -258,6 +255,9 @@ class Stage:
             leaves = _pytree.tree_leaves({name: values[name] for name in names})
             caught = [kept.returned.get(id(leaf)) for leaf in leaves]
             gradients = [found[0] if found else None for found in caught]
+            if len(leaves) > 1:  # what came in several places has one gradient
+                first = firsts(leaves)
+                gradients = [g if first[at] == at else None for at, g in enumerate(gradients)]
             packed[target] = pack(target, v, gradients, 0)
         self.transport.start(*((*self.to(target, BACKWARD), ready) for target, ready in packed.items()))
 
@@ -292,6 +292,12 @@ def raise_first(failures: list[Exception]) -> None:
     """Raise the first failure of this rank's own, else one of another's, if there is any. Local."""
     for failure in sorted(failures, key=lambda failure: isinstance(failure, PeerFailedError)):
         raise failure
+
+
+def firsts(leaves: list[Any]) -> list[int]:
+    """Give for each leaf the number of the first one that is the same object. Pure."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(id(leaf), at) for at, leaf in enumerate(leaves)]
 
 
 def versions_of(given: Any) -> list[int]:
