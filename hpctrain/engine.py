@@ -133,7 +133,7 @@ class Engine:
         self.averager.begin(
             step.micro_batches, sorted({r for r, size in zip(self.averager.owners, sizes) if size})
         )
-        self.module.train()
+        self.switch(True)
         failure = self.run_passes(number, step, sizes, failure)
         flags = self.averager.flags
         flags.errors, flags.stops, flags.saves = int(failure is not None), int(stop), int(save)
@@ -160,6 +160,10 @@ class Engine:
             raise diverged
         self.refresh()
         return result
+
+    def switch(self, training: bool) -> None:
+        """Bring the module into a mode. Local."""
+        self.module.train(training)
 
     def settle(self) -> None:
         """Note that a step has been taken: all that it needs is there, memory too. Local."""
@@ -282,7 +286,7 @@ class Engine:
 
         Else collective over the stages: the last has the outputs, with `everywhere` all have them.
         """
-        self.module.eval()
+        self.switch(False)
         stream = key(self.seed, EVALUATION)
         set_generators(stream >> 1)
         on_device = batch.to(self.topology.device)

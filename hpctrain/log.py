@@ -2,12 +2,15 @@
 
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
 from hpctrain.topology import Topology
 
 LOGGER = logging.getLogger("hpctrain")
+EARLY = 10_000
+"""Lines that are kept for the file, at most."""
 
 
 def prefix(world_rank: int, world_size: int, stage: int = 0, stages: int = 1) -> str:
@@ -33,16 +36,25 @@ class Screen(logging.StreamHandler[TextIO]):
 
 
 def start(topology: Topology) -> None:
-    """Log to standard output: world rank 0 everything, the other ranks warnings. Local."""
+    """Log to standard output: world rank 0 everything, the other ranks warnings. Local.
+
+    What is logged before there is a file is kept for it.
+    """
     LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if topology.world_rank == 0 else logging.WARNING)
     LOGGER.addHandler(_formatted(Screen(), topology))
+    LOGGER.addHandler(MemoryHandler(EARLY, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
 
 
 def to_file(path: Path, topology: Topology) -> None:
-    """Append this rank's lines to the run's log.txt as well. Local."""
-    LOGGER.addHandler(_formatted(logging.FileHandler(path, encoding="utf-8"), topology))
+    """Append this rank's lines to the run's log.txt as well, those of before too. Local."""
+    file = _formatted(logging.FileHandler(path, encoding="utf-8"), topology)
+    for early in [handler for handler in LOGGER.handlers if isinstance(handler, MemoryHandler)]:
+        early.setTarget(file)
+        early.flush()
+        LOGGER.removeHandler(early)
+    LOGGER.addHandler(file)
 
 
 def failed(text: str) -> None:

@@ -28,7 +28,7 @@ from hpctrain.models.deferred import Deferred
 from hpctrain.piece import of_module
 from hpctrain.pipeline import expected, simulate, split
 from hpctrain.pipeline.part import Cut
-from hpctrain.pipeline.pipeline import Pipeline, Tie, every_tensor, take_share, users_of
+from hpctrain.pipeline.pipeline import Pipeline, Share, every_tensor, take_share, users_of
 from hpctrain.pipeline.transport import Transport
 from hpctrain.room import ran_out
 from hpctrain.scales import scales_of, schedules
@@ -107,7 +107,7 @@ def build(
             own = -(-count // topology.replicas)
             kept = most_kept(schedule, topology, pieces, own)
             say(topology, pieces, schedule, own)
-            ties, optimizer = share_of(config, topology, module, deferred, pieces)
+            share, optimizer = share_of(config, topology, module, deferred, pieces)
             again = recomputes(config, pieces, synced)
             every = module.named_parameters(remove_duplicate=False)
             at_once = [p for name, p in every if name in pieces.at_once]
@@ -115,7 +115,7 @@ def build(
             optimizer = groups.build(config.optimizer, module)
     if pieces is not None:  # no rank has failed, so all of them are here
         transport = Transport(topology.comms.pipe, topology.device)
-        pipeline = Pipeline(pieces, transport, ties, again, kept)
+        pipeline = Pipeline(pieces, transport, share.ties, again, kept, share.elsewhere)
     same_start(module, topology.comms.data)
     if pipeline:
         pipeline.refresh()
@@ -172,8 +172,8 @@ def share_of(
     module: torch.nn.Module,
     deferred: Deferred | None,
     model: Cut,
-) -> tuple[list[Tie], torch.optim.Optimizer]:
-    """Keep this rank's stages of a model in pieces; give what several use, and the optimizer. Local.
+) -> tuple[Share, torch.optim.Optimizer]:
+    """Keep this rank's stages of a model in pieces; give them, and the optimizer. Local.
 
     Only now their tensors are made, where the model was built without memory.
     """
@@ -187,8 +187,8 @@ def share_of(
     else:
         module.to(topology.device)
     optimizer = groups.build(config.optimizer, module)  # over all parameters: stages have the same groups
-    own, ties = take_share(module, model, topology.stage, topology.stages)
-    trained = [tie.name for tie in ties if tie.tensor.requires_grad]
+    share = take_share(module, model, topology.stage, topology.stages)
+    trained = [tie.name for tie in share.ties if tie.tensor.requires_grad]
     if trained and config.averaging.invariant:
         raise ConfigError(
             f"averaging.invariant: {trained[0]} is used by several stages, whose gradients are added "
@@ -196,10 +196,10 @@ def share_of(
             f"set parallel.stages = 1 or untie it"
         )
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in own]
-    for parameter in [p for p in optimizer.state if id(p) not in own]:
+        group["params"] = [p for p in group["params"] if id(p) in share.own]
+    for parameter in [p for p in optimizer.state if id(p) not in share.own]:
         del optimizer.state[parameter]
-    return ties, optimizer
+    return share, optimizer
 
 
 def say(topology: Topology, pieces: Cut, schedule: str, micro_batches: int) -> None:

@@ -5,14 +5,15 @@ errors are counted. Evaluation is a program of forwards.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
@@ -41,6 +42,7 @@ from hpctrain.pipeline.schedule import (
 )
 from hpctrain.pipeline.simulate import Span
 from hpctrain.pipeline.stage import Stage, versions_of
+from hpctrain.pipeline.trace import where
 from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.pipeline.unseen import Unseen, needed
 from hpctrain.tensors import tensors_in
@@ -78,6 +80,24 @@ class StagedEngine(Engine):
         self.pipeline.cut.beside("the loss", getattr(self.loss, "loss", self.loss))
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
+        for training in (False, True):
+            self.switch(training)
+
+    def switch(self, training: bool) -> None:
+        """Bring what this rank has of the module into a mode; a layer's own train() may freeze, say. Local.
+
+        Raises ConfigError where a train() needs what other ranks have.
+        """
+        try:
+            with unswitched(self.pipeline.elsewhere):
+                self.module.train(training)
+        except Exception as error:
+            line = where(error, self.module) or f": {type(self.module).__name__}"
+            raise ConfigError(
+                f"train({training}) of the model fails on rank {self.topology.world_rank}, which has a part "
+                f"of it alone{line} ({type(error).__name__}: {error}): let train() of the layer that has the "
+                f"weights do that, or the constructor"
+            ) from None
 
     def places(self) -> Places:
         """Give where weight gradients go, those of copies of other stages' weights too. Local."""
@@ -153,7 +173,7 @@ class StagedEngine(Engine):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
                 rank = self.topology.world_rank
                 note(error, f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {rank}")
-                if "modified by an inplace operation" in str(error):
+                if "modified by an inplace operation" in str(error) and len(stage.kept) > 1:
                     error.add_note(SEVERAL_AT_ONCE)
                 failure = error
             if failure is not None and isinstance(instruction, (Send, SendGradient)):
@@ -317,7 +337,7 @@ class StagedEngine(Engine):
     @torch.no_grad()
     def _forwards(self, batches: list[Batch], use: Callable[[Batch, Any], None]) -> None:
         """Run the program of a few forwards to its end, in name only once this stage has failed."""
-        self.module.eval()
+        self.switch(False)
         pipeline = self.pipeline
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)
@@ -366,3 +386,15 @@ class StagedEngine(Engine):
             stage.forget(v)
         raise_together(self.topology.comms.pipe, None if isinstance(failure, PeerFailedError) else failure)
         pipeline.transport.grow()  # all stages are behind their programs
+
+
+@contextmanager
+def unswitched(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules' own train() do nothing while the body runs: their weights are elsewhere. Local."""
+    for module in modules:
+        vars(module)["train"] = lambda mode=True, module=module: module
+    try:
+        yield
+    finally:
+        for module in modules:
+            del vars(module)["train"]

@@ -1399,3 +1399,53 @@ class Penalised(nn.Module):
 def penalised_row(in_features: int, out_features: int, of: str) -> nn.Sequential:
     middle = nn.Unflatten(1, (4, 8)), Penalised(of), nn.Flatten(1)
     return nn.Sequential(nn.Linear(in_features, 32), *middle, nn.Linear(32, out_features))
+
+
+class Freezes(nn.Linear):
+    """A layer that freezes its bias by its own train()."""
+
+    def train(self, mode: bool = True):
+        self.bias.requires_grad_(False)
+        return super().train(mode)
+
+
+def switching_row(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, 16), nn.Tanh(), Freezes(16, 16), nn.Linear(16, out_features))
+
+
+class Switching(nn.Module):
+    """A model whose train() freezes a part of the second stage."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b = nn.Linear(in_features, 16), nn.Linear(16, out_features)
+
+    def train(self, mode: bool = True):
+        self.b.bias.requires_grad_(False)
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Lists(nn.Module):
+    """Lists its layers; with `skips` its forward adds what they leave out, with `asks` it looks at numbers."""
+
+    def __init__(self, in_features: int, out_features: int, skips: bool = False, asks: bool = False):
+        super().__init__()
+        self.first, self.drop, self.out = (
+            nn.Linear(in_features, 16),
+            nn.Dropout(0.5),
+            nn.Linear(16, out_features),
+        )
+        self.inner, self.skips, self.asks = nn.Linear(16, 16), skips, asks
+
+    def layers(self):
+        return [self.first, self.drop, self.inner, self.out]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x.reshape(len(x), -1))
+        found = self.inner(self.drop(h))
+        if self.asks and float(found.sum()) > 1e9:
+            found = -found
+        return self.out(found + h if self.skips else found)

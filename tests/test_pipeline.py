@@ -473,6 +473,32 @@ def test_a_tensor_in_several_places_stays_one(world, build, schedule, recompute,
 
 
 @pytest.mark.mpi
+def test_a_mode_that_reaches_for_other_stages_is_refused(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    what = r"train\(False\) of the model fails on rank 0, which has a part of it alone: \(Switching\), stage_models.py"
+    with pytest.raises(ConfigError, match=what) as raised:
+        build("Switching", 2, micro_batches=4, cuts=["b"])
+    assert "let train() of the layer that has the weights do that" in str(raised.value)
+    job = build("switching_row", 2, micro_batches=4)
+    has_bits_of_one_process(world, job, "switching_row")
+
+
+@pytest.mark.mpi
+def test_listed_layers_must_do_what_the_forward_does(world, build, caplog):
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build("Lists", 2, micro_batches=4), "Lists")
+    what = r"Lists would be another model in stages.*: its forward computes add of shape \(\d, 16\), which layers\(\) leaves out"
+    with pytest.raises(ConfigError, match=what):
+        build("Lists", 2, micro_batches=4, arguments={"skips": True})
+    caplog.clear()
+    with caplog.at_level("WARNING", LOGGER.name):
+        build("Lists", 2, micro_batches=4, arguments={"asks": True})
+    assert any("Lists.layers() lists, not its forward; whether that is alike" in m for m in caplog.messages)
+
+
+@pytest.mark.mpi
 def test_what_is_sent_may_be_changed_at_once(world, build):
     """A buffer that the next micro-batch's forward changes, in the first step, where messages carry it."""
     if world.size != 2:

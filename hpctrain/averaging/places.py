@@ -34,7 +34,7 @@ class Places:
         self._views = [torch.empty(0)] * len(self.named)
         self._fresh = [True] * len(self.named)
         self._handed: list[torch.Tensor | None] = [None] * len(self.named)
-        """What stands as each parameter's `.grad`: the view, with a count of its own of what is added to it."""
+        """What stands as each parameter's `.grad`: the view, which counts by itself what is added to it."""
         self._slot = -1
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self.ready, p))  # type: ignore[no-untyped-call]

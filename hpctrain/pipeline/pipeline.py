@@ -115,13 +115,15 @@ class Pipeline:
         ties: Sequence[Tie] = (),
         recomputes: bool = False,
         kept: int = 1,
+        elsewhere: Sequence[nn.Module] = (),
     ) -> None:
         """Take the model in pieces, what carries messages, and what several stages use.
 
-        `recomputes`: stages let the graphs of their forwards go, and make them again for backward; `kept`:
-        the most micro-batches that are on their way at once.
+        `elsewhere`: modules all of whose tensors other ranks have; `recomputes`: stages let the graphs of
+        their forwards go, and make them again for backward; `kept`: the most micro-batches that are on their
+        way at once.
         """
-        self.kept = kept
+        self.kept, self.elsewhere = kept, elsewhere
         self.cut, self.transport, self.ties = cut, transport, ties
         self.rank, self.ranks = transport.comm.rank, transport.comm.size
         self.virtual = cut.stages // self.ranks
@@ -262,8 +264,20 @@ def users_of(module: nn.Module, cut: Cut) -> dict[str, list[int]]:
     return {name: sorted(stages or {0}) for name, stages in users.items()}
 
 
-def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[int], list[Tie]]:
-    """Leave in the module what this rank's stages own; gives the ids of its parameters, and the ties. Local.
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of a model."""
+
+    own: set[int]
+    """Ids of the parameters and buffers of its own."""
+    ties: list[Tie]
+    """What several stages use."""
+    elsewhere: list[nn.Module]
+    """Modules all of whose parameters and buffers other ranks have."""
+
+
+def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
+    """Leave in the module what this rank's stages own. Local.
 
     Tensors that later stages of a tie use stay in their modules as plain attributes: no parameter
     to train or to store, but there for the forward.
@@ -298,6 +312,9 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[
     if any(map(hooked, module.parameters())):  # which may look at what no operator uses
         used = {id(by_name[name]) for at in range(cut.stages) for name in cut.tensors(at)}
         copies |= {id(t): t for _, t in everything if id(t) not in used | mine}
+    here_too = mine | copies.keys()
+    tensors = {inner: [id(t) for _, t in every_tensor(inner)] for inner in module.modules()}
+    elsewhere = [inner for inner, ids in tensors.items() if ids and here_too.isdisjoint(ids)]
     for _, owner in list(module.named_modules()):
         for kept in (owner._parameters, owner._buffers):
             for name, value in list(kept.items()):
@@ -309,5 +326,5 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> tuple[set[
                 else:
                     kept[name] = None
     if hasattr(cut, "adopt"):
-        cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in mine or id(t) in copies})
-    return mine, ties
+        cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in here_too})
+    return Share(mine, ties, elsewhere)

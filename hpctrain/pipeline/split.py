@@ -19,7 +19,8 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline.calls import Calls
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.graph import Graph
-from hpctrain.pipeline.layers import Layers, layers_of
+from hpctrain.pipeline.layers import Layers, in_a_row, layers_of
+from hpctrain.pipeline.listed import refuse_others
 from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.trace import UnwritableError
 
@@ -46,7 +47,11 @@ def write(
         )
     found = layers_of(module)
     if found is not None and len(inputs) == 1:
-        return Layers(found, next(iter(inputs.values())), stages)
+        value = next(iter(inputs.values()))
+        if not in_a_row(module):
+            with around():
+                refuse_others(module, [name for name, _ in found], value)
+        return Layers(found, value, stages)
     try:
         graph = Graph(module, inputs, named, stages, around)
     except UnwritableError:

@@ -41,6 +41,7 @@ def test_a_run_writes_what_others_read(launcher, small, tmp_path):
     )
     log = (run / "log.txt").read_text()
     assert all(line.startswith("r0/3 | ") for line in log.splitlines())
+    assert set(log.splitlines()) >= {line for line in ended.out.splitlines() if line.startswith("r0/3 | ")}
     assert re.search(
         r"memory of a node: weights 0\.\d+ MiB, gradients 0\.\d+ MiB, optimizer 0\.\d+ MiB, between nodes 0.0 MiB, act",
         log,
