@@ -234,6 +234,11 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
     torch.set_num_threads(topology.threads)
     asked = config.parallel.micro_batches
     count = topology.replicas * wanted(topology, train.batch) if asked == "auto" else asked
+    if count > max(train.batch, topology.replicas) and not topology.world_rank:
+        LOGGER.warning(
+            "parallel.micro_batches = %d for train.batch = %d leaves %d micro-batches of each step empty",
+            *(count, train.batch, count - train.batch),
+        )
     with together(world):
         check_invariant(config, topology.replicas)
         check_classes(config)

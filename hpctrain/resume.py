@@ -107,7 +107,7 @@ def different(run: RunFolder, lines: list[str]) -> str:
     return (
         f"{run.path} holds a run with another configuration:\n  "
         + "\n  ".join(lines)
-        + "\ntake these values to go on with it, or --train.run_folder NEW to start afresh"
+        + "\ngo on with the values that the run has, or --train.run_folder NEW to start afresh"
     )
 
 

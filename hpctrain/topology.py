@@ -77,7 +77,7 @@ def layout_error(size: int, stages: int) -> str:
     ranks = " or ".join(f"-n {count}" for count in sorted({fewer, more}) if count)
     return (
         f"parallel.stages = {stages} does not divide the {size} ranks that MPI started: "
-        f"run with {ranks}, or set parallel.stages = {near}"
+        f"run with mpirun {ranks}, or set parallel.stages = {near}"
     )
 
 

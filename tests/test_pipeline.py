@@ -499,6 +499,44 @@ def test_listed_layers_must_do_what_the_forward_does(world, build, caplog):
 
 
 @pytest.mark.mpi
+def test_a_stages_replicas_share_the_optimizers_state(world, build):
+    """With the same bits as where each has all of it, in half the memory."""
+    if world.size != 4:
+        pytest.skip("two replicas of two stages")
+    found = {}
+    for sharded in (False, True):
+        optimizer = Optimizer("torch.optim.AdamW", {"lr": 0.01}, sharded=sharded)
+        job = build("plain_row", 2, micro_batches=6, optimizer=optimizer)
+        losses = run(job, 4, clip=0.05)
+        node = job.topology.comms.node
+        size = node.allreduce(job.averager.memory()["optimizer"])
+        found[sharded] = losses, {n: v.clone() for n, v in tensors_of(job.engine.module).items()}, size
+    assert found[True][0] == found[False][0]
+    assert all(torch.equal(v, found[False][1][n]) for n, v in found[True][1].items())
+    assert found[True][2] < 0.6 * found[False][2]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "gpipe"])
+@pytest.mark.parametrize("model", ["Skips", "plain_row"])
+def test_each_layer_runs_forward_once_a_micro_batch(world, build, model, schedule, monkeypatch):
+    """No forward is hidden: not for BatchNorm's statistics, nor for what weight gradients need."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    calls, norm = [], functional.batch_norm
+    monkeypatch.setattr(functional, "batch_norm", lambda *x, **y: calls.append(1) or norm(*x, **y))
+    job = build(model, world.size, micro_batches=4, schedule=schedule, recompute="never")
+    leaves = [m for m in job.engine.module.modules() if not [*m.children()]]
+    for leaf in leaves if model == "plain_row" else []:
+        leaf.register_forward_hook(lambda *_: calls.append(1))
+    run(job, 2)
+    calls.clear()
+    run(job, 1)
+    once = len(leaves) if model == "plain_row" else 1  # by operators the BatchNorm alone is called
+    assert world.allreduce(len(calls)) == 4 * once
+
+
+@pytest.mark.mpi
 def test_what_is_sent_may_be_changed_at_once(world, build):
     """A buffer that the next micro-batch's forward changes, in the first step, where messages carry it."""
     if world.size != 2:
@@ -1546,7 +1584,7 @@ def test_cuts_where_the_user_says(world, build):
     for cuts, text in (
         (["nowhere"], "parallel.cuts: nowhere is not among the layers 0, 1, 2"),
         (["00"], "among the layers 0, 1, 2.*: did you mean 0\\?"),
-        (["0"], "parallel.cuts: 0 does not come behind the cut before it"),
+        (["0"], "parallel.cuts: 0 is the first of the layers: stage 0 begins there anyway"),
         (["1", "2"], "names 2 cuts, 2 stages need 1"),
     ):
         with pytest.raises(ConfigError, match=text):

@@ -72,7 +72,7 @@ def test_two_nodes_two_stages_as_drawn():
 def test_stages_that_do_not_divide():
     with pytest.raises(
         ConfigError,
-        match=r"parallel.stages = 4 does not divide the 6 ranks .* run with -n 4 or -n 8, or set .* = 3",
+        match=r"parallel.stages = 4 does not divide the 6 ranks .* run with mpirun -n 4 or -n 8, or set .* = 3",
     ):
         lay_out(["a"] * 6, 4)
 

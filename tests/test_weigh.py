@@ -139,7 +139,9 @@ def test_layers_are_cut_by_their_time(world, even):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = split.cut(model, {"x": x}, False, 2, [], scales(world))
     assert found.ranges in ([(0, at), (at, 7)] for at in (4, 5, 6))
-    assert found.choice.said[0].startswith("the model is cut by measured times: the estimate's is ")
+    assert found.choice.said[0].startswith(
+        "the model is cut by measured times: cut by the numbers of weights or operators it would be "
+    )
     assert [work.forward > NAP for work in found.choice.passes] == [True, True]
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -198,7 +200,7 @@ def test_memory_moves_the_cut_warns_and_refuses(world, even, solid):
     assert cut([90, 90]).parts == [(0, 2), (2, 4)]
     assert not cut([90, 90]).said
     assert cut([89, 200]).parts == [(0, 1), (1, 4)]
-    assert "the estimate's would not fit" in cut([89, 200]).said[0]
+    assert "operators it would not fit" in cut([89, 200]).said[0]
     assert cut([90, 200], kept=(2, 1)).parts == [(0, 1), (1, 4)]
     assert cut([60, 60], aside=30).parts == [(0, 2), (2, 4)]
     assert (
@@ -461,7 +463,7 @@ def test_a_backward_that_is_dear_to_split_stays_whole(world, even):
     found = choose(2, [1] * 4, [Held(0)] * 4, pieces, asked)
     assert found.at_once == [0, 3]
     assert [(work.input_gradient, work.weight_gradient) for work in found.passes] == [(3.0, 1.0)] * 2
-    assert "of 4 pieces of the model 2 compute all their gradients at once" in found.said[-1]
+    assert "2 of 4 pieces of the model are dear to split: their weight gradients wait in" in found.said[-1]
     asked.micro_batches = 1
     assert choose(2, [1] * 4, [Held(0)] * 4, pieces, asked).at_once == []
 

@@ -186,7 +186,8 @@ def fitted(
         best = guess
     else:
         gain = load.slowest(guess) / load.slowest(best)
-        why = f"the estimate's is {gain:.2f} times as slow" if fits else "the estimate's would not fit"
+        other = "cut by the numbers of weights or operators it"
+        why = f"{other} would be {gain:.2f} times as slow" if fits else f"{other} would not fit"
         said.append(f"the model is cut by measured times: {why}")
     if len(set(load.speeds)) > 1:
         said.append(f"ranks differ: speeds of the stages {', '.join(f'{s:.2f}' for s in load.speeds)}")

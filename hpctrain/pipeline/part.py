@@ -158,6 +158,11 @@ def begins(cuts: list[str], owners: list[str], what: str) -> list[tuple[int, int
             known = [owner for owner in dict.fromkeys(owners) if owner]
             levels = [accumulate(owner.split("."), "{}.{}".format) for owner in known]
             near = difflib.get_close_matches(name, dict.fromkeys(chain(*levels)), 1) if at < 0 else []
+            if at == edges[-1] == 0:
+                raise ConfigError(
+                    f"parallel.cuts: {name} is the first of the {what}: stage 0 begins there anyway, so name "
+                    f"where the stages behind it begin"
+                )
             why = "is not among" if at < 0 else "does not come behind the cut before it among"
             raise ConfigError(
                 f"parallel.cuts: {name} {why} the {what} {', '.join(known[:12])}"

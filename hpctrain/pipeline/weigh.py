@@ -80,8 +80,8 @@ def choose(
         best.said.append(f"the schedule is {best.schedule}, simulated with the pieces' times: {by}")
     if at_once:
         best.said.append(
-            f"of {len(pieces)} pieces of the model {len(at_once)} compute all their gradients at once, "
-            f"but in a step's last micro-batches: to let those of the weights wait would take longer"
+            f"{len(at_once)} of {len(pieces)} pieces of the model are dear to split: their weight gradients "
+            f"wait in a step's last micro-batches alone"
         )
     best.at_once, best.shared, best.ranks = at_once, shared, scales.ranks
     best.works, best.pieces = profile.works, count

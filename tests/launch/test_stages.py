@@ -10,6 +10,16 @@ from conftest import losses, rows
 from test_resume import same_bits, weights
 
 
+@pytest.mark.parametrize("stages", [2, 3])
+def test_six_ranks_in_both_ways(launcher, small, stages):
+    """3 replicas of 2 stages and 2 of 3, the optimizer's state in parts on the replicas of each stage."""
+    ended = launcher.ranks(
+        6, "verify", "small.toml", "--parallel.stages", stages, "--optimizer.sharded", "true"
+    )
+    assert ended.status == 0, ended.text
+    assert f"equal: 3 steps of {6 // stages} replicas x {stages} stages against 1 x 1" in ended.out
+
+
 def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
     """4 stages, then 2, 1, 3 and 2 x 2; one replica has the bits of one process throughout."""
     words = ["train", "small.toml", "--parallel.micro_batches", "4", "--data.validation", "0.2"]
@@ -67,7 +77,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(launcher, small):
     for stages, text in (
         (
             "3",
-            "parallel.stages = 3 does not divide the 4 ranks that MPI started: run with -n 3 or -n 6, or set",
+            "parallel.stages = 3 does not divide the 4 ranks that MPI started: run with mpirun -n 3 or -n 6, or set",
         ),
         ("0", "parallel.stages = 0: at least 1 was expected"),
     ):
