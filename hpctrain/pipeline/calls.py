@@ -32,7 +32,7 @@ VIEWS = ("T", "mT", "H", "mH", "real", "imag")
 
 
 class Calls(Layers):
-    """A model as calls of its modules; a stage makes those from one cut to the next."""
+    """A model as calls of its modules; a stage makes those from one cut to the next. Local, as `Cut` says."""
 
     def __init__(
         self,

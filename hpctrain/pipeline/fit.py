@@ -28,7 +28,7 @@ MESSAGES = 4
 
 @dataclass(frozen=True)
 class Load:
-    """What pieces cost, and what stages can take, for one schedule and one way to run the backward passes."""
+    """What pieces cost, and what stages can take, for one schedule and way to run backward passes. Pure."""
 
     costs: list[float]
     """Seconds of each piece."""

@@ -105,7 +105,7 @@ def refusal(root: nn.Module, why: str) -> ConfigError:
 
 
 class Follower(fx.Tracer):
-    """Follows the forwards of modules with a cut inside."""
+    """Follows the forwards of modules with a cut inside. Local. Raises TraceError for what it can't."""
 
     proxy_buffer_attributes = True
 

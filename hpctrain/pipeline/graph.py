@@ -30,7 +30,7 @@ from hpctrain.pipeline.weigh import choose, used_once
 
 
 class Graph:
-    """A model as operators; a stage runs some of them, with the model's own parameters."""
+    """A model as operators; a stage runs some, with the model's own parameters. Local, as `Cut` says."""
 
     def __init__(
         self,

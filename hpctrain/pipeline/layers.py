@@ -23,7 +23,10 @@ from hpctrain.tensors import changed_once, tensors_in
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
-    """Give a model's layers by name where each takes what the one before gave; None where unknown."""
+    """Give a model's layers by name where each takes what the one before gave; None where unknown. Local.
+
+    Raises ConfigError for `layers()` that list no submodules, or leave a parameter out.
+    """
     names = {id(m): name for name, m in module.named_modules()}
     layers: Any = getattr(module, "layers", None)
     if callable(layers) and not isinstance(layers, nn.Module) and not has_hooks(module):
@@ -65,7 +68,7 @@ FORWARDS = 3
 
 
 class Layers:
-    """Layers in a row; a stage runs some of them."""
+    """Layers in a row; a stage runs some of them. Local, as `Cut` says."""
 
     def __init__(self, layers: list[tuple[str, nn.Module]], value: Any, stages: int) -> None:
         """Take the layers by name, and what the first one gets."""

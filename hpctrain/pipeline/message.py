@@ -40,7 +40,7 @@ SHARES = "_shares_memory_with_others"
 
 @dataclass(frozen=True)
 class Layout:
-    """What a message holds besides the bytes of its tensors."""
+    """What a message holds besides the bytes of its tensors. All is local; nothing changes it."""
 
     leaves: tuple[Any, ...]
     """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line, without gaps, with others in one

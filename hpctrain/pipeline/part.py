@@ -42,7 +42,7 @@ class Part:
 
 
 class Cut(Protocol):
-    """A model in stages."""
+    """A model in stages. All is local, but for `place` with scales."""
 
     stages: int
     """In all; `place` may choose to have several a rank."""
@@ -147,6 +147,8 @@ def refuse_loops(cuts: list[str], ranges: list[tuple[int, int]], nodes: list[fx.
 
 def begins(cuts: list[str], owners: list[str], what: str) -> list[tuple[int, int]]:
     """Find where named modules begin, in order; gives each stage's (start, stop). Pure.
+
+    Raises ConfigError for a name that is none of them, or does not come behind the one before.
 
     >>> begins(["b"], ["a", "a", "b.0", "c"], "layers")
     [(0, 2), (2, 4)]

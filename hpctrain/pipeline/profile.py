@@ -47,7 +47,7 @@ ALIKE = 1.25
 
 @dataclass(frozen=True)
 class Work:
-    """What a piece costs for one micro-batch, on the rank that measured it."""
+    """What a piece costs for one micro-batch, on the rank that measured it. Pure."""
 
     forward: float
     """Seconds."""

@@ -1,4 +1,4 @@
-"""A schedule is a generator of instructions; the engine runs it and knows nothing else.
+"""A schedule is a generator of instructions; the engine runs it and knows nothing else. All here is pure.
 
 F forward, B backward, of which I is the gradient of the stage's input and W that of its weights, each of
 one micro-batch; 4 stages (rows), micro-batches 0 1 2 3, time to the right, B = I + W as long as two F:

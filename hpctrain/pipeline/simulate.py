@@ -1,4 +1,4 @@
-"""Runs a pipeline's programs dry: deadlock, order, bubble, kept activations, picture. Pure.
+"""Runs a pipeline's programs dry: deadlock, order, bubble, kept activations, picture. All here is pure.
 
 Every rank walks through its own program at once. A pass takes its cost, a message the time of its wire,
 one behind the other; a receive waits for it. Who waits for something that nobody will send is a deadlock.

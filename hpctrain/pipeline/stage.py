@@ -81,7 +81,7 @@ class _Begin(torch.autograd.Function):
 
 
 class Stage:
-    """One stage of a model in pieces, on this rank."""
+    """One stage of a model in pieces, on this rank. Local, but waits for others where it receives."""
 
     def __init__(self, cut: Cut, stage: int, transport: Transport, recomputes: bool = False) -> None:
         """Take the model in pieces, the number of the stage and what carries messages.
@@ -138,7 +138,10 @@ class Stage:
         raise_first(failures)
 
     def forward(self, v: int, part: Part, inputs: Env, stream: int) -> Any:
-        """Run the part; gives the model's output on the last stage. Local."""
+        """Run the part; gives the model's output on the last stage. Local.
+
+        Raises ConfigError where it changes what another stage uses, too.
+        """
         kept = self.kept.setdefault(v, Kept())
         env = {name: value for values in kept.received.values() for name, value in values.items()}
         given = {**{input_of(name): value for name, value in inputs.items()}, **env}

@@ -73,7 +73,7 @@ class Ready:
 
 
 class Transport:
-    """The stages of one replica, talking to one another."""
+    """The stages of one replica, talking to one another. Local where not said to be collective; may wait."""
 
     def __init__(self, pipe: MPI.Intracomm, device: str, plain: bool = False) -> None:
         """Take the ranks of the stages. Collective.
