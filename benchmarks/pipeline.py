@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/pipeline.py [--ranks 2 4] [--hosts] [--output docs]
 One node with and without cross-memory attach (containers forbid it), and with --hosts (as root, on Linux) two
-virtual hosts joined by a link without and with a limit of 1 Gbit/s. Some ten minutes on 2 cores.
+virtual hosts joined by a link without and with a limit of 1 Gbit/s. Some fifteen minutes on 2 cores.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
     asked.output.mkdir(parents=True, exist_ok=True)
     found = {}
     for ranks in asked.ranks:
-        rows = measured("pipeline", mpirun(ranks), CASES if ranks == 2 else SHORT)
+        rows = measured("pipeline", mpirun(ranks), CASES)
         found |= told(f"{ranks} ranks", rows)
     rows = measured("pipeline", mpirun(2), SHORT, OMPI_MCA_smsc="^cma")
     found |= told("2 ranks, no cross-memory attach", rows)
