@@ -45,11 +45,15 @@ class DriftError(HpctrainError):
     """Replicas that must hold the same bits hold different ones."""
 
 
+Own = tuple[str, str, dict[str, bool | int | float | str]]
+"""Module and name of an error's class, and its plain attributes."""
+
+
 class RankError(HpctrainError):
     """A rank failed with an error of the user's code or of a library; the text is its traceback."""
 
-    own: tuple[str, str] | None = None
-    """Module and name of that error's class, if it has come from another rank."""
+    own: Own | None = None
+    """What is known of that error, if ranks have agreed on it."""
 
     def __new__(cls, *text: str) -> "RankError":
         """Take the text alone: a class that this one is joined with may ask for more."""

@@ -3,13 +3,13 @@
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from mpi4py import MPI
 
 from hpctrain import errors
-from hpctrain.errors import HpctrainError, RankError
+from hpctrain.errors import HpctrainError, Own, RankError
 
 T = TypeVar("T")
 NOT_RAISED = (StopIteration, StopAsyncIteration)
@@ -46,7 +46,7 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
     Where every rank failed (a wrong configuration, say) the name is left out, and where ranks of `comm`
     agreed on it before it is not named again. Does nothing where no rank failed. An `HpctrainError` keeps
     its class (and exit status); any other exception becomes a `RankError` that is also of its class, where a
-    rank knows that, and whose text is the traceback of the failing rank.
+    rank knows that, with its plain attributes, and whose text is the traceback of the failing rank.
     """
     first = comm.allreduce(comm.size if failure is None else comm.rank, op=MPI.MIN)
     if first == comm.size:
@@ -56,23 +56,28 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
     kind, own, text, named, rank = comm.bcast(mine, first)
     if comm.size > 1 and name_rank and alone and not named:
         text, named = f"rank {rank} of {MPI.COMM_WORLD.size}: {text}", True
-    error = also(*own)(text) if own else getattr(errors, kind)(text)
+    error = also(*own[:2])(text) if own else getattr(errors, kind)(text)
     error.named = named
     if isinstance(error, RankError):
         error.own = own
+        for name, value in own[2].items() if own else ():
+            with suppress(Exception):  # of a class that is not here, or refuses it
+                setattr(error, name, value)
     error.agreed, error.agreed_on = True, comm
     raise error from (failure if comm.rank == first else None)
 
 
-def describe(failure: Exception) -> tuple[str, tuple[str, str] | None, str, bool, int]:
-    """Give the class of ours, module and name of another, text, whether a rank is named, and this rank."""
+def describe(failure: Exception) -> tuple[str, Own | None, str, bool, int]:
+    """Give the class of ours, what is known of another, text, if a rank is named, and this rank. Local."""
     rank = MPI.COMM_WORLD.rank
     if isinstance(failure, HpctrainError):
         ours = (kind for kind in type(failure).__mro__ if getattr(errors, kind.__name__, None) is kind)
         return next(ours).__name__, getattr(failure, "own", None), str(failure), failure.named, rank
     kind = type(failure)
     text = "".join(traceback.format_exception(failure)).rstrip()
-    return "RankError", (kind.__module__, kind.__qualname__), text, False, rank
+    told = {name: getattr(failure, name, None) for name in ("errno", "strerror", "filename")} | vars(failure)
+    plain = {name: value for name, value in told.items() if isinstance(value, (bool, int, float, str))}
+    return "RankError", (kind.__module__, kind.__qualname__, plain), text, False, rank
 
 
 def also(module: str, name: str) -> type[RankError]:

@@ -71,6 +71,8 @@ def test_a_users_exception_is_one_of_its_class_on_all_ranks(world, error):
     assert isinstance(caught.value, RankError)
     assert caught.value.agreed
     assert all(text == str(caught.value) for text in world.allgather(str(caught.value)))
+    for name in ("errno", "strerror", "shape"):  # of OSError and OwnError
+        assert getattr(caught.value, name, None) == getattr(error, name, None)
 
 
 # one that bears the name of one of ours

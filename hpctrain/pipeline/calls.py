@@ -48,7 +48,7 @@ class Calls(Layers):
         `named`: forward gets its inputs by name. Raises ConfigError where they can't be followed or cut.
         """
         own = own_names(module, cuts)
-        modes = {mode: Followed(module, list(inputs), named, mode, own, around) for mode in (False, True)}
+        modes = {mode: Followed(module, list(inputs), named, mode, own, around) for mode in (True, False)}
         self._followed = modes
         super().__init__([("", Segment(modes, stage)) for stage in range(stages)], dict(inputs), stages)
         self.shown = [next(iter(self.names(stage)), "the model") for stage in range(stages)]
