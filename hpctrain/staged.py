@@ -390,9 +390,9 @@ class StagedEngine(Engine):
 
 @contextmanager
 def unswitched(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let modules' own train() do nothing while the body runs: their weights are elsewhere. Local."""
+    """Let modules whose weights are elsewhere switch as torch does while the body runs. Local."""
     for module in modules:
-        vars(module)["train"] = lambda mode=True, module=module: module
+        vars(module)["train"] = partial(nn.Module.train, module)
     try:
         yield
     finally:
