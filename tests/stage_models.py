@@ -1393,7 +1393,7 @@ class Penalised(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.count += self.training
         x = self.inner(x)
-        return x + getattr(self.inner, self.of).square().mean() if self.count > 10 else x
+        return x + getattr(self.inner, self.of).square().sum() if self.count > 10 else x
 
 
 def penalised_row(in_features: int, out_features: int, of: str) -> nn.Sequential:
