@@ -1362,6 +1362,12 @@ def doubling_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(ends[0], Doubling(), Undoubling(), nn.Linear(16, 16), ends[1])
 
 
+def around(in_features: int, inner: nn.Module, out_features: int) -> nn.Sequential:
+    """A row with a layer of 4 channels of 8 in its middle."""
+    ends = nn.Linear(in_features, 32), nn.Linear(32, out_features)
+    return nn.Sequential(ends[0], nn.Unflatten(1, (4, 8)), inner, nn.Flatten(1), ends[1])
+
+
 class FreezingLater(nn.Module):
     """A convolution whose bias is frozen behind the first step of five micro-batches, called `times`."""
 
@@ -1379,8 +1385,7 @@ class FreezingLater(nn.Module):
 
 
 def freezing_row(in_features: int, out_features: int, times: int) -> nn.Sequential:
-    middle = nn.Unflatten(1, (4, 8)), FreezingLater(times), nn.Flatten(1)
-    return nn.Sequential(nn.Linear(in_features, 32), *middle, nn.Linear(32, out_features))
+    return around(in_features, FreezingLater(times), out_features)
 
 
 class Penalised(nn.Module):
@@ -1397,8 +1402,7 @@ class Penalised(nn.Module):
 
 
 def penalised_row(in_features: int, out_features: int, of: str) -> nn.Sequential:
-    middle = nn.Unflatten(1, (4, 8)), Penalised(of), nn.Flatten(1)
-    return nn.Sequential(nn.Linear(in_features, 32), *middle, nn.Linear(32, out_features))
+    return around(in_features, Penalised(of), out_features)
 
 
 class Freezes(nn.Linear):

@@ -82,6 +82,8 @@ def test_the_stages_of_your_own_model(launcher, folder):
     assert "equal: 3 steps of 1 replicas x 2 stages against 1 x 1" in said[2]
     assert "2 replicas x 2 stages" in said[4]
     assert "2 replicas x 1 stages" in said[5]
+    log = (folder / "runs" / "unet" / "log.txt").read_text()
+    assert log.count("expected of each stage") == 2, "said before there was a run folder"
     with h5py.File(folder / "clean.h5") as file:
         assert file["clean"].shape == (40, 1, 32, 32)
     assert (folder / "unet.safetensors").is_file()
