@@ -1,6 +1,6 @@
 """Tensors in trees, what memory they share, and a look at every operator that makes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,17 @@ def changed_once(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:
         return done[id(tensor)][1]
 
     return _pytree.tree_map_only(torch.Tensor, once, tree)
+
+
+def firsts(leaves: Sequence[Any]) -> list[int]:
+    """Give for each leaf the number of the first one that is the same object. Pure.
+
+    >>> one, other = object(), object()
+    >>> firsts([one, other, one])
+    [0, 1, 0]
+    """
+    seen: dict[int, int] = {}
+    return [seen.setdefault(id(leaf), at) for at, leaf in enumerate(leaves)]
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -25,6 +25,7 @@ from hpctrain.errors import HpctrainError
 from hpctrain.node_memory import LINE
 from hpctrain.pipeline.raw import Raw
 from hpctrain.pipeline.slots import lines
+from hpctrain.tensors import firsts
 
 CROSSING = (
     "tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut elsewhere "
@@ -265,10 +266,9 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
         ) from None
     listed: list[Any] = []
     parts: list[Raw] = []
-    seen: dict[int, int] = {}
-    for at, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and seen.setdefault(id(leaf), at) != at:
-            listed.append(("s", seen[id(leaf)]))
+    for at, (leaf, first) in enumerate(zip(leaves, firsts(leaves))):
+        if isinstance(leaf, torch.Tensor) and first != at:
+            listed.append(("s", first))
         elif isinstance(leaf, torch.Tensor):
             own = [name for name in vars(leaf) if not (name.startswith("_") or name == "persistent")]
             if type(leaf) is not nn.Parameter and (type(leaf) is not torch.Tensor or own):  # not nn.Buffer's

@@ -22,7 +22,7 @@ from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import BACKWARD, FORWARD, KINDS, PeerFailedError, Transport
-from hpctrain.tensors import changed_once, tensors_in
+from hpctrain.tensors import changed_once, firsts, tensors_in
 
 
 @dataclass
@@ -295,12 +295,6 @@ def raise_first(failures: list[Exception]) -> None:
     """Raise the first failure of this rank's own, else one of another's, if there is any. Local."""
     for failure in sorted(failures, key=lambda failure: isinstance(failure, PeerFailedError)):
         raise failure
-
-
-def firsts(leaves: list[Any]) -> list[int]:
-    """Give for each leaf the number of the first one that is the same object. Pure."""
-    seen: dict[int, int] = {}
-    return [seen.setdefault(id(leaf), at) for at, leaf in enumerate(leaves)]
 
 
 def versions_of(given: Any) -> list[int]:
