@@ -19,6 +19,7 @@ from mpi4py import MPI
 from hpctrain.averaging import groups, sync_norm
 from hpctrain.batch import broadcast
 from hpctrain.config import ClassPath, Config
+from hpctrain.data import order
 from hpctrain.engine import precision
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.hidden import hidden
@@ -104,7 +105,7 @@ def build(
             schedule = pieces.choice.schedule or schedules(config, synced)[0]
             if config.parallel.schedule == "auto" and trains and not pieces.choice.schedule:
                 LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
-            own = -(-count // topology.replicas)
+            own = order.most_working(topology.replicas, count, config.train.batch)
             kept = most_kept(schedule, topology, pieces, own)
             say(topology, pieces, schedule, own)
             share, optimizer = share_of(config, topology, module, deferred, pieces)

@@ -38,7 +38,7 @@ def scales_of(
     if topology.device != "cpu":
         return None
     node = topology.comms.node
-    own = -(-count // topology.replicas)
+    own = order.most_working(topology.replicas, count, config.train.batch)
     # inputs and targets, about as much again, of the steps that are read ahead and of the one that runs
     read = 2 * (AHEAD + 1) * own * sum(x.nbytes for x in inputs.values())
     at_stage = world.allgather(topology.stage)

@@ -77,6 +77,8 @@ class StagedEngine(Engine):
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
+        self._without: list[int] = []
+        """Micro-batches without samples that have not joined yet."""
         self.pipeline.cut.beside("the loss", getattr(self.loss, "loss", self.loss))
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
@@ -128,13 +130,14 @@ class StagedEngine(Engine):
         mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
         working = [v for v in mine if sizes[v]]
         self._last_backward = working[-1] if working else -1
+        self._without = [v for v in mine if not sizes[v]]
         self._joining.clear()
         self._losses.clear()  # of a step that failed
         for stage in pipeline.stages:
             stage.kept.clear()
-        every = [*program(self.schedule, pipeline.rank, pipeline.ranks, mine, pipeline.virtual)]
+        every = [*program(self.schedule, pipeline.rank, pipeline.ranks, working, pipeline.virtual)]
         # nobody waits for the first stage
-        late = behind(i for i in every if sizes[i.micro_batch]) if pipeline.rank else set[int]()
+        late = behind(every) if pipeline.rank else set[int]()
         self.straight.begin(len(working), waits=pipeline.rank > 0, behind=late)
         pipeline.copies.begin()
         pipeline.transport.begin(pipeline.kept)
@@ -152,10 +155,6 @@ class StagedEngine(Engine):
         self._splits = splits and self.averager.growing is None
         for instruction in every:
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
-            if not sizes[v]:
-                if isinstance(instruction, (Backward, BackwardInput)) and not instruction.virtual:
-                    self.averager.joined(v, 0.0, 0.0)
-                continue
             part = parts[stage, v]
             pipeline.transport.watch.doing(instruction, stage.stage)
             if failure is not None:
@@ -180,6 +179,8 @@ class StagedEngine(Engine):
                 stage.fail(instruction, part)  # nothing of it has left; a receive took all
             if self._spans is not None and isinstance(instruction, PASSES):
                 self._spans.append(Span(stage.stage, instruction, began, time.perf_counter()))
+        if failure is None:
+            self._join_without(len(sizes))
         pipeline.collect(self.averager.add)
         pipeline.transport.finish()
         pipeline.transport.watch.doing()
@@ -308,8 +309,15 @@ class StagedEngine(Engine):
 
     def _join(self, instruction: Instruction) -> None:
         """Note that a micro-batch is done here, with the last of its backward passes. Local."""
+        v = instruction.micro_batch
         if not instruction.virtual:
-            self.averager.joined(instruction.micro_batch, *self._joining.pop(instruction.micro_batch))
+            self._join_without(v)
+            self.averager.joined(v, *self._joining.pop(v))
+
+    def _join_without(self, before: int) -> None:
+        """Note that micro-batches without samples are done, in their turn: those before one. Local."""
+        while self._without and self._without[0] < before:
+            self.averager.joined(self._without.pop(0), 0.0, 0.0)
 
     def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
         """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""

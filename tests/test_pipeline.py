@@ -544,6 +544,25 @@ def test_each_layer_runs_forward_once_a_micro_batch(world, build, model, schedul
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+def test_micro_batches_without_samples_are_not_in_the_program(world, build, schedule):
+    """With them between, 1f1b would let its first stage wait where it has a forward to run."""
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    virtual = 2 if schedule == "interleaved" else 1
+    job = build("plain_row", world.size, micro_batches=16, schedule=schedule, batch=5)
+    job.engine.watch()
+    has_bits_of_one_process(world, job, "plain_row")
+    ran = [str(span.instruction) for span in job.engine.unwatch()]
+    working = [v for v, size in enumerate(order.sizes(5, 16)) if size]
+    pipeline = job.pipeline
+    own = program(schedule, pipeline.rank, pipeline.ranks, working, virtual)
+    expected = [str(i) for i in own if isinstance(i, PASSES)]
+    assert working == [3, 6, 9, 12, 15]
+    assert ran[: len(expected)] == expected
+
+
+@pytest.mark.mpi
 def test_what_is_sent_may_be_changed_at_once(world, build):
     """A buffer that the next micro-batch's forward changes, in the first step, where messages carry it."""
     if world.size != 2:

@@ -119,6 +119,16 @@ def replica_micro_batches(replica: int, replicas: int, count: int) -> range:
     return range(*block(replica, replicas, count))
 
 
+def most_working(replicas: int, count: int, batch: int) -> int:
+    """Say how many micro-batches with samples a replica has in a whole batch, at most.
+
+    >>> [most_working(2, count, 10) for count in (5, 8, 30)]
+    [3, 4, 5]
+    """
+    work = sizes(batch, count)
+    return max(sum(work[v] > 0 for v in replica_micro_batches(r, replicas, count)) for r in range(replicas))
+
+
 def replicas_of(replicas: int, count: int) -> list[int]:
     """Say which replica computes each micro-batch of a step.
 

@@ -58,10 +58,9 @@ def medians(found: Simulation) -> dict[tuple[int, str], float]:
 
 
 def again(job: Job, measured: Simulation) -> Simulation:
-    """Simulate the step with the measured passes; micro-batches without samples take no time. Local."""
+    """Simulate the step with the measured passes. Local."""
     usual = medians(measured)
-    ran = {(span.stage, span.instruction) for span in measured.spans}
-    return dry(job, lambda stage, i: usual[stage, type(i).__name__] if (stage, i) in ran else 0.0)
+    return dry(job, measured, lambda stage, i: usual[stage, type(i).__name__])
 
 
 def expectation(job: Job, measured: Simulation) -> Simulation | None:
@@ -69,9 +68,8 @@ def expectation(job: Job, measured: Simulation) -> Simulation | None:
     choice = job.pipeline.cut.choice if job.pipeline else Choice([])
     if not choice.passes:
         return None
-    ran = {(span.stage, span.instruction) for span in measured.spans}
-    usual = cost_of(choice.passes, every_program(job))
-    return dry(job, lambda stage, i: usual(stage, i) if (stage, i) in ran else 0.0, choice.wire)
+    usual = cost_of(choice.passes, every_program(job, measured))
+    return dry(job, measured, usual, choice.wire)
 
 
 def others(job: Job, measured: Simulation) -> dict[str, float]:
@@ -82,8 +80,7 @@ def others(job: Job, measured: Simulation) -> dict[str, float]:
     ranks = len(measured.busy)
     assert job.pipeline is not None
     usual, choice = medians(measured), job.pipeline.cut.choice
-    mine = sorted({span.instruction.micro_batch for span in measured.spans})
-    found = {}
+    mine, found = micro_batches(measured), {}
     for name in SCHEDULES:
         virtual = job.config.parallel.virtual_stages if name in SEVERAL else 1
         fits = choice.pieces >= virtual * ranks and not (job.config.averaging.invariant or choice.shared)
@@ -109,18 +106,22 @@ def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int], virtu
     return Work(forward, input_gradient, weight_gradient, 0).times(1.0 / virtual)
 
 
-def dry(job: Job, cost: Cost, wire: WireTime | None = None) -> Simulation:
-    """Simulate a full step of the first replica; messages take the time of a `wire`. Local."""
+def dry(job: Job, measured: Simulation, cost: Cost, wire: WireTime | None = None) -> Simulation:
+    """Simulate the micro-batches of a measured step; messages take the time of a `wire`. Local."""
     assert job.pipeline is not None
     links, back = job.pipeline.cut.links()
-    return simulate(every_program(job), cost, links, wire, back)
+    return simulate(every_program(job, measured), cost, links, wire, back)
 
 
-def every_program(job: Job) -> list[list[Instruction]]:
-    """Give the programs of this replica's ranks. Local."""
-    mine = [v for v, owner in enumerate(job.averager.owners) if owner == job.topology.replica]
+def every_program(job: Job, measured: Simulation) -> list[list[Instruction]]:
+    """Give the programs of this replica's ranks for the micro-batches of a measured step. Local."""
     assert job.pipeline is not None
-    return programs(job.schedule, job.topology.stages, mine, job.pipeline.virtual)
+    return programs(job.schedule, job.topology.stages, micro_batches(measured), job.pipeline.virtual)
+
+
+def micro_batches(measured: Simulation) -> list[int]:
+    """Give those that were run, in order. Pure."""
+    return sorted({span.instruction.micro_batch for span in measured.spans})
 
 
 def row(
