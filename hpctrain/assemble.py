@@ -236,7 +236,7 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
     count = topology.replicas * wanted(topology, train.batch) if asked == "auto" else asked
     if count > max(train.batch, topology.replicas) and not topology.world_rank:
         LOGGER.warning(
-            "parallel.micro_batches = %d for train.batch = %d: %d of each step have no samples, and are left out",
+            "parallel.micro_batches = %d for train.batch = %d: %d of each step have no samples",
             *(count, train.batch, count - train.batch),
         )
     with together(world):

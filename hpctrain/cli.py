@@ -123,7 +123,9 @@ def print_error(error: HpctrainError) -> None:
     """Print an error once, to standard error."""
     sys.stdout.flush()
     label = "failed" if isinstance(error, RankError) else "error"
-    sys.stderr.write(f"hpctrain: {label}: {error}\n")
+    brief = getattr(error, "brief", "")
+    whole = f"\n(the whole traceback is in {error.log})" if brief and error.log else ""
+    sys.stderr.write(f"hpctrain: {label}: {brief or error}{whole}\n")
     sys.stderr.flush()
 
 

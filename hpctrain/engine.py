@@ -14,6 +14,7 @@ its kernels do not depend on the layout.
 import math
 import resource
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from hpctrain.loss import SummedLoss
 from hpctrain.models import build as models
 from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
 from hpctrain.room import ran_out, room
+from hpctrain.tensors import shapes_of
 from hpctrain.topology import Topology
 from hpctrain.wire import raise_together
 
@@ -197,6 +199,8 @@ class Engine:
             return RankError(f"sys.exit({error.code}) was called in the model or the loss")
         except Exception as error:
             where = instruction.micro_batch if instruction else "none"
+            if layer := layer_of(error, self.module):
+                error.add_note(layer)
             note(error, f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}")
             return error
         return None
@@ -322,6 +326,18 @@ class Engine:
             failure = error
         raise_together(self.topology.comms.world, failure)
         return sum_over(self.topology.comms.world, sums)
+
+
+def layer_of(error: Exception, module: nn.Module) -> str:
+    """Say in which layer of a module a forward ended, and what that was given; empty if in none. Local."""
+    names = {id(m): name for name, m in module.named_modules()}
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        inside, layer = frame.f_locals, frame.f_locals.get("self")
+        if frame.f_code is nn.Module._call_impl.__code__ and names.get(id(layer)):
+            given = shapes_of((inside["args"], inside["kwargs"]))
+            found = f"in layer {names[id(layer)]} ({type(layer).__name__}), given {given}"
+    return found
 
 
 def note(error: Exception, place: str) -> None:

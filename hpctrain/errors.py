@@ -19,6 +19,8 @@ class HpctrainError(Exception):
     """The communicator whose ranks agreed on it."""
     named = False
     """Whether the text says which rank failed."""
+    log: str = ""
+    """The file that has the whole text, if one has it."""
 
 
 class ConfigError(HpctrainError):
@@ -54,6 +56,8 @@ class RankError(HpctrainError):
 
     own: Own | None = None
     """What is known of that error, if ranks have agreed on it."""
+    brief = ""
+    """The text without frames that say nothing of the user's code, if any is left."""
 
     def __new__(cls, *text: str) -> "RankError":
         """Take the text alone: a class that this one is joined with may ask for more."""

@@ -131,7 +131,9 @@ def check_keys(table: dict[str, Any], legal: list[str], where: str, prefix: str 
             continue
         if any(known.startswith(key + ".") for known in legal):
             if not isinstance(value, dict):
-                raise ConfigError(f"{where}: {key} is a section, {value!r} was found")
+                classed = isinstance(value, str) and f"{key}.class_path" in legal
+                write = f': write {key} = {{class_path = "{value}"}}' if classed else ""
+                raise ConfigError(f"{where}: {key} is a section, {value!r} was found{write}")
             check_keys(value, legal, where, key + ".")
             continue
         raise ConfigError(f"{where}: unknown key {key}: {near_keys(key, legal)}")
@@ -155,7 +157,12 @@ def near_keys(key: str, legal: list[str]) -> str:
     'did you mean train.loss.class_path?'
     >>> near_keys("steps", ["train.steps", "data.files"])
     'did you mean train.steps?'
+    >>> near_keys("train.loss", ["train.steps", "train.loss.class_path"])
+    'did you mean train.loss.class_path?'
     """
+    below = [known for known in legal if known.startswith(key + ".")]
+    if below:
+        return f"did you mean {', '.join(below[:3])}?"
     inside = [known for known in legal if known.endswith("." + key)]
     if inside and "." in key:
         return f"did you mean {', '.join(inside[:3])}?"

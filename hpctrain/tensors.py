@@ -1,5 +1,6 @@
 """Tensors in trees, what memory they share, and a look at every operator that makes them."""
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """List a tree's tensors. Pure."""
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def shapes_of(given: Any) -> str:
+    """Write dtypes and shapes of the tensors in a tree, and its other values.
+
+    >>> shapes_of({"x": torch.zeros(2, 3), "scale": 0.5})
+    'float32 (2, 3), 0.5'
+    """
+    leaves = _pytree.tree_leaves(given)
+    tensors = (
+        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+        if isinstance(leaf, torch.Tensor)
+        else reprlib.repr(leaf)
+        for leaf in leaves
+    )
+    return ", ".join(tensors) or "nothing"
 
 
 def changed_once(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:

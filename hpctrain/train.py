@@ -100,6 +100,7 @@ class Loop:
         except HpctrainError as error:
             self.run_folder.row("end", self.at.step, status="failed", reason=str(error)[-2000:])
             log.failed(str(error))
+            error.log = str(self.run_folder.log)
             raise
 
     def steps(self) -> int:

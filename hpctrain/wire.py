@@ -1,9 +1,11 @@
 """Ranks agree: one rank asks the filesystem for all, and a failure of one is raised on all."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from mpi4py import MPI
@@ -12,6 +14,9 @@ from hpctrain import errors
 from hpctrain.errors import HpctrainError, Own, RankError
 
 T = TypeVar("T")
+PACKAGE = str(Path(__file__).parent) + os.sep
+CALLS, CALLED_IN = ("_call_impl", "_wrapped_call_impl"), os.path.join("torch", "nn", "modules", "module.py")
+"""Where torch calls a module."""
 NOT_RAISED = (StopIteration, StopAsyncIteration)
 """Python takes them for the end of a generator that they pass through."""
 
@@ -46,20 +51,22 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
     Where every rank failed (a wrong configuration, say) the name is left out, and where ranks of `comm`
     agreed on it before it is not named again. Does nothing where no rank failed. An `HpctrainError` keeps
     its class (and exit status); any other exception becomes a `RankError` that is also of its class, where a
-    rank knows that, with its plain attributes, and whose text is the traceback of the failing rank.
+    rank knows that, with its plain attributes, and whose text is the traceback of the failing rank;
+    `brief` is its part that is about the user's code.
     """
     first = comm.allreduce(comm.size if failure is None else comm.rank, op=MPI.MIN)
     if first == comm.size:
         return
     alone = comm.allreduce(int(failure is not None)) < comm.size
     mine = describe(failure) if comm.rank == first and failure is not None else None
-    kind, own, text, named, rank = comm.bcast(mine, first)
+    kind, own, text, brief, named, rank = comm.bcast(mine, first)
     if comm.size > 1 and name_rank and alone and not named:
-        text, named = f"rank {rank} of {MPI.COMM_WORLD.size}: {text}", True
+        who = f"rank {rank} of {MPI.COMM_WORLD.size}: "
+        text, brief, named = who + text, who + brief if brief else "", True
     error = also(*own[:2])(text) if own else getattr(errors, kind)(text)
     error.named = named
     if isinstance(error, RankError):
-        error.own = own
+        error.own, error.brief = own, brief
         for name, value in own[2].items() if own else ():
             with suppress(Exception):  # of a class that is not here, or refuses it
                 setattr(error, name, value)
@@ -67,17 +74,40 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
     raise error from (failure if comm.rank == first else None)
 
 
-def describe(failure: Exception) -> tuple[str, Own | None, str, bool, int]:
-    """Give the class of ours, what is known of another, text, if a rank is named, and this rank. Local."""
+def describe(failure: Exception) -> tuple[str, Own | None, str, str, bool, int]:
+    """Give the class of ours, what is known of another, text, brief, if a rank is named, this rank. Local."""
     rank = MPI.COMM_WORLD.rank
     if isinstance(failure, HpctrainError):
         ours = (kind for kind in type(failure).__mro__ if getattr(errors, kind.__name__, None) is kind)
-        return next(ours).__name__, getattr(failure, "own", None), str(failure), failure.named, rank
+        own, text, brief = getattr(failure, "own", None), str(failure), getattr(failure, "brief", "")
+        return next(ours).__name__, own, text, brief, failure.named, rank
     kind = type(failure)
     text = "".join(traceback.format_exception(failure)).rstrip()
     told = {name: getattr(failure, name, None) for name in ("errno", "strerror", "filename")} | vars(failure)
     plain = {name: value for name, value in told.items() if isinstance(value, (bool, int, float, str))}
-    return "RankError", (kind.__module__, kind.__qualname__, plain), text, False, rank
+    return "RankError", (kind.__module__, kind.__qualname__, plain), text, brief_of(failure), False, rank
+
+
+def brief_of(failure: Exception) -> str:
+    """Give the traceback without this trainer's frames and torch's calls of modules. Local.
+
+    Empty where no other frame is in it: then it is about this trainer.
+    """
+    every: list[traceback.TracebackException | None] = [traceback.TracebackException.from_exception(failure)]
+    for one in every:
+        if one is not None:
+            kept = [frame for frame in one.stack if not _is_machinery(frame)]
+            if not kept:
+                return ""
+            one.stack[:] = kept
+            every += [one.__cause__, one.__context__]
+    assert every[0] is not None
+    return "".join(every[0].format()).rstrip()
+
+
+def _is_machinery(frame: traceback.FrameSummary) -> bool:
+    called = frame.name in CALLS and frame.filename.endswith(CALLED_IN)
+    return called or frame.filename.startswith(PACKAGE)
 
 
 def also(module: str, name: str) -> type[RankError]:

@@ -102,6 +102,7 @@ def test_wrong_options(tmp_path, overrides, message):
         ("[trian]\nsteps = 3", r"my.toml: unknown key trian: "),
         ("[train]\nstep = 3", r"my.toml: unknown key train.step: did you mean train.steps"),
         ("train = 3", "my.toml: train is a section, 3 was found"),
+        ('train.loss = "torch.nn.L1Loss"', """: write train.loss = {class_path = "torch.nn.L1Loss"}"""),
         ("[train]\nsteps = = 3", r"my.toml is not TOML: .*line 2"),
         ("[train]\nbatch = 'x'", r"my.toml: train.batch: .*Expected a int"),
         ("[optimizer.scedule]\nx = 1", r"unknown key optimizer.scedule: did you mean .*optimizer.schedule"),

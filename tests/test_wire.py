@@ -1,8 +1,9 @@
 import pytest
 import torch
+from mpi4py import MPI
 
 from hpctrain.errors import ConfigError, DataError, RankError
-from hpctrain.wire import from_root, raise_together, together
+from hpctrain.wire import brief_of, from_root, raise_together, together
 
 
 @pytest.mark.mpi
@@ -37,6 +38,40 @@ def test_a_users_exception_travels_as_its_traceback(world):
     with pytest.raises(RankError, match=r"(?s)Traceback.*ZeroDivisionError"), together(world):
         if world.rank == 0:
             _ = 1 / 0
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        return x / self.no_such_layer
+
+
+@pytest.mark.mpi
+def test_in_brief_a_traceback_is_of_the_users_code(world):
+    """A run's last words; the whole one stays for log.txt."""
+    with pytest.raises(AttributeError) as caught, together(world):
+        from_root(MPI.COMM_SELF, lambda: torch.nn.Sequential(Broken())(1))
+    brief, whole = caught.value.brief, str(caught.value)
+    assert "return x / self.no_such_layer" in brief
+    assert "hpctrain/wire.py" in whole
+    assert "in _call_impl" in whole
+    assert "hpctrain/wire.py" not in brief
+    assert "in _call_impl" not in brief
+    assert brief.splitlines()[-1] == whole.splitlines()[-1]
+    assert len(set(world.allgather(brief))) == 1
+
+
+@pytest.mark.mpi
+def test_an_error_of_this_trainer_alone_is_told_whole(world):
+    try:
+        from_root(None, int)
+    except AttributeError as error:
+        found = error
+    inside = found.with_traceback(found.__traceback__.tb_next)
+    with pytest.raises(RankError) as caught, together(world):
+        if world.rank == 0:
+            raise_together(MPI.COMM_SELF, inside)
+    assert not brief_of(inside)
+    assert caught.value.brief == ""
 
 
 class OwnError(ValueError):

@@ -23,9 +23,10 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline.follow import GRAD, followed
 from hpctrain.pipeline.layers import Layers, full
 from hpctrain.pipeline.operators import TAKEN, path_of
-from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, refuse_loops, shapes_of
+from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, refuse_loops
 from hpctrain.pipeline.stand import IN_PLACE
 from hpctrain.pipeline.trace import Like
+from hpctrain.tensors import shapes_of
 
 VIEWS = ("T", "mT", "H", "mH", "real", "imag")
 """Attributes of a tensor that are tensors."""

@@ -15,11 +15,11 @@ from hpctrain.hidden import has_hooks, hidden, registered
 from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.message import SHARES
-from hpctrain.pipeline.part import Env, Part, begins, gave, shapes_of
+from hpctrain.pipeline.part import Env, Part, begins, gave
 from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
-from hpctrain.tensors import changed_once, tensors_in
+from hpctrain.tensors import changed_once, shapes_of, tensors_in
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:

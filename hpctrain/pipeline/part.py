@@ -1,7 +1,6 @@
 """What a stage does in one forward, and what a model in stages offers, however it was cut."""
 
 import difflib
-import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch.utils import _pytree
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.choice import Choice, Scales
 from hpctrain.pipeline.trace import Like
+from hpctrain.tensors import shapes_of
 
 INPUT = -1
 """The stage of the model's inputs: whoever needs one reads it from the data."""
@@ -106,22 +106,6 @@ def gave(name: Callable[[], str], found: Any) -> None:
             assert hooks is not None
             for at in before:  # the layer's own come after it
                 hooks[at] = hooks.pop(at)
-
-
-def shapes_of(given: Any) -> str:
-    """Write dtypes and shapes of the tensors in a tree, and its other values.
-
-    >>> shapes_of({"x": torch.zeros(2, 3), "scale": 0.5})
-    'float32 (2, 3), 0.5'
-    """
-    leaves = _pytree.tree_leaves(given)
-    tensors = (
-        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-        if isinstance(leaf, torch.Tensor)
-        else reprlib.repr(leaf)
-        for leaf in leaves
-    )
-    return ", ".join(tensors) or "nothing"
 
 
 def refuse_loops(cuts: list[str], ranges: list[tuple[int, int]], nodes: list[fx.Node]) -> None:

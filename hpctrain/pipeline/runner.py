@@ -19,8 +19,9 @@ from torch.utils import _pytree
 
 from hpctrain.draws import Draws, seed
 from hpctrain.pipeline.operators import BODIES, called, path_of
-from hpctrain.pipeline.part import Env, gave, input_of, shapes_of
+from hpctrain.pipeline.part import Env, gave, input_of
 from hpctrain.pipeline.trace import Constant, Traced
+from hpctrain.tensors import shapes_of
 
 
 @dataclass

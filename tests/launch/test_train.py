@@ -101,6 +101,10 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback_once(launcher, sma
     assert ended.status == 1
     assert ended.text.count("KeyError: 'lost key'") == 1, ended.text
     assert "at step 0, micro-batch" in ended.err
+    assert "engine.py" not in ended.err  # of the user's code alone
+    log = tmp_path / "runs/small/log.txt"
+    assert f"(the whole traceback is in {log})" in ended.err
+    assert "engine.py" in log.read_text()
     if ranks > 1:
         assert "rank 2 of 3: Traceback" in ended.err
     assert time.monotonic() - began < 60
