@@ -18,6 +18,9 @@ from mpi4py import MPI
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
 from hpctrain.batch import Batch
+from hpctrain.checkpoint.load import Stored
+from hpctrain.config import Config
+from hpctrain.data.output import SOURCE, refuse_others
 from hpctrain.errors import ConfigError, nearest
 from hpctrain.log import LOGGER
 from hpctrain.topology import Topology
@@ -31,9 +34,15 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
     """Write the predictions of a split, in the run's stages where the ranks allow. Collective over `comm`.
 
     The file has one dataset a target, rows in the order of the split, with units and
-    coordinates, and `sample`, the row of the whole data that each is for.
+    coordinates, and `sample`, the row of the whole data that each is for. Raises ConfigError where
+    `output` is there and was not written by hpctrain.
     """
-    config, stored = from_root(comm, lambda: open_run(run, step))
+
+    def opened() -> tuple[Config, Stored]:
+        refuse_others(output)
+        return open_run(run, step)
+
+    config, stored = from_root(comm, opened)
     stages = config.parallel.stages if comm.size % config.parallel.stages == 0 else 1
     with Topology.build(comm, stages) as topology:
         log.start(topology)
@@ -105,7 +114,7 @@ def create(job: Job, split: str, path: Path) -> tuple[Offsets, list[str]]:
     samples = job.index.splits[split].samples(np.arange(len(job.index.splits[split])))
     dtypes: list[str] = []
     with h5py.File(path, "w") as file:
-        file.attrs["source"] = f"hpctrain predict, split {split}"
+        file.attrs["source"] = f"{SOURCE}predict, split {split}"
         file["sample"] = samples
         first = axis_of_samples(job, file, samples)
         for wanted in job.task.predictions():

@@ -50,7 +50,8 @@ def curves(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     for at, (name, value) in enumerate(sorted(values.items(), key=lambda item: -item[1])):
         right.axhline(value, ls="--", lw=1, color=f"C{at + 3}", label=f"{name}: {value:.4g}")
     right.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=metric.replace("_", " "))
-    right.legend(fontsize=8)
+    if tested or values:
+        right.legend(fontsize=8)
     save(figure, path)
 
 

@@ -52,6 +52,13 @@ def test_predictions_are_the_models_own(launcher, trained, tmp_path):
     train = launcher.ranks(2, "predict", "runs/small", "--output", "t.h5", "--split", "train")
     assert train.status == 0
     assert h5py.File(tmp_path / "t.h5")["y"].shape == (49, 2)
+    again = launcher.ranks(2, "predict", "runs/small", "--output", "t.h5")
+    assert again.status == 0, again.text
+    data = (tmp_path / "part0.h5").read_bytes()
+    theirs = launcher.ranks(2, "predict", "runs/small", "--output", "part0.h5")
+    assert theirs.status == 2
+    assert theirs.text.count("part0.h5 is there already, and hpctrain has not written it") == 1
+    assert (tmp_path / "part0.h5").read_bytes() == data
     wrong = launcher.ranks(2, "predict", "runs/small", "--output", "w.h5", "--split", "tset")
     assert wrong.status == 2
     assert wrong.text.count("--split tset: did you mean test?") == 1
