@@ -11,7 +11,7 @@ from hpctrain import assemble, log
 from hpctrain.assemble import Job
 from hpctrain.config import Config, to_dict
 from hpctrain.errors import DONE
-from hpctrain.log import LOGGER
+from hpctrain.log import LOGGER, counted
 from hpctrain.report.run_folder import RunFolder
 from hpctrain.resume import Progress, check_resume, resume
 from hpctrain.topology import Topology
@@ -57,5 +57,5 @@ def dry_run(config: Config, comm: MPI.Intracomm) -> int:
             sys.stdout.write("\n" + tomlkit.dumps(to_dict(job.config)))
             sys.stdout.flush()
         left = max(0, job.total_steps - (stored.step if stored else 0))
-        LOGGER.info("%d steps would be taken; nothing was trained or written", left)
+        LOGGER.info("%s would be taken; nothing was trained or written", counted(left, "step"))
     return DONE

@@ -22,6 +22,16 @@ def prefix(world_rank: int, world_size: int, stage: int = 0, stages: int = 1) ->
     return f"r{world_rank}/{world_size} " + (f"s{stage} | " if stages > 1 else "| ")
 
 
+def counted(number: int, what: str) -> str:
+    """Write a number and what it counts.
+
+    >>> counted(1, "rank"), counted(4096, "step"), counted(2, "micro-batch")
+    ('1 rank', '4,096 steps', '2 micro-batches')
+    """
+    several = "es" if what.endswith("ch") else "s"
+    return f"{number:,} {what}{several if number != 1 else ''}"
+
+
 class Screen(logging.StreamHandler[TextIO]):
     """Standard output as it is now: a progress bar stands in for it while it is shown."""
 

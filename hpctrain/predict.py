@@ -22,7 +22,7 @@ from hpctrain.checkpoint.load import Stored
 from hpctrain.config import Config
 from hpctrain.data.output import SOURCE, refuse_others
 from hpctrain.errors import ConfigError, nearest
-from hpctrain.log import LOGGER
+from hpctrain.log import LOGGER, counted
 from hpctrain.topology import Topology
 from hpctrain.use import open_run
 from hpctrain.wire import from_root, together
@@ -48,8 +48,8 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
         log.start(topology)
         if stages != config.parallel.stages:
             LOGGER.info(
-                "%d ranks can't be the run's %d stages: each holds the whole model",
-                *(comm.size, config.parallel.stages),
+                "%s can't be the run's %d stages: each holds the whole model",
+                *(counted(comm.size, "rank"), config.parallel.stages),
             )
             config = replace(config, parallel=replace(config.parallel, cuts=[]))
         # nothing is averaged here: any number of ranks will do
@@ -61,7 +61,8 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
         finally:
             job.close()
         LOGGER.info(
-            "%d predictions of %s, step %d, in %s", len(job.index.splits[split]), run, stored.step, output
+            "%s of %s, step %d, in %s",
+            *(counted(len(job.index.splits[split]), "prediction"), run, stored.step, output),
         )
     return output
 

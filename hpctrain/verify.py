@@ -29,7 +29,7 @@ from hpctrain.assemble import Job
 from hpctrain.averaging.sync_norm import SyncBatchNorm
 from hpctrain.config import Config
 from hpctrain.data.loader import Step
-from hpctrain.log import LOGGER
+from hpctrain.log import LOGGER, counted
 from hpctrain.piece import tensors_of
 from hpctrain.topology import Topology
 from hpctrain.wire import from_root, raise_together
@@ -71,9 +71,10 @@ def verify(config: Config, comm: MPI.Intracomm, steps: int = 3) -> int:
             found = compare(job, steps)
         finally:
             job.close()
-        layout = f"{topology.replicas} replicas x {topology.stages} stages"
         if found is None:
-            LOGGER.info("equal: %d steps of %s against 1 x 1, loss and every gradient", steps, layout)
+            layout = counted(topology.replicas, "replica"), counted(topology.stages, "stage")
+            told = counted(steps, "step"), *layout
+            LOGGER.info("equal: %s of %s x %s against 1 x 1, loss and every gradient", *told)
             return 0
         LOGGER.info("differs: %s", found)
         return 1

@@ -11,6 +11,13 @@ if TYPE_CHECKING:  # `prepare` runs before MPI and torch may start, and this wou
 BACKWARD = "#f0a868"
 COLOURS = {"Forward": "#8fb8de", "Backward": BACKWARD, "BackwardInput": BACKWARD, "BackwardWeight": "#9dc08b"}
 """By kind of pass."""
+KINDS = {
+    "Forward": "forward",
+    "Backward": "backward",
+    "BackwardInput": "gradient of the input",
+    "BackwardWeight": "gradients of the weights",
+}
+"""What the legend says."""
 
 
 def prepare() -> None:
@@ -124,12 +131,18 @@ def timeline(found: "Mapping[str, Simulation]", title: str, path: Path) -> None:
         axis.set(
             ylabel="pipeline rank",
             yticks=range(ranks),
-            title=f"{title}, {name}: {1e3 * one.seconds:.0f} ms, idle {one.bubble:.0%}",
+            title=f"{title}, {name}: {1e3 * one.seconds:.3g} ms, idle {one.bubble:.0%}",
         )
     axes[0, 0].invert_yaxis()
-    axes[-1, 0].set_xlabel("time (ms); the numbers are micro-batches, a ' is the rank's next virtual stage")
+    virtual = any(span.instruction.virtual for span in first.spans)
+    second = ", a ' is the rank's next virtual stage" if virtual else ""
+    axes[-1, 0].set_xlabel(f"time (ms); the numbers are micro-batches{second}")
     kinds = {type(span.instruction).__name__ for span in first.spans}
-    handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in kinds]
+    labels: dict[str, list[str]] = {}
+    for kind, colour in COLOURS.items():
+        if kind in kinds:
+            labels.setdefault(colour, []).append(KINDS[kind])
+    handles = [Patch(color=colour, label=", ".join(names)) for colour, names in labels.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     save(figure, path)
 

@@ -13,7 +13,7 @@ from hpctrain.assemble import Job
 from hpctrain.averaging.result import Result
 from hpctrain.batch import Batch
 from hpctrain.checkpoint.files import write_whole
-from hpctrain.log import LOGGER
+from hpctrain.log import LOGGER, counted
 from hpctrain.report import pictures
 from hpctrain.report.run_folder import RunFolder, rows
 from hpctrain.version import __version__
@@ -46,14 +46,17 @@ def start(job: Job, run: RunFolder, resumed_step: int, baselines: dict[str, Metr
     )
     LOGGER.info("run folder %s", run.path)
     LOGGER.info(
-        "%d ranks on %d nodes: %d replicas x %d stages, %d micro-batches a step, %d threads a rank, %s",
-        *(topology.world_size, topology.nodes, topology.replicas, topology.stages),
-        *(count, topology.threads, topology.device),
+        "%s on %s: %s x %s, %s a step, %s a rank, %s",
+        *(counted(topology.world_size, "rank"), counted(topology.nodes, "node")),
+        *(counted(topology.replicas, "replica"), counted(topology.stages, "stage")),
+        *(counted(count, "micro-batch"), counted(topology.threads, "thread")),
+        topology.device,
     )
     splits = ", ".join(f"{len(split)} {name}" for name, split in index.splits.items())
-    LOGGER.info("%d samples in %d files: %s", index.length, len(index.files), splits)
+    inside = counted(index.length, "sample"), counted(len(index.files), "file")
+    LOGGER.info("%s in %s: %s", *inside, splits)
     name = job.config.model.class_path
-    LOGGER.info("%s: %s parameters, %d steps", name, f"{parameters:,}", job.total_steps)
+    LOGGER.info("%s: %s, %s", name, counted(parameters, "parameter"), counted(job.total_steps, "step"))
     for line in table(baselines):
         LOGGER.info(line)
 

@@ -79,9 +79,9 @@ def test_the_stages_of_your_own_model(launcher, folder):
         assert ended.status == 0, f"{command}\n{ended.text}"
         said.append(ended.text)
     assert "nothing was trained or written" in said[1]
-    assert "equal: 3 steps of 1 replicas x 2 stages against 1 x 1" in said[2]
+    assert "equal: 3 steps of 1 replica x 2 stages against 1 x 1" in said[2]
     assert "2 replicas x 2 stages" in said[4]
-    assert "2 replicas x 1 stages" in said[5]
+    assert "2 replicas x 1 stage" in said[5]
     log = (folder / "runs" / "unet" / "log.txt").read_text()
     assert log.count("expected of each stage") == 2, "said before there was a run folder"
     with h5py.File(folder / "clean.h5") as file:

@@ -31,7 +31,7 @@ def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
             ranks, *words, "--train.run_folder", "moved", "--train.steps", steps, "--parallel.stages", stages
         )
         assert ended.status == 0, ended.text
-        assert f"1 replicas x {stages} stages" in ended.out
+        assert f"1 replica x {stages} stage{'s' * (stages > 1)}" in ended.out
     assert losses(tmp_path / "alone") == losses(tmp_path / "moved")
     assert same_bits(weights(tmp_path / "alone"), weights(tmp_path / "moved"))
     validated = [
@@ -50,7 +50,7 @@ def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
         4,
         15,
     )
-    for ranks, said in ((2, "r0/2 s0 |"), (1, "1 ranks can't be the run's 2 stages: each holds the whole")):
+    for ranks, said in ((2, "r0/2 s0 |"), (1, "1 rank can't be the run's 2 stages: each holds the whole")):
         predicted = launcher.ranks(ranks, "predict", "moved", "--output", f"{ranks}.h5")
         assert predicted.status == 0, predicted.text
         assert said in predicted.out

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(launcher, trained, tmp_pat
 def test_verify_at_the_command_line(launcher, small, ranks):
     ended = launcher.ranks(ranks, "verify", "small.toml", "--steps", "2")
     assert ended.status == 0, ended.text
-    assert f"equal: 2 steps of {ranks} replicas x 1 stages against 1 x 1" in ended.out
+    assert f"equal: 2 steps of {ranks} replica{'s' * (ranks > 1)} x 1 stage against 1 x 1" in ended.out
 
 
 def test_digits_are_recognised(launcher, tmp_path):
