@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from hpctrain.batch import Batch
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, DataError
 
 # torch broadcasts (n,) integers against (n, 1) outputs to n x n differences, with a warning only.
+CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 NUMERIC = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
@@ -38,13 +39,37 @@ class SummedLoss:
                     f"with outputs: set train.loss.class_path = torch.nn.CrossEntropyLoss for classes, "
                     f"or store numbers as floats"
                 )
-            values = self.loss(output, target)
+            try:
+                values = self.loss(output, target)
+            except IndexError as error:
+                if told := no_class(self.loss, output, target, name, batch):
+                    raise DataError(told) from error
+                raise
             total, weight = weigh(values, batch.weights.get(name), len(batch), name)
             sums.append(total)
             weights.append(weight)
         if len(sums) == 1:  # the same numbers, without three operators and their backward
             return sums[0], weights[0]
         return torch.stack(sums).sum(), torch.stack(weights).mean()
+
+
+def no_class(
+    loss: Callable[..., torch.Tensor], output: torch.Tensor, target: torch.Tensor, name: str, batch: Batch
+) -> str:
+    """Say which sample is of a class that the model does not give; empty if none is. Local."""
+    if not isinstance(loss, CLASSES) or target.is_floating_point() or output.ndim != target.ndim + 1:
+        return ""
+    classes = output.shape[1]
+    wrong = ((target < 0) | (target >= classes)) & (target != loss.ignore_index)
+    if not wrong.any():
+        return ""
+    at = int(wrong.reshape(len(wrong), -1).any(dim=1).nonzero()[0])
+    found = int(target[at][wrong[at]].flatten()[0])
+    return (
+        f"the target {name} of sample {batch.samples[at]} is class {found}, and the model gives {classes}, "
+        f"0 to {classes - 1}: let it give more (model.init_args), or mark what is not to count by the loss' "
+        f"ignore_index ({loss.ignore_index})"
+    )
 
 
 def weigh(

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hpctrain.batch import Batch
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, DataError
 from hpctrain.loss import SummedLoss, pairs, takes_reduction
 
 
@@ -25,6 +25,24 @@ def test_cross_entropy_a_sample_and_a_pixel():
         target = torch.randint(4, (5, *shape[2:]))
         total, weight = SummedLoss(nn.CrossEntropyLoss(reduction="none"))(output, batch_of(y=target))
         torch.testing.assert_close(total / weight, nn.functional.cross_entropy(output, target))
+
+
+@pytest.mark.parametrize("wrong", [4, -1])
+@pytest.mark.parametrize("pixels", [(), (3,)])
+def test_a_class_that_the_model_does_not_give(wrong, pixels):
+    """torch says which class, not of which sample, nor how many there are."""
+    target = torch.randint(4, (5, *pixels))
+    target[0], target[3] = -100, wrong
+    batch = batch_of(y=target)
+    batch.samples[3] = 77
+    loss = SummedLoss(nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(DataError, match=rf"y of sample 77 is class {wrong}, and the model gives 4, 0 to 3: "):
+        loss(torch.randn(5, 4, *pixels), batch)
+
+
+def test_an_index_error_of_a_users_loss_stays():
+    with pytest.raises(IndexError, match="list index out of range"):
+        SummedLoss(lambda output, target: [][0])(torch.randn(5, 4), batch_of(y=torch.zeros(5).long()))
 
 
 def test_a_users_mean_over_samples():
