@@ -14,7 +14,7 @@ from pathlib import Path
 from averaging import measured, mpirun, table
 
 HOSTS = Path(__file__).parent.parent / "tests" / "cluster" / "vhosts.sh"
-CASES = ("mlp m=8", "mlp m=16", "mlp m=32", "transformer m=8", "cnn m=8")
+CASES = ("mlp m=8", "mlp m=16", "mlp m=32", "transformer m=8", "cnn m=8", "cnn channels_last m=8")
 SHORT = ("mlp m=8", "cnn m=8")
 PEERS = ("ours_zb", "ours_interleaved", "ours_plain", "ours_autograd")
 PEERS += ("torch_1f1b", "torch_gpipe", "torch_zb", "torch_dualpipev", "limit")

@@ -304,7 +304,8 @@ def bench(words: list[str]) -> int:
         "--case",
         action="append",
         help="which to measure, may be repeated, all by default; of allreduce: bytes; of step: a model's "
-        "name; of pipeline: mlp m=8, mlp m=16, mlp m=32, transformer m=8, cnn m=8, emulated m=8",
+        "name; of pipeline: mlp m=8, mlp m=16, mlp m=32, transformer m=8, cnn m=8, "
+        "cnn channels_last m=8, emulated m=8",
     )
     parser.add_argument(
         "--rounds",

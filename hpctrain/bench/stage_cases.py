@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hpctrain.bench import emulated
@@ -31,6 +32,11 @@ def cnn() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def channels_last() -> nn.Sequential:
+    """The same, weights and activations with the channels last in memory."""
+    return cnn().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, its batch, and the number of micro-batches."""
@@ -38,6 +44,8 @@ class Case:
     make: Callable[[], nn.Sequential]
     shape: tuple[int, ...]
     micro_batches: int
+    peers: Callable[[], nn.Sequential] | None = None
+    """What torch's pipelining gets instead, where it refuses the model."""
 
     @property
     def sleeps(self) -> bool:
@@ -56,5 +64,7 @@ CASES = {
     "mlp m=32": Case(mlp, (512, 1024), 32),
     "transformer m=8": Case(transformer, (32, 32, 256), 8),
     "cnn m=8": Case(cnn, (32, 4, 64, 64), 8),
+    # Gloo takes contiguous tensors alone, so torch's pipelining gets the plain one
+    "cnn channels_last m=8": Case(channels_last, (32, 4, 64, 64), 8, peers=cnn),
     "emulated m=8": Case(emulated.sleepers, (8, 16), 8),
 }

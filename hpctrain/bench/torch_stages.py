@@ -31,7 +31,7 @@ def torch_step(
     from torch.distributed import pipelining
 
     torch.manual_seed(1)
-    model = emulated.sleepers(whole=True) if case.sleeps else case.make()
+    model = emulated.sleepers(whole=True) if case.sleeps else (case.peers or case.make)()
     total = virtual * topology.stages
     cut = split.cut(model, {"x": x[:1]}, False, total, [])
     assert isinstance(cut, Layers)
