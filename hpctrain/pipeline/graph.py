@@ -24,7 +24,7 @@ from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins, refuse_loops
 from hpctrain.pipeline.profile import Held, of_operators
-from hpctrain.pipeline.runner import Runner
+from hpctrain.pipeline.runner import Runner, place_of
 from hpctrain.pipeline.trace import Like, Traced, Writer
 from hpctrain.pipeline.weigh import choose, used_once
 
@@ -143,6 +143,7 @@ class Graph:
             scales,
             shared,
             named,
+            [f"from {place_of(nodes[a])} on" for a, _ in pieces],
         )
         self.choice.names = [path_of(nodes[a]) or nodes[a].name for a, _ in pieces]
         self.at_once = {name for at in self.choice.at_once for name in held[at]}

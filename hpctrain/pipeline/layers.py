@@ -96,6 +96,7 @@ class Layers:
                 None if hooked else scales,  # a user's hooks run when the model does
                 shared,
                 self._named(cuts),
+                [f"layer {name}" for name in self.shown],
             )
         self.choice.names = self.shown
         self.ranges = self.choice.parts

@@ -189,12 +189,13 @@ def measure(
     around: AbstractContextManager[Any],
     turn: tuple[int, int],
     limits: Callable[[], Limits],
+    names: Sequence[str],
 ) -> Profile | Unmeasured:
     """Measure pieces, spread over the ranks; all ranks get the same, or why there is none. Collective.
 
     `around` is what the passes run under (autocast); `turn`: which of how many turns is this rank's, where
     ranks outnumber cores and would disturb one another; `limits` is asked behind it all, as libraries
-    take memory when they first run.
+    take memory when they first run; `names` are the pieces', for an error.
     """
     failed, mine, at = None, dict[int, Work](), -1
     reference = 0.0
@@ -207,7 +208,8 @@ def measure(
                     reference = yardstick()
         except (Exception, SystemExit) as error:  # made-up numbers don't suit every operator
             line = next(iter(str(error).strip().splitlines()), "")
-            failed = f"piece {at + 1} of {len(pieces)}: {type(error).__name__}: {line}", ran_out(error)
+            which = f"piece {at + 1} of {len(pieces)}" + (f", {names[at]}" if names else "")
+            failed = f"{which}: {type(error).__name__}: {line}", ran_out(error)
         done = comm.Ibarrier()
         while not done.Test():
             time.sleep(NAP_SECONDS)

@@ -32,17 +32,18 @@ def choose(
     scales: Scales | None,
     shared: bool = False,
     named: list[tuple[int, int]] | None = None,
+    names: Sequence[str] = (),
 ) -> Choice:
     """Choose the cut of pieces with estimated costs and bytes of weights. Collective, if there are scales.
 
     `shared`: pieces share weights, whose gradients several stages a rank would add in another order. With
-    `named` the user has said where to cut, and the rest is chosen. Raises ConfigError where memory can't
-    suffice.
+    `named` the user has said where to cut, and the rest is chosen; `names` say what a piece is. Raises
+    ConfigError where memory can't suffice.
     """
     count = 0 if named else len(pieces)
     if scales is None:
         return Choice(named or partition(estimates, stages), pieces=count)
-    profile = measure(scales.comm, pieces, scales.around, scales.turn, scales.limits)
+    profile = measure(scales.comm, pieces, scales.around, scales.turn, scales.limits, names)
     if isinstance(profile, Unmeasured):
         certain(scales.plans[0], weights, [UNKNOWN] * len(pieces), profile.limits, scales, named)
         what = "nothing is foretold" if named else "the cut is by estimate"
