@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hpctrain import gradient, products
@@ -101,6 +102,35 @@ def test_equals_autograd_for_tied_weights_and_accumulation(shape, count):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
     tied = next(iter(owner.places))
     assert owner.joined.count(tied) >= 2 * count, "the weight that is used twice joins twice, in place"
+
+
+class Made(TorchDispatchMode):
+    """Lists the tensors of a shape that operators give, by where they lie."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found = shape, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        given = function(*arguments, **(named or {}))
+        if isinstance(given, torch.Tensor) and given.shape == self.shape:
+            self.found.append((given.data_ptr(), function.__name__))
+        return given
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_product_is_added_where_it_belongs(rows):
+    """The first is written there, later ones add to it: nothing of the weight's shape is made beside it."""
+    module = make(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)))
+    owner = Owner(module)
+    straight = StraightIntoPlace(module, owner)
+    place = owner.places[id(module[0].weight)].data_ptr()
+    for first in (True, False, False):
+        with straight.forward():
+            loss = module(torch.randn(rows, 6)).square().sum()
+        with straight.accumulating(), Made((5, 6)) as made:
+            loss.backward()
+        assert made.found == [(place, "mm.out" if first else "addmm_.default")]
 
 
 @pytest.fixture

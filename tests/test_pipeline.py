@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import odd_models
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from hpctrain import assemble, gradient, products
+from hpctrain import assemble, gradient, portion, products
 from hpctrain.averaging import links
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.node import Node
@@ -31,14 +32,14 @@ from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
-from hpctrain.pipeline import profile, weigh
+from hpctrain.pipeline import profile, split, weigh
 from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.operators import forbidden
 from hpctrain.pipeline.part import input_of
 from hpctrain.pipeline.pipeline import Copies, Pipeline
 from hpctrain.pipeline.profile import Work
-from hpctrain.pipeline.schedule import SCHEDULES, Forward, program
+from hpctrain.pipeline.schedule import SCHEDULES, Backward, Forward, program
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.trace import Writer
 from hpctrain.pipeline.watch import ASK, Watch
@@ -560,6 +561,108 @@ def test_micro_batches_without_samples_are_not_in_the_program(world, build, sche
     expected = [str(i) for i in own if isinstance(i, PASSES)]
     assert working == [3, 6, 9, 12, 15]
     assert ran[: len(expected)] == expected
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "where", "told"),
+    [
+        (
+            "Skips",
+            "buffer",
+            r"the buffer norm\.running_mean at step 0 on rank \d of \d, by \S+ times the bound",
+        ),
+        ("Skips", "gradient", r"the gradient of \S+ at step 0 .*look at the layers around it"),
+        ("Tied", "tie", r"the gradient of \S+ at step 0 "),
+    ],
+)
+def test_verify_finds_what_is_broken_in_stages(world, build, monkeypatch, model, where, told):
+    if world.size not in layouts(world.size, model):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build(model, world.size, micro_batches=4)
+    assert compare(job, 1) is None
+    pipeline, norm = job.pipeline, dict(job.engine.module.named_buffers()).get("norm.running_mean")
+    if where == "buffer":
+        refresh = job.engine.refresh
+
+        def and_a_little_more():
+            refresh()
+            if norm is not None:
+                norm.add_(1e-3)
+
+        monkeypatch.setattr(job.engine, "refresh", and_a_little_more)
+    elif where == "gradient":
+        receive = Stage.receive_gradient
+
+        def and_a_little_more(stage, v, part):
+            receive(stage, v, part)
+            kept = stage.kept[v]
+            kept.gradients = [(leaf, gradient * 1.01) for leaf, gradient in kept.gradients]
+
+        monkeypatch.setattr(Stage, "receive_gradient", and_a_little_more)
+    else:
+        collect = pipeline.collect
+        monkeypatch.setattr(pipeline, "collect", lambda add: collect(lambda p, g: add(p, g * 1.001)))
+    assert re.match(told, compare(job, 1))
+
+
+class Far(nn.Module):
+    """What the first layer finds is wanted by the last one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        a = self.a(x)
+        return self.d(torch.tanh(self.c(torch.tanh(self.b(torch.tanh(a)))))) + torch.sin(a)
+
+
+def test_a_skip_goes_straight_to_the_stage_that_wants_it():
+    """And its gradient straight back: the stages between neither get nor give it."""
+    cut = split.cut(Far(), {"x": torch.randn(3, 4)}, False, 4, ["b", "c", "d"])
+    straight = {0: [1, 3], 1: [2], 2: [3], 3: []}
+    assert cut.links() == (straight, straight)
+    parts = [cut.part(stage, 3, True) for stage in range(4)]
+    (far,) = parts[0].gives[3]
+    for between in parts[1:3]:
+        named = [name for names in (*between.gives.values(), *between.returns.values()) for name in names]
+        assert len(named) == 2
+        assert far not in between.gives.get(3, [])
+    assert far in parts[3].returns[0]
+
+
+def test_a_schedule_is_proved_for_the_links_before_anything_runs(monkeypatch):
+    """One that would hang, and one that leaves a backward out."""
+    cut = split.cut(Far(), {"x": torch.randn(3, 4)}, False, 2, ["c"])
+
+    def hangs(stage, stages, micro_batches, virtual=1):
+        yield from map(Backward, micro_batches)
+        yield from map(Forward, micro_batches)
+
+    def lacks(stage, stages, micro_batches, virtual=1):
+        yield from map(Forward, micro_batches)
+
+    two = SimpleNamespace(stages=2)
+    assert portion.most_kept("1f1b", two, cut, 4) == 2
+    for wrong, told in ((hangs, "before"), (lacks, "never all of its backward")):
+        monkeypatch.setitem(SCHEDULES, "wrong", wrong)
+        with pytest.raises(HpctrainError, match=told):
+            portion.most_kept("wrong", two, cut, 4)
+
+
+@pytest.mark.mpi
+def test_a_job_with_a_schedule_that_would_hang_is_not_built(world, build, monkeypatch):
+    if world.size != 2:
+        pytest.skip("two stages")
+
+    def hangs(stage, stages, micro_batches, virtual=1):
+        yield from map(Backward, micro_batches)
+        yield from map(Forward, micro_batches)
+
+    monkeypatch.setitem(SCHEDULES, "wrong", hangs)
+    with pytest.raises(HpctrainError, match="before"):
+        build("plain_row", 2, micro_batches=4, schedule="wrong")
 
 
 @pytest.mark.mpi

@@ -53,7 +53,7 @@ CONTENDERS = {
     "torch_interleaved": "… ScheduleInterleaved1F1B, two stages a rank",
     "torch_zbv": "… ScheduleZBVZeroBubble, two stages a rank",
     "torch_dualpipev": "… ScheduleDualPipeV, two stages a rank",
-    "alone": "one process, the whole model, the same micro-batches; the other ranks idle",
+    "alone": "one process of torch, the whole model, the same micro-batches; the other ranks idle",
     "limit": "no communication: every stage on data of its own, times (m+p-1)/m",
     "autograd_limit": "the same with layers and gradients left to torch",
     "work": "what the slowest stage has to do (limit without the factor): work ÷ ms is utilisation",
