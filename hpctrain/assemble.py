@@ -245,6 +245,11 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
     processors = kinds_of_processors(config, world)
     index = from_root(world, lambda: indexing.build(config.data))
     reader = Reader(index)
+    length = len(index.splits["train"])
+    if train.batch > length and trains and not topology.world_rank:
+        LOGGER.warning(
+            "train.batch = %d is more than the %d training samples: a step takes those", train.batch, length
+        )
     with together(world):
         task: Task = construct.build(config.data.task, "data.task", **config.data.task.init_args)
         task.prepare(source(config, topology, index, reader), learn)

@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from hpctrain.config import ClassPath
-from hpctrain.errors import ConfigError, nearest
+from hpctrain.errors import ConfigError, nearest, text_of
 
 
 def callables(module: ModuleType) -> list[str]:
@@ -136,5 +138,14 @@ def build(spec: ClassPath, key: str, *positional: Any, **arguments: Any) -> Any:
     except Exception as error:
         raise ConfigError(
             f"{key}: {spec.class_path}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) "
-            f"failed: {type(error).__name__}: {error}"
+            f"failed{line_of(error)}: {type(error).__name__}: {text_of(error)}"
         ) from error
+
+
+def line_of(error: Exception) -> str:
+    """Say at which line of the user's an error was raised; empty where in none. Local."""
+    ours, installed = str(Path(__file__).parent), ("site-packages", os.path.join("lib", "python"))
+    frames = traceback.extract_tb(error.__traceback__)
+    others = [f for f in frames if not f.filename.startswith((ours, "<"))]
+    own = [f for f in others if not any(part in f.filename for part in installed)]
+    return f" at {own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else ""

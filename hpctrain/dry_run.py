@@ -10,6 +10,7 @@ from mpi4py import MPI
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
 from hpctrain.config import Config, to_dict
+from hpctrain.engine import layer_of
 from hpctrain.errors import DONE
 from hpctrain.log import LOGGER, counted
 from hpctrain.report.run_folder import RunFolder
@@ -28,7 +29,12 @@ def run_model_once(job: Job) -> None:
     with together(world), np.errstate(all="ignore"):
         batch = job.task.batch(job.index.splits["train"].samples(np.arange(1)))
     with together(world):
-        outputs = job.engine.outputs(batch)
+        try:
+            outputs = job.engine.outputs(batch)
+        except Exception as error:
+            if layer := layer_of(error, job.engine.module):
+                error.add_note(layer)
+            raise
     with together(world):
         if outputs is not None:
             job.engine.loss(outputs, batch)

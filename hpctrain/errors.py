@@ -47,6 +47,14 @@ class DriftError(HpctrainError):
     """Replicas that must hold the same bits hold different ones."""
 
 
+def text_of(error: BaseException) -> str:
+    """Give an error's text, though its own code may fail to make it. Local."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"(no text: {type(other).__name__} where it is made)"
+
+
 Own = tuple[str, str, dict[str, bool | int | float | str]]
 """Module and name of an error's class, and its plain attributes."""
 

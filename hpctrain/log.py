@@ -59,7 +59,7 @@ def start(topology: Topology) -> None:
 
 def to_file(path: Path, topology: Topology) -> None:
     """Append this rank's lines to the run's log.txt as well, those of before too. Local."""
-    file = _formatted(logging.FileHandler(path, encoding="utf-8"), topology)
+    file = _formatted(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"), topology)
     for early in [handler for handler in LOGGER.handlers if isinstance(handler, MemoryHandler)]:
         early.setTarget(file)
         early.flush()

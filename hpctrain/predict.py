@@ -20,7 +20,8 @@ from hpctrain.assemble import Job
 from hpctrain.batch import Batch
 from hpctrain.checkpoint.load import Stored
 from hpctrain.config import Config
-from hpctrain.data.output import SOURCE, refuse_others
+from hpctrain.data.index import find_files
+from hpctrain.data.output import PREDICTIONS, refuse_others, temporary_beside
 from hpctrain.errors import ConfigError, nearest
 from hpctrain.log import LOGGER, counted
 from hpctrain.topology import Topology
@@ -39,8 +40,10 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
     """
 
     def opened() -> tuple[Config, Stored]:
-        refuse_others(output)
-        return open_run(run, step)
+        config, stored = open_run(run, step)
+        refuse_others(output, PREDICTIONS, find_files(config.data.files))
+        temporary_beside(output).unlink()  # what can't be written is found before the work
+        return config, stored
 
     config, stored = from_root(comm, opened)
     stages = config.parallel.stages if comm.size % config.parallel.stages == 0 else 1
@@ -69,15 +72,24 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
 
 def write(job: Job, split: str, output: Path, world: MPI.Intracomm) -> None:
     """Write under a temporary name, by all ranks, then rename. Collective."""
-    temporary = output.with_name(output.name + ".tmp")
 
-    def begin() -> tuple[Offsets, list[str]]:
+    def begin() -> Path:
         if split not in job.index.splits:
             raise ConfigError(f"--split {split}: {nearest(split, job.index.splits)}")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return create(job, split, temporary)
+        return temporary_beside(output)
 
-    offsets, dtypes = from_root(world, begin)
+    temporary = from_root(world, begin)
+    try:
+        fill(job, split, temporary, world)
+        from_root(world, lambda: temporary.replace(output))
+    finally:
+        if world.rank == 0:
+            temporary.unlink(missing_ok=True)
+
+
+def fill(job: Job, split: str, temporary: Path, world: MPI.Intracomm) -> None:
+    """Write the rows, each rank its own. Collective."""
+    offsets, dtypes = from_root(world, lambda: create(job, split, temporary))
     kinds = dict(zip(offsets, dtypes))
     shapes = {wanted.name: tuple(wanted.shape) for wanted in job.task.predictions()}
     with together(world):  # before the stages wait for one another
@@ -94,7 +106,6 @@ def write(job: Job, split: str, output: Path, world: MPI.Intracomm) -> None:
 
         job.engine.each(job.split_batches(split), store)
         os.fsync(file.fileno())
-    from_root(world, lambda: temporary.replace(output))
 
 
 def check_rows(name: str, rows: Any, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -115,7 +126,7 @@ def create(job: Job, split: str, path: Path) -> tuple[Offsets, list[str]]:
     samples = job.index.splits[split].samples(np.arange(len(job.index.splits[split])))
     dtypes: list[str] = []
     with h5py.File(path, "w") as file:
-        file.attrs["source"] = f"{SOURCE}predict, split {split}"
+        file.attrs["source"] = f"{PREDICTIONS}, split {split}"
         file["sample"] = samples
         first = axis_of_samples(job, file, samples)
         for wanted in job.task.predictions():

@@ -32,7 +32,10 @@ def room(processes: int, most: bool = False, shared: bool = False) -> float:
 
 def ran_out(error: BaseException) -> bool:
     """Tell whether there was no memory for something: torch has no kind of error for it. Pure."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in REFUSED)
+    try:
+        return isinstance(error, MemoryError) or any(words in str(error) for words in REFUSED)
+    except Exception:  # of the user's own class, whose text can't be made
+        return False
 
 
 def meminfo(name: str) -> float | None:

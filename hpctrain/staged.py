@@ -20,7 +20,7 @@ from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
 from hpctrain.draws import again, run_again, set_generators
 from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
-from hpctrain.errors import ConfigError, HpctrainError, RankError
+from hpctrain.errors import ConfigError, HpctrainError, RankError, text_of
 from hpctrain.gradient import Places
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
@@ -172,7 +172,7 @@ class StagedEngine(Engine):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
                 rank = self.topology.world_rank
                 note(error, f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {rank}")
-                if "modified by an inplace operation" in str(error) and len(stage.kept) > 1:
+                if "modified by an inplace operation" in text_of(error) and len(stage.kept) > 1:
                     error.add_note(SEVERAL_AT_ONCE)
                 failure = error
             if failure is not None and isinstance(instruction, (Send, SendGradient)):

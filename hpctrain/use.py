@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint.files import complete_steps, folder_name
 from hpctrain.config import Config
+from hpctrain.data.output import refuse, temporary_beside
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.models import build as models
 from hpctrain.parse import from_toml
 from hpctrain.piece import tensors_of
+
+EXPORT = "hpctrain checkpoint export"
 
 
 def open_run(run: Path, step: int | None = None) -> tuple[Config, loading.Stored]:
@@ -64,18 +68,36 @@ def id_of(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
 
 
 def export(run: Path, output: Path, step: int | None = None) -> Path:
-    """Write a plain state_dict: safetensors, or torch's own format for .pt and .pth. Local."""
+    """Write a plain state_dict: safetensors, or torch's own format for .pt and .pth. Local.
+
+    Raises ConfigError where a file is there, but an earlier export in safetensors, which says what it is.
+    """
+    safe = output.suffix == ".safetensors"
+    if not safe and output.suffix not in (".pt", ".pth"):
+        raise ConfigError(f"{output}: a name that ends in .safetensors, .pt or .pth was expected")
+    if output.exists() and not (safe and is_export(output)):
+        refuse(output, EXPORT)
     module = load_module(run, step)
     state = {name: tensor.contiguous() for name, tensor in tensors_of(module).items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    if output.suffix == ".safetensors":
-        save_file({name: tensor.clone() for name, tensor in state.items()}, temporary)
-    elif output.suffix in (".pt", ".pth"):
-        torch.save(state, temporary)
-    else:
-        raise ConfigError(f"{output}: a name that ends in .safetensors, .pt or .pth was expected")
-    return temporary.replace(output)
+    temporary = temporary_beside(output)
+    try:
+        if safe:
+            copies = {name: tensor.clone() for name, tensor in state.items()}
+            save_file(copies, temporary, {"format": "pt", "source": EXPORT})
+        else:
+            torch.save(state, temporary)
+        return temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file is an earlier export. Local."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool((file.metadata() or {}).get("source") == EXPORT)
+    except (OSError, SafetensorError):
+        return False
 
 
 def describe(run: Path) -> list[str]:

@@ -17,6 +17,12 @@ T = TypeVar("T")
 PACKAGE = str(Path(__file__).parent) + os.sep
 CALLS, CALLED_IN = ("_call_impl", "_wrapped_call_impl"), os.path.join("torch", "nn", "modules", "module.py")
 """Where torch calls a module."""
+MACHINERY = (
+    os.path.join("torch", "autograd", ""),
+    os.path.join("torch", "utils", "_contextlib.py"),
+    "<frozen importlib",
+)
+"""In the names of files that a user's error goes through on its way."""
 NOT_RAISED = (StopIteration, StopAsyncIteration)
 """Python takes them for the end of a generator that they pass through."""
 
@@ -83,31 +89,35 @@ def describe(failure: Exception) -> tuple[str, Own | None, str, str, bool, int]:
         return next(ours).__name__, own, text, brief, failure.named, rank
     kind = type(failure)
     text = "".join(traceback.format_exception(failure)).rstrip()
-    told = {name: getattr(failure, name, None) for name in ("errno", "strerror", "filename")} | vars(failure)
-    plain = {name: value for name, value in told.items() if isinstance(value, (bool, int, float, str))}
+    told = dict(vars(failure))
+    for name in ("errno", "strerror", "filename"):
+        with suppress(Exception):  # a property of the user's
+            told[name] = getattr(failure, name, None)
+    plain = {name: value for name, value in told.items() if type(value) in (bool, int, float, str)}
     return "RankError", (kind.__module__, kind.__qualname__, plain), text, brief_of(failure), False, rank
 
 
 def brief_of(failure: Exception) -> str:
-    """Give the traceback without this trainer's frames and torch's calls of modules. Local.
+    """Give the traceback without this trainer's frames and torch's machinery. Local.
 
     Empty where no other frame is in it: then it is about this trainer.
     """
-    every: list[traceback.TracebackException | None] = [traceback.TracebackException.from_exception(failure)]
+    first = traceback.TracebackException.from_exception(failure)
+    every: list[traceback.TracebackException | None] = [first]
+    told = False
     for one in every:
         if one is not None:
             kept = [frame for frame in one.stack if not _is_machinery(frame)]
-            if not kept:
-                return ""
+            told = told or bool(kept)
             one.stack[:] = kept
             every += [one.__cause__, one.__context__]
-    assert every[0] is not None
-    return "".join(every[0].format()).rstrip()
+    return "".join(first.format()).rstrip() if told else ""
 
 
 def _is_machinery(frame: traceback.FrameSummary) -> bool:
     called = frame.name in CALLS and frame.filename.endswith(CALLED_IN)
-    return called or frame.filename.startswith(PACKAGE)
+    inside = any(part in frame.filename for part in MACHINERY)
+    return called or inside or frame.filename.startswith(PACKAGE)
 
 
 def also(module: str, name: str) -> type[RankError]:

@@ -93,7 +93,8 @@ def test_a_users_file_in_the_current_folder(tmp_path, monkeypatch):
 
 def test_an_error_of_the_constructor_names_it():
     with pytest.raises(
-        ConfigError, match=r"model: test_construct.Exploding\(width=7\) failed: RuntimeError: width 7"
+        ConfigError,
+        match=r"model: test_construct.Exploding\(width=7\) failed at .*test_construct.py:\d+: `raise .*`: RuntimeError: width 7",
     ):
         construct.build(ClassPath("test_construct.Exploding"), "model", width=7)
 

@@ -1564,6 +1564,28 @@ def test_waiting_for_another_stage_is_no_computing(world, build):
 
 
 @pytest.mark.mpi
+def test_a_step_without_samples_is_not_the_one_that_is_watched(world, build, shared_tmp):
+    """The last step of an epoch may have one sample, which goes to the last replica."""
+    if world.size != 4:
+        pytest.skip("two replicas of two stages")
+    length = len(build("plain_row", 2).index.splits["train"])
+    job = build("plain_row", 2, micro_batches=4, batch=length - 1)
+    run = RunFolder(shared_tmp, writes=world.rank == 0)
+    watching, position = Timeline(job, run), 0
+    watching.number, shown = 2, []
+    for number in range(1, 5):
+        step = job.loader.read(position)
+        watching.before(number)
+        job.engine.step(number, step)
+        shown.append(job.engine._spans is not None and bool(job.engine._spans))
+        watching.after(number, number)
+        position = step.next_position
+    assert shown == [False, False, job.topology.replica == 0, False]
+    world.Barrier()
+    assert [row["step"] for row in rows(run.path / "metrics.jsonl") if row["event"] == "pipeline"] == [3]
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_watched_step_shows_what_ran(world, build, shared_tmp, schedule, caplog):
     """The passes of the program, in its order, none before what it waits for; table, row and picture of them."""

@@ -570,6 +570,12 @@ def test_what_cannot_be_measured_is_estimated_on_all_ranks(world):
         "memory is short, and nothing says if it suffices"
     ]
     assert not told.said
+
+    def says_nothing():
+        raise type("SilentError", (ValueError,), {"__str__": lambda error: error.lost})
+
+    told = choose(2, [1] * 4, [Held(0)] * 4, [*works(1, 1, 9), says_nothing], scales(world), names="abcd")
+    assert "piece 4 of 4, d: SilentError: (no text: AttributeError" in told.said[0]
     pieces = [*works(1, 1, 9), fails]
     found = choose(2, [1] * 4, [Held(0)] * 4, pieces, scales(world), names="abcd")
     assert found.parts == [(0, 2), (2, 4)]

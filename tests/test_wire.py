@@ -2,7 +2,8 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from hpctrain.errors import ConfigError, DataError, RankError
+from hpctrain.errors import ConfigError, DataError, RankError, text_of
+from hpctrain.room import ran_out
 from hpctrain.wire import brief_of, from_root, raise_together, together
 
 
@@ -72,6 +73,50 @@ def test_an_error_of_this_trainer_alone_is_told_whole(world):
             raise_together(MPI.COMM_SELF, inside)
     assert not brief_of(inside)
     assert caught.value.brief == ""
+
+
+class SpeechlessError(ValueError):
+    """Its text can't be made, nor one of its attributes be asked for."""
+
+    def __str__(self):
+        return self.lost
+
+    @property
+    def errno(self):
+        raise RuntimeError("of the error's own")
+
+
+class Word(str):
+    """No class that another process may unpickle it by."""
+
+    __reduce__ = None
+
+
+@pytest.mark.mpi
+def test_an_error_whose_own_code_fails_is_told_all_the_same(world):
+    error = SpeechlessError("x")
+    error.word, error.number = Word("w"), 3
+    with pytest.raises(ValueError, match="SpeechlessError") as caught, together(world):
+        if world.rank == world.size - 1:
+            raise error
+    assert caught.value.number == 3
+    assert not ran_out(error)
+    assert text_of(error) == "(no text: AttributeError where it is made)"
+
+
+@pytest.mark.mpi
+def test_causes_that_were_never_raised_are_told_in_brief(world):
+    def raises():
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            raise ValueError("outer") from OSError(f"never raised, beside {error}")
+
+    with pytest.raises(ValueError, match="outer") as caught, together(world):
+        from_root(MPI.COMM_SELF, raises)
+    assert "hpctrain/wire.py" not in caught.value.brief
+    assert "never raised" in caught.value.brief
+    assert "raise ValueError" in caught.value.brief
 
 
 class OwnError(ValueError):

@@ -127,6 +127,10 @@ def build(config: Data) -> Index:
     return Index(tuple(files), tuple(starts), variables, splits, joined, tuple(sorted(attributes.items())))
 
 
+ENDINGS = (".h5", ".hdf5", ".hdf", ".he5", ".nc", ".nc4")
+"""Of names that HDF5 files have."""
+
+
 def find_files(patterns: str | list[str]) -> list[str]:
     """Expand paths and globs, each glob sorted by name; a file that two of them name counts once."""
     found: list[str] = []
@@ -137,6 +141,7 @@ def find_files(patterns: str | list[str]) -> list[str]:
         if not matches:
             folder = Path(pattern).parent
             near = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+            near = [name for name in near if Path(name).suffix in ENDINGS] or near
             hint = nearest(Path(pattern).name, near) if near else f"there is no folder {folder}"
             raise DataError(f"data.files: no file {pattern}: {hint}")
         found += matches

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpctrain.data.output import SOURCE, refuse_others
+from hpctrain.data.output import MADE, refuse_others, temporary_beside
 from hpctrain.errors import ConfigError
 
 WINDOW, CONTEXT = 512, 128
@@ -129,12 +129,11 @@ def held_out(name: str) -> int:
 
 def write(output: Path, fill: Callable[[h5py.File], None]) -> None:
     """Write a file under a temporary name, then rename it. Raises ConfigError over somebody's file."""
-    refuse_others(output)
-    temporary = output.with_name(output.name + ".tmp")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    refuse_others(output, MADE)
+    temporary = temporary_beside(output)
     try:
         with h5py.File(temporary, "w") as file:
-            file.attrs["source"] = f"{SOURCE}data make"
+            file.attrs["source"] = MADE
             fill(file)
         os.replace(temporary, output)
     finally:

@@ -43,10 +43,7 @@ def table(cut: Cut, schedule: str, micro_batches: int, crowded: bool = False) ->
     links, back = cut.links()
     found = simulate(every, cost_of(choice.passes, every), links, choice.wire, back)
     return [
-        "expected of each stage, from pieces measured alone: the times of a micro-batch (weight gradient 0: "
-        "with that of the input), and what stages behind get of it; weights with gradients and optimizer + "
-        "what so many micro-batches keep for backward + more (what weight gradients wait with, messages, "
-        "what a pass takes for itself) = memory",
+        "expected of each stage for a micro-batch, from pieces measured alone (docs/pipeline.md, Balance):",
         *(f"{line}  {name}" for line, name in zip(lines, names)),
         f"{schedule} simulated with them and {messages(choice)}: a step's passes take "
         f"{1e3 * found.seconds:.1f} ms, idle {found.bubble:.0%}"

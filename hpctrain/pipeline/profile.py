@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
+from hpctrain.errors import text_of
 from hpctrain.gradient import StraightIntoPlace, hooked
 from hpctrain.pipeline.held import Living, bytes_kept
 from hpctrain.pipeline.operators import called, changes
@@ -207,7 +208,7 @@ def measure(
                         mine[at] = pieces[at]()
                     reference = yardstick()
         except (Exception, SystemExit) as error:  # made-up numbers don't suit every operator
-            line = next(iter(str(error).strip().splitlines()), "")
+            line = next(iter(text_of(error).strip().splitlines()), "")
             which = f"piece {at + 1} of {len(pieces)}" + (f", {names[at]}" if names else "")
             failed = f"{which}: {type(error).__name__}: {line}", ran_out(error)
         done = comm.Ibarrier()

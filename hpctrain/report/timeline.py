@@ -32,11 +32,13 @@ class Timeline:
     def __init__(self, job: Job, run: RunFolder) -> None:
         """Take the parts."""
         self.job, self.run = job, run
+        self.number = WATCHED
+        """The step of the session that is measured."""
 
     def watched(self, number: int) -> StagedEngine | None:
         """Give the engine, if it is watched in this step (from 1) of the session. Local."""
         engine = self.job.engine
-        if number == WATCHED and self.job.topology.replica == 0 and isinstance(engine, StagedEngine):
+        if number == self.number and self.job.topology.replica == 0 and isinstance(engine, StagedEngine):
             return engine
         return None
 
@@ -51,10 +53,14 @@ class Timeline:
         engine = self.watched(number)
         if engine is None:
             return
+        passes = engine.unwatch()
+        if not passes:  # this replica had no samples: its ranks all watch the next step instead
+            self.number += 1
+            return
         modules = [ends(names) for names in engine.pipeline.names()]
         topology = self.job.topology
         ahead = seconds_ahead(topology.comms.pipe)
-        spans = [Span(s.stage, s.instruction, s.start - ahead, s.end - ahead) for s in engine.unwatch()]
+        spans = [Span(s.stage, s.instruction, s.start - ahead, s.end - ahead) for s in passes]
         mine = Told(
             topology.world_rank,
             platform.node(),
@@ -73,8 +79,6 @@ class Timeline:
     def tell(self, step: int, ranks: list[Told]) -> None:
         """Log the table, write the row, draw the picture. Local: world rank 0."""
         measured = as_simulation([told.spans for told in ranks])
-        if not measured.spans:
-            return  # the first replica had no samples in this step
         simulated = again(self.job, measured)
         expected = expectation(self.job, measured)
         for line in table(self.job, step, ranks, measured, simulated, expected):

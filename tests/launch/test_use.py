@@ -57,7 +57,7 @@ def test_predictions_are_the_models_own(launcher, trained, tmp_path):
     data = (tmp_path / "part0.h5").read_bytes()
     theirs = launcher.ranks(2, "predict", "runs/small", "--output", "part0.h5")
     assert theirs.status == 2
-    assert theirs.text.count("part0.h5 is there already, and hpctrain has not written it") == 1
+    assert theirs.text.count("part0.h5 is among the run's data.files") == 1
     assert (tmp_path / "part0.h5").read_bytes() == data
     wrong = launcher.ranks(2, "predict", "runs/small", "--output", "w.h5", "--split", "tset")
     assert wrong.status == 2
