@@ -2,8 +2,8 @@
 
 import importlib
 import inspect
-import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -144,8 +144,7 @@ def build(spec: ClassPath, key: str, *positional: Any, **arguments: Any) -> Any:
 
 def line_of(error: Exception) -> str:
     """Say at which line of the user's an error was raised; empty where in none. Local."""
-    ours, installed = str(Path(__file__).parent), ("site-packages", os.path.join("lib", "python"))
-    frames = traceback.extract_tb(error.__traceback__)
-    others = [f for f in frames if not f.filename.startswith((ours, "<"))]
-    own = [f for f in others if not any(part in f.filename for part in installed)]
+    known = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    known |= {"<", str(Path(__file__).parent)}
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*known,))]
     return f" at {own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else ""

@@ -18,8 +18,8 @@ from hpctrain.batch import Batch
 from hpctrain.errors import ConfigError, DataError
 
 # torch broadcasts (n,) integers against (n, 1) outputs to n x n differences, with a warning only.
-CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 NUMERIC = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
+CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 class SummedLoss:

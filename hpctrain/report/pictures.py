@@ -131,7 +131,7 @@ def timeline(found: "Mapping[str, Simulation]", title: str, path: Path) -> None:
         axis.set(
             ylabel="pipeline rank",
             yticks=range(ranks),
-            title=f"{title}, {name}: {1e3 * one.seconds:.3g} ms, idle {one.bubble:.0%}",
+            title=f"{title}, {name}: {1e3 * one.seconds:,.1f} ms, idle {one.bubble:.0%}",
         )
     axes[0, 0].invert_yaxis()
     virtual = any(span.instruction.virtual for span in first.spans)
