@@ -11,7 +11,7 @@ from helpers import config_of, values
 from hpctrain import assemble
 from hpctrain.config import ClassPath
 from hpctrain.data import order
-from hpctrain.engine import listed, sum_over, to_float
+from hpctrain.engine import layer_of, listed, sum_over, to_float
 from hpctrain.errors import DataError, DivergedError, HpctrainError, RankError
 
 
@@ -58,6 +58,20 @@ def test_a_users_exception_is_raised_on_all_ranks_with_its_place(topology, files
     assert caught.value.agreed
     if topology.world_size > 1:
         assert text.startswith(f"rank {rank} of {topology.world_size}: ")
+
+
+@pytest.mark.mpi
+def test_an_error_of_a_layer_names_it_and_what_it_was_given(topology, files):
+    job = assemble.build(config_of(files), topology)
+    job.engine.module.second = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    with pytest.raises(
+        RankError, match=r"in layer second\.1 \(Linear\), given float32 \(\d+, 8\)\nat step 0, "
+    ):
+        job.engine.step(0, job.loader.read(0))
+    job.close()
+    with pytest.raises(KeyError) as caught:
+        {}["outside of every layer"]
+    assert layer_of(caught.value, job.engine.module) == ""
 
 
 @pytest.mark.mpi
