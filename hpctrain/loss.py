@@ -39,8 +39,6 @@ class SummedLoss:
                     f"with outputs: set train.loss.class_path = torch.nn.CrossEntropyLoss for classes, "
                     f"or store numbers as floats"
                 )
-            if isinstance(self.loss, NUMERIC):  # a user's own may rely on the target's order
-                target = laid_like(output, target)
             try:
                 values = self.loss(output, target)
             except IndexError as error:
@@ -135,18 +133,6 @@ def fit(output: torch.Tensor, target: torch.Tensor, name: str) -> torch.Tensor:
             f"for CrossEntropyLoss are stored as integers)"
         )
     return output
-
-
-def laid_like(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Give a target in the output's order in memory, where that is `channels_last`. Pure.
-
-    An operator on two tensors in different orders takes several times as long as the copy (measured).
-    """
-    for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        other = output.ndim == dimensions and not output.is_contiguous()
-        if other and output.shape == target.shape and output.is_contiguous(memory_format=order):
-            return target.contiguous(memory_format=order)
-    return target
 
 
 def takes_reduction(factory: Callable[..., Any]) -> bool:

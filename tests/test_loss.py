@@ -19,28 +19,6 @@ def test_elementwise_loss_is_torchs_mean():
     torch.testing.assert_close(total / weight, nn.functional.mse_loss(output, target))
 
 
-@pytest.mark.parametrize(
-    ("shape", "order"), [((2, 3, 4, 5), torch.channels_last), ((2, 3, 2, 4, 5), torch.channels_last_3d)]
-)
-def test_a_target_is_laid_as_an_output_with_its_channels_last(shape, order):
-    """Two orders in one operator take several times as long; a loss of the user's gets what it got."""
-    output, target, seen = torch.randn(shape).to(memory_format=order), torch.randn(shape), []
-
-    class Watched(nn.MSELoss):
-        def forward(self, x, y):
-            seen.append(y)
-            return super().forward(x, y)
-
-    total, weight = SummedLoss(Watched(reduction="none"))(output, batch_of(y=target))
-    assert seen[0].stride() == output.stride()
-    assert torch.equal(seen[0], target)
-    torch.testing.assert_close(total / weight, nn.functional.mse_loss(output, target))
-    SummedLoss(lambda x, y: seen.append(y) or (x - y) ** 2)(output, batch_of(y=target))
-    assert seen[1].is_contiguous()
-    SummedLoss(Watched(reduction="none"))(output.contiguous(), batch_of(y=target))
-    assert seen[2].is_contiguous()
-
-
 def test_cross_entropy_a_sample_and_a_pixel():
     for shape in ((5, 4), (5, 4, 3)):
         output = torch.randn(shape)
