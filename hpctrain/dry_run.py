@@ -10,7 +10,6 @@ from mpi4py import MPI
 from hpctrain import assemble, log
 from hpctrain.assemble import Job
 from hpctrain.config import Config, to_dict
-from hpctrain.engine import layer_of
 from hpctrain.errors import DONE
 from hpctrain.log import LOGGER, counted
 from hpctrain.report.run_folder import RunFolder
@@ -29,12 +28,7 @@ def run_model_once(job: Job) -> None:
     with together(world), np.errstate(all="ignore"):
         batch = job.task.batch(job.index.splits["train"].samples(np.arange(1)))
     with together(world):
-        try:
-            outputs = job.engine.outputs(batch)
-        except Exception as error:
-            if layer := layer_of(error, job.engine.module):
-                error.add_note(layer)
-            raise
+        outputs = job.engine.outputs(batch)
     with together(world):
         if outputs is not None:
             job.engine.loss(outputs, batch)

@@ -199,8 +199,6 @@ class Engine:
             return RankError(f"sys.exit({error.code}) was called in the model or the loss")
         except Exception as error:
             where = instruction.micro_batch if instruction else "none"
-            if layer := layer_of(error, self.module):
-                error.add_note(layer)
             note(error, f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}")
             return error
         return None
@@ -264,7 +262,12 @@ class Engine:
         of_mode = self._drawing[self.module.training]
         drawing = compiled if self.straight.compiled else of_mode.of(stream, 0, on_device.inputs)
         with self._precision(), drawing as counting:
-            outputs = models.call(self.module, on_device.inputs, self.named)
+            try:
+                outputs = models.call(self.module, on_device.inputs, self.named)
+            except Exception as error:
+                if layer := layer_of(error, self.module):
+                    error.add_note(layer)
+                raise
         self._drawn = stream, range(counting.count)
         return outputs
 

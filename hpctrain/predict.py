@@ -36,7 +36,7 @@ def predict(run: Path, output: Path, split: str, step: int | None, comm: MPI.Int
 
     The file has one dataset a target, rows in the order of the split, with units and
     coordinates, and `sample`, the row of the whole data that each is for. Raises ConfigError where
-    `output` is there and was not written by hpctrain.
+    `output` is there and no earlier prediction, or is what the run is trained on.
     """
 
     def opened() -> tuple[Config, Stored]:

@@ -13,6 +13,7 @@ from hpctrain.config import ClassPath
 from hpctrain.data import order
 from hpctrain.engine import layer_of, listed, sum_over, to_float
 from hpctrain.errors import DataError, DivergedError, HpctrainError, RankError
+from hpctrain.log import LOGGER
 
 
 def run(config, topology, steps=4):
@@ -68,10 +69,22 @@ def test_an_error_of_a_layer_names_it_and_what_it_was_given(topology, files):
         RankError, match=r"in layer second\.1 \(Linear\), given float32 \(\d+, 8\)\nat step 0, "
     ):
         job.engine.step(0, job.loader.read(0))
+    with pytest.raises(RuntimeError) as caught:  # in an evaluation, a prediction, a dry run
+        job.engine.outputs(job.task.batch(np.arange(1)))
+    assert caught.value.__notes__ == ["in layer second.1 (Linear), given float32 (1, 8)"]
     job.close()
     with pytest.raises(KeyError) as caught:
         {}["outside of every layer"]
     assert layer_of(caught.value, job.engine.module) == ""
+
+
+@pytest.mark.mpi
+def test_a_batch_of_more_than_there_is_is_told(topology, files, caplog, monkeypatch):
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    with caplog.at_level("WARNING", LOGGER.name):
+        assemble.build(config_of(files, batch=1000), topology).close()
+    told = "train.batch = 1000 is more than the 29 training samples: a step takes those"
+    assert [record.getMessage() for record in caplog.records] == ([] if topology.world_rank else [told])
 
 
 @pytest.mark.mpi

@@ -14,20 +14,22 @@ from hpctrain.errors import ConfigError
 PREDICTIONS, MADE = "hpctrain predict", "hpctrain data make"
 """What `source` begins with, by the command."""
 TRIES = 1000
+"""Names for a temporary file, before it is given up."""
 
 
 def refuse_others(path: Path, source: str, data: Iterable[str] = ()) -> None:
     """Raise ConfigError where `path` is one of the `data` files, or what the command did not write. Local."""
-    if any(path.exists() and os.path.exists(file) and path.samefile(file) for file in data):
+    if not path.exists():
+        return
+    if any(os.path.exists(file) and path.samefile(file) for file in data):
         raise ConfigError(f"--output {path} is among the run's data.files: name another file")
-    if path.exists():
-        try:
-            with h5py.File(path, "r") as file:
-                found = file.attrs.get("source", "")
-        except OSError:
-            found = ""
-        if not (isinstance(found, str) and found.startswith(source)):
-            refuse(path, source)
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("source", "")
+    except OSError:
+        found = ""
+    if not (isinstance(found, str) and found.startswith(source)):
+        refuse(path, source)
 
 
 def refuse(path: Path, command: str) -> None:

@@ -33,7 +33,7 @@ class Timeline:
         """Take the parts."""
         self.job, self.run = job, run
         self.number = WATCHED
-        """The step of the session that is measured."""
+        """The step of the session that is measured: a later one where the replica has no samples in that."""
 
     def watched(self, number: int) -> StagedEngine | None:
         """Give the engine, if it is watched in this step (from 1) of the session. Local."""

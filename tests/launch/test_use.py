@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hpctrain
 from hpctrain.errors import CheckpointError, ConfigError
@@ -75,6 +75,15 @@ def test_export_list_and_load(launcher, trained, tmp_path):
     ):
         assert all(torch.equal(found[name], state[name]) for name in state)
         assert found.keys() == state.keys()
+    export = [sys.executable, "-m", "hpctrain", "checkpoint", "export", "runs/small"]
+    assert launcher.run(*export, "m.safetensors").status == 0, "its own earlier one"
+    save_file({"w": torch.ones(2)}, tmp_path / "theirs.safetensors")
+    for name in ("theirs.safetensors", "deep/m.pt"):
+        before = (tmp_path / name).read_bytes()
+        refused = launcher.run(*export, name)
+        assert refused.status == 2
+        assert "and `hpctrain checkpoint export` has not written it" in refused.err
+        assert (tmp_path / name).read_bytes() == before
     wrong = launcher.run(sys.executable, "-m", "hpctrain", "checkpoint", "export", "runs/small", "m.bin")
     assert wrong.status == 2
     assert "a name that ends in .safetensors, .pt or .pth was expected" in wrong.err
@@ -222,7 +231,7 @@ def test_a_prediction_of_another_shape_than_declared_is_refused(launcher, small,
         ended = launcher.ranks(2, "predict", kind, "--output", "out.h5")
         assert ended.status == 2, ended.text
         assert ended.text.count(message) == 1
-        assert not (tmp_path / "out.h5").exists()
+        assert not [*tmp_path.glob("out.h5*")], "nothing half-written stays"
 
 
 def test_predict_of_an_invariant_run_on_more_ranks_than_micro_batches(launcher, small, tmp_path):
