@@ -132,14 +132,17 @@ class Convolution(torch.autograd.Function):
         geometry: tuple[list[int], list[int], list[int], int], owner: Owner,
     ) -> torch.Tensor:  # fmt: skip
         """Compute the layer."""
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.owner, ctx.geometry = owner, geometry
         ctx.parameters = [weight] if bias is None else [weight, bias]
         return function(x, weight, bias, *geometry)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Give the gradients that autograd is to have."""
+        if gradient is None:  # it went past a row of convolutions
+            return (None,) * 6
         x, weight = ctx.saved_tensors
         of_x, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]  # it may be frozen, for now
         work = Correlation(gradient, x, weight, ctx.geometry, of_bias, of_x)

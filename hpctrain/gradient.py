@@ -53,6 +53,9 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 """Names of the weights that are seen."""
 
 KINDS = (torch.Tensor, nn.Parameter)
+USUAL = (torch.strided,)
+CONVOLVED = (torch.strided, torch._mkldnn)  # type: ignore[attr-defined]
+"""Layouts of inputs: convolutions in a row have oneDNN's own between them (`pipeline/rows.py`)."""
 CALLED = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 """Functions of `torch.nn.functional` whose calls are seen."""
 
@@ -171,8 +174,7 @@ class StraightIntoPlace:
     def waiting_bytes(self) -> int:
         """Memory that what waits for `weights_of` holds."""
         works = (entry.work for waiting in self._waiting.values() for entry in waiting)
-        every = (tensor.untyped_storage() for work in works for tensor in (work.g, work.x))
-        return sum({storage.data_ptr(): storage.nbytes() for storage in every}.values())
+        return sum(dict(_memory(tensor) for work in works for tensor in (work.g, work.x)).values())
 
     @torch.no_grad()
     def weights_of(self, micro_batch: int, last: bool) -> None:
@@ -217,10 +219,10 @@ class StraightIntoPlace:
         self._called |= ids
         return first and self._places.left(*parameters, waits=waits)
 
-    def _takes(self, x: torch.Tensor, weight: Any, bias: Any = None) -> bool:
+    def _takes(self, x: torch.Tensor, weight: Any, bias: Any = None, layouts: Container[Any] = USUAL) -> bool:
         """Whether a call of a layer is taken. Local."""
         managed = id(weight) in self.weights and weight.requires_grad and torch.is_grad_enabled()
-        if not managed or not _plain(x, weight) or (bias is not None and not _plain(bias, weight)):
+        if not managed or not plain(x, weight, layouts) or (bias is not None and not plain(bias, weight)):
             return False
         return torch._C._len_torch_function_stack() <= self._modes + 1 or not watched()
 
@@ -252,7 +254,8 @@ class StraightIntoPlace:
         self, function: Any, input: torch.Tensor, weight: Any, bias: Any = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> torch.Tensor:  # fmt: skip
-        if not self._takes(input, weight, bias) or input.ndim != weight.ndim or self._leaves(weight, bias):
+        taken = self._takes(input, weight, bias, CONVOLVED) and input.ndim == weight.ndim
+        if not taken or self._leaves(weight, bias):
             return function(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
         sizes = [[n] * (weight.ndim - 2) if isinstance(n, int) else n for n in (stride, padding, dilation)]
         if not all(isinstance(n, (list, tuple)) and all(type(m) is int for m in n) for n in sizes):
@@ -353,13 +356,21 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
 
 
-def _plain(x: Any, weight: torch.Tensor) -> bool:
-    """Whether nothing else watches the call itself.
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """Give place and bytes of a tensor's memory. Local."""
+    if tensor.is_mkldnn:
+        return torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def plain(x: Any, weight: torch.Tensor, layouts: Container[Any] = USUAL) -> bool:
+    """Whether nothing else watches the call itself, which gets an input and a weight. Local.
 
     Functorch's transforms and forward-mode gradients do; so do hooks on saved tensors (recomputed activations
     expect the same tensors from the second forward, which is torch's own).
     """
-    if type(x) not in KINDS or type(weight) not in KINDS or x.layout is not torch.strided or x.is_nested:
+    if type(x) not in KINDS or type(weight) not in KINDS or x.layout not in layouts or x.is_nested:
         return False
     if torch.is_autocast_enabled(x.device.type):  # it casts inside the call
         return False

@@ -54,12 +54,17 @@ CPU = torch.device("cpu")
 
 
 def allowed() -> bool:
+    """Whether oneDNN may compute products: it is known here, and the user lets it. Local."""
+    return AVAILABLE and permitted()
+
+
+def permitted() -> bool:
     """Whether the user lets oneDNN compute, in full precision. Local."""
     try:
         full = torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set in torch's newer way, which the older one can't name
         return False
-    return AVAILABLE and full and bool(torch.backends.mkldnn.enabled)
+    return full and bool(torch.backends.mkldnn.enabled)
 
 
 def ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -148,9 +153,7 @@ class Laid:
         self.nbytes: int = torch.ops.mkldnn._nbytes(self._laid)
         if self.nbytes != whole.numel() * whole.element_size():
             raise NotImplementedError
-        at = torch.ops.mkldnn.data_ptr(self._laid)
-        memory = (ctypes.c_char * self.nbytes).from_address(at)  # `_laid` keeps it
-        self._blocks = torch.frombuffer(memory, dtype=torch.float32).view(-1, whole.shape[1], BLOCK)
+        self._blocks = memory_of(self._laid).view(-1, whole.shape[1], BLOCK)
         theirs = self._blocks.clone()
         self._lay(probe)
         if not torch.equal(self._blocks, theirs):
@@ -228,10 +231,17 @@ class Laid:
             self._blocks.copy_(weight.view(len(weight), -1, BLOCK).transpose(0, 1))
 
 
-def seconds_of(ways: Sequence[Callable[[], object]]) -> list[float]:
+def memory_of(laid: torch.Tensor) -> torch.Tensor:
+    """Give the numbers of a float32 tensor in oneDNN's layout as they lie; they live as long as it. Local."""
+    size: int = torch.ops.mkldnn._nbytes(laid)
+    memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(laid))
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def seconds_of(ways: Sequence[Callable[[], object]], rounds: int = TIMED) -> list[float]:
     """Time several ways in turn; the least of a few rounds, as another process may be in the way. Local."""
     found = [math.inf] * len(ways)
-    for _ in range(TIMED):
+    for _ in range(rounds):
         for at, way in enumerate(ways):
             began = time.perf_counter()
             way()

@@ -59,6 +59,14 @@ def convolved_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(*row, Pair(pair), nn.Flatten(1), nn.Linear(32, out_features))
 
 
+def pictured_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Convolutions of pictures, with ReLUs between."""
+    row: list[nn.Module] = [nn.Linear(in_features, 16 * 6 * 6), nn.Unflatten(1, (16, 6, 6))]
+    for _ in range(8):
+        row += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*row, nn.Flatten(1), nn.Linear(16 * 6 * 6, out_features))
+
+
 class Pair(nn.Module):
     """One layer of what it holds."""
 

@@ -31,6 +31,7 @@ from hpctrain.pipeline.choice import Plan, Scales
 from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.pipeline import Pipeline, take_share
 from hpctrain.pipeline.profile import Limits
+from hpctrain.pipeline.rows import run_all
 from hpctrain.pipeline.schedule import SEVERAL
 from hpctrain.pipeline.transport import Transport
 from hpctrain.staged import StagedEngine
@@ -46,7 +47,7 @@ CONTENDERS = {
     "ours_interleaved": "interleaved 1F1B, two stages a rank",
     "ours_interleaved_fast": "interleaved 1F1B with weight gradients merged",
     "ours_plain": "1F1B, each tensor one MPI message",
-    "ours_autograd": "1F1B, layers and their gradients left to torch",
+    "ours_autograd": "1F1B, weight gradients left to torch",
     "torch_1f1b": "torch.distributed.pipelining over Gloo: Schedule1F1B",
     "torch_gpipe": "… ScheduleGPipe",
     "torch_zb": "… ScheduleInterleavedZeroBubble, one stage a rank",
@@ -55,7 +56,7 @@ CONTENDERS = {
     "torch_dualpipev": "… ScheduleDualPipeV, two stages a rank",
     "alone": "one process of torch, the whole model, the same micro-batches; the other ranks idle",
     "limit": "no communication: every stage on data of its own, times (m+p-1)/m",
-    "autograd_limit": "the same with layers and gradients left to torch",
+    "autograd_limit": "the same with weight gradients left to torch",
     "work": "what the slowest stage has to do (limit without the factor): work ÷ ms is utilisation",
     "bubble": "alone ÷ p times (m+p-1)/m: even stages, free messages, cores that do not disturb one another",
     "simulated_1f1b": "the simulator's 1F1B, messages taking no time",
@@ -239,13 +240,12 @@ def limit_step(
     """Run this rank's part on data of its own, gradients straight into place and the loss as in ours."""
     cut = engine.pipeline.cut
     assert isinstance(cut, Layers)
-    first, last = cut.ranges[topology.stage]
+    first, _ = cut.ranges[topology.stage]
     torch.manual_seed(1)
     with torch.no_grad():
         given = x
         for layer in case.make()[:first] if first else []:  # type: ignore[union-attr]
             given = layer(given)
-    layers = [layer for _, layer in cut.layers[first:last]]
     leaves = [one.clone().requires_grad_(first > 0) for one in given.chunk(case.micro_batches)]
     targets = [Batch(np.arange(len(one)), {}, {"y": one}) for one in y.chunk(case.micro_batches)]
     is_last = topology.stage == topology.stages - 1
@@ -258,8 +258,7 @@ def limit_step(
         for leaf, target in zip(leaves, targets):
             value = leaf
             with engine.straight.forward():
-                for layer in layers:
-                    value = layer(value)
+                value = run_all(cut.pieces[topology.stage], lambda _, layer, given: layer(given), value)
             if is_last:
                 value, _ = engine.loss(value, target)
             elif gradient is None or gradient.shape != value.shape:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from hpctrain.gradient import seen
 from hpctrain.hidden import has_hooks, hidden, registered
 from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.choice import Scales
+from hpctrain.pipeline.fit import HOLES
 from hpctrain.pipeline.message import SHARES
 from hpctrain.pipeline.part import Env, Part, begins, gave
 from hpctrain.pipeline.profile import Held, of_layers
+from hpctrain.pipeline.rows import Row, rows_of, run_all
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
 from hpctrain.tensors import changed_once, shapes_of, tensors_in
@@ -77,6 +80,8 @@ class Layers:
         self._looked = Counter[tuple[int, bool]]()
         self._drawing: dict[tuple[int, bool], Drawing] = {}
         """By stage, and whether in training."""
+        self.pieces: list[list[tuple[str, nn.Module | Row]]] = []
+        """By stage: its layers, those that are a row as that."""
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Cut them where `cuts` says, else by measured time, else by the numbers of their parameters.
@@ -102,6 +107,7 @@ class Layers:
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)
         self._refuse_hidden()
+        self.pieces = [self._in_rows(stage) for stage in range(self.stages)]
         self.asides = Asides(self.layers, self.ranges)
         slow = [self.layers[at] for at in self.choice.at_once]
         self.at_once = {full(name, own) for name, layer in slow for own, _ in layer.named_parameters()}
@@ -109,6 +115,39 @@ class Layers:
     def _named(self, cuts: list[str]) -> list[tuple[int, int]] | None:
         """Give each stage's layers, if the user says."""
         return begins(cuts, self.shown, "layers") if cuts else None
+
+    def _called(self, stage: int) -> list[tuple[str, nn.Module]]:
+        """A stage's layers, as errors call them."""
+        own = slice(*self.ranges[stage])
+        layers = (layer for _, layer in self.layers[own])
+        return [
+            (f"layer {name} ({type(layer).__name__})", layer) for name, layer in zip(self.shown[own], layers)
+        ]
+
+    def _in_rows(self, stage: int) -> list[tuple[str, nn.Module | Row]]:
+        """A stage's layers, those that are a row as that where memory allows it.
+
+        A row copies what it gets, and is tried with tensors of its own first.
+        """
+        layers, choice, at = self._called(stage), self.choice, self.ranges[stage][0]
+        found, copied, tried = rows_of(layers), 0, 0
+        if choice.exact or choice.warned:
+            return [*layers]
+        if not choice.needs or len(found) == len(layers):
+            return found
+        need, works = choice.needs[stage], choice.works
+        for _, one in found:
+            if isinstance(one, Row):
+                given = works[at - 1].gives if at else sum(leaf.nbytes for leaf in tensors_in(self.value))
+                copied += given
+                tried = max(tried, given + sum(work.kept for work in works[at : at + len(one.layers)]))
+                at += len(one.layers) - 1
+            at += 1
+        more = replace(need, kept=need.kept + copied)
+        if replace(more, more=more.more + tried).with_holes(HOLES) > need.limit:
+            return [*layers]
+        choice.needs[stage] = more
+        return found
 
     def _refuse_hidden(self) -> None:
         """Refuse layers that keep another stage's tensor where nobody sees that they use it."""
@@ -153,8 +192,7 @@ class Layers:
         start, stop = self.ranges[stage]
         layers = self.layers[start:stop]
         changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
-        shown = self.shown[start:stop]
-        named = [(f"layer {name} ({type(layer).__name__})", layer) for name, (_, layer) in zip(shown, layers)]
+        shown, called = self.shown[start:stop], self._called(stage)
         last = stage == self.stages - 1
         if (stage, training) not in self._drawing:
             self._drawing[stage, training] = Drawing([layer for _, layer in layers])
@@ -175,7 +213,9 @@ class Layers:
                 weights = [p for _, layer in layers for p in layer.parameters()]
                 looking = self.asides.watching(stage, [*weights, *tensors_in(value)])
             with looking, drawing.of(stream, begin, value) as counting:
-                for what, layer in named:
+                if not first:
+                    value = run_all(self.pieces[stage], self._call, value)
+                for what, layer in called if first else ():
                     value = self._call(what, layer, value)
                     if counted and drew_unseen(counting):
                         raise ConfigError(

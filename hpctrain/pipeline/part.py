@@ -81,6 +81,11 @@ def input_of(name: str) -> str:
 _trail: list[str] | None = None
 
 
+def followed() -> bool:
+    """Whether someone lists the layers. Local."""
+    return _trail is not None
+
+
 @contextmanager
 def following(trail: list[str]) -> Iterator[None]:
     """List the layers of the body's forward when gradients of what they gave come, the latest last. Local."""

@@ -1,0 +1,240 @@
+"""Convolutions that follow one another, in oneDNN's own layout: nothing is laid anew between them.
+
+      layer by layer   x →|blocks|→ conv →|plain|→ relu →|blocks|→ conv →|plain|→ …   and so in backward
+      as a row         x →|blocks|→ conv → relu → conv → relu → conv →|plain|→ …
+
+oneDNN computes on blocks of channels: torch lays each convolution's input in blocks, and its output back as
+it was. In a row that is left out (oneDNN's guide calls it memory format propagation). The same kernels get
+the same numbers, so the bits are those of the layers one by one; ReLU is torch's, on the blocks' memory as
+it lies, as oneDNN's own makes 0 of NaN.
+
+A row is tried for each shape: with made-up numbers its bits, its memory and its time decide. Whatever could
+see a tensor inside it (hooks, modes, autocast) gets the layers one by one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+
+from hpctrain import products
+from hpctrain.gradient import plain
+from hpctrain.hidden import has_hooks
+from hpctrain.modes import watched
+from hpctrain.pipeline.part import followed
+from hpctrain.products import memory_of, seconds_of
+
+FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
+"""Torch's own: others may be put into their place later."""
+ROUNDS = 5
+"""In which a row and its layers one by one are timed."""
+EVEN = 1.03
+"""A row may take so many times as long: it moves less memory, which gains a tenth where all cores want theirs
+and nothing where the others are idle, as they may be while it is tried (measured)."""
+MOST_SHAPES = 8
+"""Shapes that are tried: where every batch has another one, that would take more than it gains."""
+PADDED = 1.1
+"""How many times a tensor's memory its blocks may take, the last of which may be filled up with zeros."""
+THRESHOLD = torch.ops.aten.threshold_backward
+
+Named = tuple[str, nn.Module]
+Call = Callable[[str, Any, Any], Any]
+"""Calls a layer, or what stands for it: by name, on a value."""
+
+
+class Row:
+    """Layers from one convolution to another, with nothing but convolutions and ReLUs between. Local."""
+
+    def __init__(self, layers: Sequence[Named]) -> None:
+        """Take the layers by name."""
+        self.layers = [*layers]
+        self.tried: dict[Any, bool] = {}
+        """Whether it pays, by shape and what else a kernel is chosen by."""
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """Weights and biases of the convolutions, in order."""
+        convolutions = (layer for _, layer in self.layers if isinstance(layer, nn.Conv2d))
+        return [t for layer in convolutions for t in (layer.weight, layer.bias) if t is not None]
+
+    def run(self, call: Call, value: Any) -> Any:
+        """Run the layers; gives what the last one gave. Local."""
+        x, pays = value, self._may(value) and self.pays(value)
+        value = x.to_mkldnn() if pays else x
+        for what, layer in self.layers:
+            value = call(what, rectified if pays and isinstance(layer, nn.ReLU) else layer, value)
+        if not pays:
+            return value
+        if not value.requires_grad:
+            return value.to_dense()
+        return Ended.apply(self, value, x, *self.weights)  # type: ignore[no-untyped-call]
+
+    def values(
+        self, value: torch.Tensor, weights: Sequence[torch.Tensor], relu: Callable[[Any], Any] = torch.relu
+    ) -> Iterator[torch.Tensor]:
+        """Run the layers with `weights` in the place of their own; yields what each one gives. Local."""
+        left = iter(weights)
+        for _, layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                own = next(left), None if layer.bias is None else next(left)
+                geometry: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+                value = torch.conv2d(value, *own, *geometry)
+            else:
+                value = relu(value)
+            yield value
+
+    def pays(self, value: torch.Tensor) -> bool:
+        """Whether a row of such a value is faster than its layers, and gives the same bits. Local."""
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (value, *self.weights))
+        key = tuple(value.shape), graph, torch.get_num_threads()
+        if key not in self.tried:
+            if len(self.tried) == MOST_SHAPES:
+                return False
+            self.tried[key] = wins(self, value.shape, graph)
+        return self.tried[key]
+
+    def _may(self, value: Any) -> bool:
+        """Whether nobody sees a tensor inside, and all is as oneDNN's kernels want it. Local."""
+        pictures = isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() > 0
+        if not pictures or not plain(value, self.weights[0]) or watched():
+            return False
+        if followed() or modules._has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
+            return False
+        if (nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward) != FORWARDS:
+            return False
+        if any(has_hooks(layer) or "forward" in vars(layer) for _, layer in self.layers):
+            return False
+        return products.permitted() and all(
+            t.dtype == torch.float32 and t.device == products.CPU and t.is_contiguous()
+            for t in (value, *self.weights)
+        )
+
+
+def rows_of(layers: Sequence[Named]) -> list[tuple[str, nn.Module | Row]]:
+    """Put rows in the places of the layers that they are made of. Pure.
+
+    >>> a, b = nn.Conv2d(1, 1, 1), nn.ReLU()
+    >>> [name for name, _ in rows_of([*zip("12345678", [b, a, b, a, b, b, a, b])])]
+    ['1', '2 to 4', '5', '6', '7', '8']
+    """
+    found, at = list[tuple[str, nn.Module | Row]](), 0
+    while at < len(layers):
+        end = ahead = at + 1
+        while convolves(layers[at][1]) and ahead < len(layers):
+            if type(layers[ahead][1]) is nn.ReLU and ahead == end:
+                ahead += 1
+            elif convolves(layers[ahead][1]):
+                end = ahead = ahead + 1
+            else:
+                break
+        own = layers[at:end]
+        found.append((f"{own[0][0]} to {own[-1][0]}", Row(own)) if len(own) > 1 else own[0])
+        at = end
+    return found
+
+
+def run_all(pieces: Sequence[tuple[str, nn.Module | Row]], call: Call, value: Any) -> Any:
+    """Run layers and rows, one behind the other; gives what the last one gave. Local."""
+    for what, one in pieces:
+        value = one.run(call, value) if isinstance(one, Row) else call(what, one, value)
+    return value
+
+
+def convolves(layer: nn.Module) -> bool:
+    """Whether a layer is torch's own convolution of pictures, and pads with zeros or nothing. Pure."""
+    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+
+
+class Rectified(torch.autograd.Function):
+    """ReLU of a convolution's output in blocks, in its own memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer."""
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(x)
+        memory_of(x).relu_()
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor | None) -> torch.Tensor | None:
+        """Give the gradient, in the memory of what came: nobody else has it."""
+        (y,) = ctx.saved_tensors
+        if g is None:
+            return None
+        blocks, of = memory_of(g), memory_of(y)
+        THRESHOLD.grad_input(blocks, of, 0, grad_input=blocks)
+        return g
+
+
+def rectified(x: torch.Tensor) -> torch.Tensor:
+    """ReLU, in place. Local."""
+    return Rectified.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Ended(torch.autograd.Function):
+    """What a row gave, as its layers give it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: Row, value: torch.Tensor, x: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Lay it anew; x is what the row got."""
+        ctx.row = row
+        ctx.save_for_backward(x, *weights)
+        return value.to_dense()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradient to the row; past it, by its layers, one that is to be differentiated, or many."""
+        again = torch.is_grad_enabled()
+        if not again and g.layout is torch.strided and not torch._C._functorch.is_legacy_batchedtensor(g):
+            return None, g.to_mkldnn(), *[None] * len(ctx.saved_tensors)
+        with torch.enable_grad():
+            own = [t.view_as(t) for t in ctx.saved_tensors]
+            *_, found = ctx.row.values(own[0], own[1:])
+            wanted = [t for t in own if t.requires_grad]
+            gradients = iter(torch.autograd.grad(found, wanted, g, create_graph=again))
+        return None, None, *(next(gradients) if t.requires_grad else None for t in own)
+
+
+def wins(row: Row, shape: Sequence[int], graph: bool) -> bool:
+    """Run a row both ways, forward and (`graph`) backward, with made-up numbers; no random stream moves.
+
+    Whether it is faster in blocks, takes no more memory, and all bits are the same. Local.
+    """
+    numbers = torch.Generator().manual_seed(0)
+
+    def made_up(shape: Sequence[int], scale: float) -> torch.Tensor:
+        return torch.empty(*shape).normal_(0.0, scale, generator=numbers).requires_grad_(graph)
+
+    def passes(in_blocks: bool) -> list[torch.Tensor]:
+        begins, relu = (x.to_mkldnn(), rectified) if in_blocks else (x, torch.relu)
+        for value in row.values(begins, weights, relu):
+            if in_blocks and memory_of(value).nbytes > PADDED * value.numel() * value.element_size():
+                raise NotImplementedError
+        found = value.to_dense() if in_blocks else value
+        return [found, *torch.autograd.grad(found, [x, *weights], found)] if graph else [found]
+
+    with torch._C.DisableTorchFunction(), torch.set_grad_enabled(graph):
+        # numbers stay in one scale from layer to layer
+        weights = [made_up(w.shape, math.sqrt(2.0 / max(1, w[0].numel()))) for w in row.weights]
+        x = made_up(shape, 1.0)
+        try:
+            alike = all(map(same_bits, passes(True), passes(False)))
+            if not alike:
+                return False
+            in_blocks, one_by_one = seconds_of([lambda: passes(True), lambda: passes(False)], ROUNDS)
+        except RuntimeError:  # no kernel for them, or no memory
+            return False
+    return in_blocks < EVEN * one_by_one
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of 32 bits are laid alike and have the same. Pure."""
+    one, other = (t.detach().view(torch.int32) for t in (a, b))
+    return one.stride() == other.stride() and torch.equal(one, other)

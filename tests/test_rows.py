@@ -1,0 +1,479 @@
+"""Convolutions in a row: the bits of the layers one by one, or the layers one by one."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from jobs import alone_like, has_bits_of_one_process, jobs, layouts, run
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpctrain import gradient, piece
+from hpctrain.gradient import StraightIntoPlace
+from hpctrain.pipeline import layers as layers_room
+from hpctrain.pipeline import rows
+from hpctrain.pipeline.choice import Need
+from hpctrain.pipeline.part import following
+from hpctrain.pipeline.rows import Row
+
+SHAPE = (4, 16, 12, 12)
+
+
+def conv(into=16, out=16, size=3, **named):
+    return nn.Conv2d(into, out, size, **{"padding": size // 2, **named})
+
+
+KINDS = {
+    "usual": [conv(), nn.ReLU(), conv(), nn.ReLU(), conv()],
+    "no relu": [conv(), conv()],
+    "in place": [conv(), nn.ReLU(inplace=True), conv()],
+    "no bias": [conv(bias=False), nn.ReLU(), conv(bias=False), nn.ReLU(), conv()],
+    "wider": [conv(out=32), nn.ReLU(), conv(into=32, out=64), nn.ReLU(), conv(into=64)],
+    "kernels": [conv(size=1), nn.ReLU(), conv(size=5), nn.ReLU(), nn.Conv2d(16, 16, (3, 1))],
+    "dilated": [conv(dilation=2, padding=2), nn.ReLU(), conv(padding=0)],
+    "groups": [conv(groups=16), nn.ReLU(), conv(), nn.ReLU(), conv(groups=2)],
+    "strides": [conv(stride=2), nn.ReLU(), conv(out=32), nn.ReLU(), conv(into=32, stride=(2, 1))],
+    "odd": [conv(out=5), nn.ReLU(), conv(into=5, out=7), nn.ReLU(), conv(into=7, out=1)],
+}
+LAID_OTHERWISE = [conv(out=32), nn.ReLU(), conv(into=32), nn.ReLU(), conv(out=64), nn.ReLU()]
+LAID_OTHERWISE += [conv(into=64, out=32, stride=2)]
+
+
+@pytest.fixture
+def gains(monkeypatch):
+    """Lets every row gain, by the clock."""
+    monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
+
+
+class AllWait:
+    def place(self, parameter):
+        return torch.zeros_like(parameter), False
+
+    def filled(self, parameter):
+        pass
+
+    def later(self, *parameters):
+        return True
+
+    def left(self, *parameters, waits):
+        return not waits
+
+    def caught_up(self, parameter):
+        pass
+
+
+def row_of(layers):
+    torch.manual_seed(1)
+    made = copy.deepcopy(nn.Sequential(*layers))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn_like(p) / p[0].numel() ** 0.5)
+    (only,) = rows.rows_of([(str(at), layer) for at, layer in enumerate(made)])
+    assert isinstance(only[1], Row)
+    return only[1], made
+
+
+def picture(shape=SHAPE, seed=2):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def call(what, layer, value):
+    return layer(value)
+
+
+def passes(forward, x, weights):
+    """What a forward gives, and the gradients of its input and weights."""
+    x = x.clone().requires_grad_()
+    found = forward(x)
+    wanted = [t for t in (x, *weights) if t.requires_grad]
+    return [found, *torch.autograd.grad(found, wanted, picture(found.shape, seed=3))]
+
+
+def compared(row, module, x):
+    """Both ways, bit for bit; a NaN is as good as another."""
+    ours = passes(lambda given: row.run(call, given), x, module.parameters())
+    theirs = passes(module, x, module.parameters())
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert one.stride() == other.stride()
+        assert torch.equal(one.isnan(), other.isnan())
+        zero = one.masked_fill(one.isnan(), 0.0), other.masked_fill(other.isnan(), 0.0)
+        assert torch.equal(*(t.detach().contiguous().view(torch.int32) for t in zero))
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_bits_of_its_layers(kind, samples, gains):
+    row, module = row_of(KINDS[kind])
+    for seed in range(2):
+        compared(row, module, picture((samples, *SHAPE[1:]), seed))
+    if kind in ("usual", "no relu", "in place", "no bias", "wider") and samples > 1:
+        assert list(row.tried.values()) == [True]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.0, 0.0])
+def test_numbers_that_are_none_pass_a_row_as_they_pass_layers(value, gains):
+    """oneDNN's own ReLU makes 0 of NaN."""
+    row, module = row_of(KINDS["usual"])
+    x = picture()
+    x[1, 3, 4:6, 5] = value
+    compared(row, module, x)
+    x[:] = value
+    with torch.no_grad():
+        for p in module[2].parameters():
+            p.zero_()  # what comes to the second ReLU is 0 or NaN
+    compared(row, module, x)
+    assert list(row.tried.values()) == [True]
+
+
+def test_blocks_that_backward_lays_otherwise_are_not_taken(gains):
+    """The trial sees it: this convolution's gradient has other blocks than what it got."""
+    row, module = row_of(LAID_OTHERWISE)
+    x = picture((2, 16, 20, 20))
+    compared(row, module, x)
+    row.tried = dict.fromkeys(row.tried, True)
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("which blocks oneDNN takes is the processor's")
+    with pytest.raises((AssertionError, RuntimeError)):
+        compared(row, module, x)
+
+
+def test_a_trial_weighs_time_bits_and_memory(monkeypatch):
+    row, _ = row_of(KINDS["usual"])
+    for seconds, won in (([1.0, 1.0], True), ([1.0, 2.0], True), ([1.1, 1.0], False)):
+        monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: seconds)  # noqa: B023
+        assert rows.wins(row, SHAPE, True) is won
+        assert rows.wins(row, SHAPE, False) is won
+    monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
+    odd, _ = row_of(KINDS["odd"])
+    assert not rows.wins(odd, SHAPE, True)  # 5 channels fill blocks of 8 or 16
+    monkeypatch.setattr(rows, "PADDED", 100.0)
+    assert isinstance(rows.wins(odd, SHAPE, True), bool)
+    monkeypatch.setattr(rows, "same_bits", lambda a, b: False)
+    assert not rows.wins(row, SHAPE, True)
+
+
+def test_a_trial_moves_nothing(gains):
+    row, module = row_of(KINDS["usual"])
+    before, state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    straight = StraightIntoPlace(module, AllWait())
+    with straight.forward():
+        row.run(call, picture().requires_grad_())
+    assert list(row.tried.values()) == [True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in module.parameters())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_few_shapes_are_tried(gains, monkeypatch):
+    row, module = row_of(KINDS["usual"])
+    for size in range(6, 20):
+        compared(row, module, picture((2, 16, size, 6)))
+    assert len(row.tried) == rows.MOST_SHAPES
+
+
+def test_what_no_row_can_take_fails_as_its_layer_does(gains):
+    row, module = row_of(KINDS["usual"])
+    x = picture((4, 3, 12, 12))
+    with pytest.raises(RuntimeError) as wanted:
+        module(x)
+    with pytest.raises(RuntimeError) as found:
+        row.run(call, x)
+    assert str(found.value) == str(wanted.value)
+    with pytest.raises(AttributeError, match="shape"):
+        row.run(lambda what, layer, value: value.shape, {"a": x})
+
+
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        return function(*arguments, **(named or {}))
+
+
+class Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        return function(*arguments, **(named or {}))
+
+
+def reset_precision():
+    torch.set_float32_matmul_precision("highest")
+
+
+WATCHED = {
+    "hook": lambda m: m[1].register_forward_hook(lambda *_: None).remove,
+    "backward hook": lambda m: m[2].register_full_backward_hook(lambda *_: None).remove,
+    "global hook": lambda m: register_module_forward_hook(lambda *_: None).remove,
+    "own forward": lambda m: setattr(m[1], "forward", m[1].forward),
+    "precision": lambda m: torch.set_float32_matmul_precision("medium") or reset_precision,
+    "class": lambda m: (
+        setattr(nn.ReLU, "forward", lambda self, x: torch.relu(x) * 2.0)
+        or (lambda own=rows.FORWARDS[2]: setattr(nn.ReLU, "forward", own))
+    ),
+    "channels last": lambda m: m.to(memory_format=torch.channels_last) and None,
+}
+MODES = {
+    "saved": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "function": Seeing,
+    "dispatch": Dispatching,
+    "followed": lambda: following([]),
+    "forward mode": lambda: torch.autograd.forward_ad.dual_level(),
+    "no oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
+}
+
+
+@pytest.mark.parametrize("way", [*WATCHED, *MODES])
+def test_who_could_see_a_tensor_inside_gets_the_layers_one_by_one(way, gains):
+    row, module = row_of(KINDS["usual"])
+    undo = WATCHED[way](module) if way in WATCHED else None
+    seen = []
+
+    def noting(what, layer, value):
+        seen.append((value.layout, layer))
+        return layer(value)
+
+    try:
+        if way in MODES:
+            with MODES[way]():
+                row.run(noting, picture().requires_grad_())
+        else:
+            row.run(noting, picture().requires_grad_())
+    finally:
+        if undo:
+            undo()
+    assert [layout for layout, _ in seen] == 5 * [torch.strided]
+    assert [layer for _, layer in seen] == list(module)
+    assert not row.tried
+    if way not in ("own forward", "channels last"):
+        row.run(noting, picture().requires_grad_())
+        assert [layout for layout, _ in seen[5:]] == 5 * [torch._mkldnn]
+
+
+@pytest.mark.parametrize("given", [SHAPE[1:], (4, 16, 12, 12, 1), (0, 16, 12, 12)])
+def test_other_inputs_than_pictures(given, gains):
+    row, _ = row_of(KINDS["usual"])
+    x = torch.ones(given)
+    if len(given) == 5:
+        with pytest.raises(RuntimeError, match="3D .* or 4D"):
+            row.run(call, x)
+    else:
+        row.run(call, x)
+    assert not any(row.tried.values())
+    with pytest.raises(RuntimeError, match="type"):
+        row.run(call, picture().double())
+
+
+def test_which_layers_are_rows():
+    class Own(nn.Conv2d):
+        pass
+
+    def names(*layers):
+        return [name for name, _ in rows.rows_of([(str(at), layer) for at, layer in enumerate(layers)])]
+
+    assert names(conv(), nn.ReLU(), conv()) == ["0 to 2"]
+    assert names(conv(), Own(16, 16, 3)) == ["0", "1"]
+    assert names(conv(), conv(padding_mode="circular")) == ["0", "1"]
+    assert names(conv(), conv(padding="same")) == ["0", "1"]
+    assert names(conv(), nn.ReLU(), nn.ReLU(), conv()) == ["0", "1", "2", "3"]
+    assert names(conv(), nn.BatchNorm2d(16), conv(), conv()) == ["0", "1", "2 to 3"]
+    assert names(nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1)) == ["0", "1"]
+    assert names(nn.ReLU(), conv(), nn.ReLU()) == ["0", "1", "2"]
+    assert names() == []
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "2.weight", "4.bias", "02", "024"])
+def test_frozen_weights(frozen, gains):
+    row, module = row_of(KINDS["usual"])
+    for name, p in module.named_parameters():
+        p.requires_grad_(frozen != name and (frozen.isdigit() is False or name[0] not in frozen))
+    compared(row, module, picture())
+    assert list(row.tried.values()) == [True]
+    with torch.no_grad():
+        assert torch.equal(row.run(call, picture()), module(picture()))
+    assert torch.equal(row.run(call, picture()), module(picture()))  # the input wants none
+
+
+def test_gradients_of_gradients_go_past_a_row(gains):
+    """oneDNN has no kernel for them in its layout, nor for batches of gradients.
+
+    Those of second order are sums of two graphs' then, which rounds otherwise.
+    """
+    row, module = row_of(KINDS["usual"])
+    module[0].bias.requires_grad_(False)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    for straight in (False, True):
+        both = []
+        for forward in (lambda x: row.run(call, x), module):
+            x = picture().requires_grad_()
+            if straight:
+                watching = StraightIntoPlace(module, AllWait())
+                watching.weights = {id(p): p for p in module.parameters()}
+                with watching.forward(0):
+                    found = forward(x)
+            else:
+                found = forward(x)
+            (g,) = torch.autograd.grad(found.square().sum(), [weights[1]], create_graph=True)
+            both.append([found, g, *torch.autograd.grad(g.square().sum(), [x, *weights])])
+        for at, (one, other) in enumerate(zip(*both, strict=True)):
+            assert at > 1 or torch.equal(one, other)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
+    assert list(row.tried.values()) == [True]
+    both = []
+    for forward in (lambda x: row.run(call, x), module):
+        x = picture().requires_grad_()
+        found = forward(x)
+        directions = picture((3, *found.shape), seed=5)
+        both.append(torch.autograd.grad(found, [x, *weights], directions, is_grads_batched=True))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # of batches of three, other kernels
+
+
+def test_backward_twice_and_weights_that_change_between(gains):
+    row, module = row_of(KINDS["usual"])
+    x = picture().requires_grad_()
+    found = row.run(call, x)
+    first = torch.autograd.grad(found.sum(), [x], retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(found.sum(), [x], retain_graph=True)[0])
+    with torch.no_grad():
+        module[2].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.sum().backward()
+
+
+def test_memory_that_waits_is_counted_in_blocks(gains, monkeypatch):
+    monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
+    row, module = row_of(KINDS["usual"])
+    sizes = []
+    for forward in (lambda x: row.run(call, x), module):
+        straight = StraightIntoPlace(module, AllWait())
+        x = picture().requires_grad_()
+        with straight.forward(0):
+            found = forward(x)
+        with straight.accumulating(0):
+            found.sum().backward()
+        sizes.append(straight.waiting_bytes)
+    assert list(row.tried.values()) == [True]
+    one = picture().nbytes
+    # x and g of each; that of the sum is one number, expanded
+    assert sizes == [6 * one, 5 * one + 4]
+
+
+def test_a_processor_with_shorter_vectors():
+    """The same bits by kernels of AVX2."""
+    text = "import test_rows, pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', "
+    text += "'bits_of_its_layers or none_pass or gradients_of', test_rows.__file__]))"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stdout
+
+
+# -- in stages -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(world, files):
+    with jobs(world, files) as job_of:
+        yield job_of
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Lets every row gain; lists the shapes that are computed in blocks, and whether there is a graph."""
+    found, real = [], rows.wins
+
+    def counted(row, shape, graph):
+        won = real(row, shape, graph)
+        found.extend([(tuple(shape), graph)] * won)
+        return won
+
+    monkeypatch.setattr(rows, "wins", counted)
+    monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
+    monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
+    return found
+
+
+CUTS = {2: ["6"], 3: ["6", "12"], 4: ["6", "10", "14"]}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("recompute", ["never", "always"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+@pytest.mark.parametrize("dear", [False, True])
+def test_rows_in_stages_have_the_bits_of_one_process(world, build, used, schedule, recompute, dear):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    settings = {"micro_batches": 5, "schedule": schedule, "recompute": recompute}
+    job = build("pictured_row", world.size, cuts=CUTS[world.size], **settings)
+    if dear:
+        job.engine.straight.at_once(job.engine.module.parameters())
+    has_bits_of_one_process(world, job, "pictured_row")
+    shapes = {shape for shape, graph in used if graph}
+    assert shapes == {(2, 16, 6, 6)}  # of a single sample torch computes otherwise
+
+
+@pytest.mark.mpi
+def test_replicas_and_evaluation_in_rows(world, build, used):
+    if world.size != 4:
+        pytest.skip("2 x 2 ranks")
+    job = build("pictured_row", 2, cuts=CUTS[2], micro_batches=8, schedule="zb-h1", batch=16)
+    losses, expected = run(job, 3), alone_like(job, 3)[0]
+    assert [loss for loss, *_ in losses] == pytest.approx([loss for loss, *_ in expected], rel=1e-5)
+    assert {shape for shape, graph in used if graph} == {(2, 16, 6, 6)}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("short", ["nothing", "copies", "warned", "exact"])
+def test_rows_are_left_out_where_memory_is_short(world, build, used, monkeypatch, short):
+    """A row's copy of what it gets is counted where it is taken."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    chosen, before = [], []
+
+    def changed(*arguments, **named):
+        choice = real(*arguments, **named)
+        room = {"copies": 1.0}.get(short, 1e12)
+        choice.needs = [Need(n.held, n.kept, n.times, n.more, n.held + room) for n in choice.needs]
+        choice.warned += ["memory may run out"] if short == "warned" else []
+        choice.exact |= short == "exact"
+        before.extend(choice.needs)
+        chosen.append(choice)
+        return choice
+
+    real = layers_room.choose
+    monkeypatch.setattr(layers_room, "choose", changed)
+    job = build("pictured_row", 2, cuts=CUTS[2], micro_batches=5, schedule="1f1b")
+    (choice,) = chosen
+    has_bits_of_one_process(world, job, "pictured_row")
+    if short == "nothing":
+        assert used
+        size = 2 * 16 * 6 * 6 * 4
+        assert [n.kept - old.kept for n, old in zip(choice.needs, before)] == [size, size]
+    else:
+        assert not used
+        assert choice.needs == before
+
+
+@pytest.mark.mpi
+def test_a_layer_of_a_row_that_fails_is_named(world, build, used, monkeypatch):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("pictured_row", 2, cuts=CUTS[2], micro_batches=5, schedule="1f1b")
+    run(job, 2)
+    assert used
+    real = rows.rectified
+
+    def failing(x):
+        raise ValueError("no more")
+
+    monkeypatch.setattr(rows, "rectified", failing if world.rank == 1 else real)
+    with pytest.raises(Exception, match="no more") as raised:
+        job.engine.step(2, job.loader.read(0))
+    assert "layer 7 (ReLU), given float32 (2, 16, 6, 6)" in str(raised.value)
+    assert piece.tensors_of(job.engine.module)
