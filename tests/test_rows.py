@@ -1,13 +1,10 @@
 """Convolutions in a row: the bits of the layers one by one, or the layers one by one."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from jobs import alone_like, has_bits_of_one_process, jobs, layouts, run
+from jobs import alone_like, build_alone, has_bits_of_one_process, jobs, layouts, run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
@@ -212,7 +209,7 @@ WATCHED = {
     "precision": lambda m: torch.set_float32_matmul_precision("medium") or reset_precision,
     "class": lambda m: (
         setattr(nn.ReLU, "forward", lambda self, x: torch.relu(x) * 2.0)
-        or (lambda own=rows.FORWARDS[2]: setattr(nn.ReLU, "forward", own))
+        or (lambda own=rows.OWN_FORWARDS[2]: setattr(nn.ReLU, "forward", own))
     ),
     "channels last": lambda m: m.to(memory_format=torch.channels_last) and None,
 }
@@ -363,17 +360,6 @@ def test_memory_that_waits_is_counted_in_blocks(gains, monkeypatch):
     assert sizes == [6 * one, 5 * one + 4]
 
 
-def test_a_processor_with_shorter_vectors():
-    """The same bits by kernels of AVX2."""
-    text = "import test_rows, pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', "
-    text += "'bits_of_its_layers or none_pass or gradients_of', test_rows.__file__]))"
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    ended = subprocess.run(
-        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert ended.returncode == 0, ended.stdout
-
-
 # -- in stages -------------------------------------------------------------------------------------
 
 
@@ -424,8 +410,18 @@ def test_replicas_and_evaluation_in_rows(world, build, used):
         pytest.skip("2 x 2 ranks")
     job = build("pictured_row", 2, cuts=CUTS[2], micro_batches=8, schedule="zb-h1", batch=16)
     losses, expected = run(job, 3), alone_like(job, 3)[0]
+    for _ in range(4):  # the first forwards in evaluation are looked at
+        measured = job.engine.evaluate(job.split_batches("train"), job.task.measure)
+    alone = build_alone(job)
+    for share in job.topology.comms.pipe.allgather(dict(job.engine.module.state_dict())):
+        alone.engine.module.load_state_dict(share, strict=False)
+    expected_measures = alone.engine.evaluate(alone.split_batches("train"), alone.task.measure)
+    alone.close()
+    alone.topology.close()
+    assert measured == expected_measures
     assert [loss for loss, *_ in losses] == pytest.approx([loss for loss, *_ in expected], rel=1e-5)
     assert {shape for shape, graph in used if graph} == {(2, 16, 6, 6)}
+    assert any(not graph for _, graph in used)
 
 
 @pytest.mark.mpi

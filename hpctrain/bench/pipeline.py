@@ -258,7 +258,7 @@ def limit_step(
         for leaf, target in zip(leaves, targets):
             value = leaf
             with engine.straight.forward():
-                value = run_all(cut.pieces[topology.stage], lambda _, layer, given: layer(given), value)
+                value = run_all(cut.in_rows[topology.stage], lambda _, layer, given: layer(given), value)
             if is_last:
                 value, _ = engine.loss(value, target)
             elif gradient is None or gradient.shape != value.shape:

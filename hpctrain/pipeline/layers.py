@@ -80,7 +80,7 @@ class Layers:
         self._looked = Counter[tuple[int, bool]]()
         self._drawing: dict[tuple[int, bool], Drawing] = {}
         """By stage, and whether in training."""
-        self.pieces: list[list[tuple[str, nn.Module | Row]]] = []
+        self.in_rows: list[list[tuple[str, nn.Module | Row]]] = []
         """By stage: its layers, those that are a row as that."""
 
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
@@ -107,7 +107,7 @@ class Layers:
         self.ranges = self.choice.parts
         self.stages = len(self.ranges)
         self._refuse_hidden()
-        self.pieces = [self._in_rows(stage) for stage in range(self.stages)]
+        self.in_rows = [self._rows_of(stage) for stage in range(self.stages)]
         self.asides = Asides(self.layers, self.ranges)
         slow = [self.layers[at] for at in self.choice.at_once]
         self.at_once = {full(name, own) for name, layer in slow for own, _ in layer.named_parameters()}
@@ -124,7 +124,7 @@ class Layers:
             (f"layer {name} ({type(layer).__name__})", layer) for name, layer in zip(self.shown[own], layers)
         ]
 
-    def _in_rows(self, stage: int) -> list[tuple[str, nn.Module | Row]]:
+    def _rows_of(self, stage: int) -> list[tuple[str, nn.Module | Row]]:
         """A stage's layers, those that are a row as that where memory allows it.
 
         A row copies what it gets, and is tried with tensors of its own first.
@@ -214,7 +214,7 @@ class Layers:
                 looking = self.asides.watching(stage, [*weights, *tensors_in(value)])
             with looking, drawing.of(stream, begin, value) as counting:
                 if not first:
-                    value = run_all(self.pieces[stage], self._call, value)
+                    value = run_all(self.in_rows[stage], self._call, value)
                 for what, layer in called if first else ():
                     value = self._call(what, layer, value)
                     if counted and drew_unseen(counting):

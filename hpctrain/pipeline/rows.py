@@ -27,7 +27,7 @@ from hpctrain.modes import watched
 from hpctrain.pipeline.part import followed
 from hpctrain.products import memory_of, seconds_of
 
-FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
+OWN_FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
 """Torch's own: others may be put into their place later."""
 ROUNDS = 5
 """In which a row and its layers one by one are timed."""
@@ -103,7 +103,7 @@ class Row:
             return False
         if followed() or modules._has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
             return False
-        if (nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward) != FORWARDS:
+        if (nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward) != OWN_FORWARDS:
             return False
         if any(has_hooks(layer) or "forward" in vars(layer) for _, layer in self.layers):
             return False

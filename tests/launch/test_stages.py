@@ -6,7 +6,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from conftest import losses, rows
+from conftest import TESTS, losses, rows
 from test_resume import same_bits, weights
 
 
@@ -18,6 +18,16 @@ def test_six_ranks_in_both_ways(launcher, small, stages):
     )
     assert ended.status == 0, ended.text
     assert f"equal: 3 steps of {6 // stages} replicas x {stages} stages against 1 x 1" in ended.out
+
+
+def test_convolutions_in_a_row_on_a_processor_with_shorter_vectors(launcher):
+    """The same bits by oneDNN's kernels for AVX2, whose blocks are others."""
+    asked = "bits_of_its_layers or none_pass or gradients_of_gradients"
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", asked, TESTS / "test_rows.py"]
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    ended = launcher.run(sys.executable, *words, **limits)
+    assert ended.status == 0, ended.text
+    assert "26 passed" in ended.out
 
 
 def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
