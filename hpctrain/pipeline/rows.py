@@ -13,6 +13,7 @@ see a tensor inside it (hooks, modes, autocast) gets the layers one by one.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ from hpctrain.products import memory_of, seconds_of
 
 OWN_FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
 """Torch's own: others may be put into their place later."""
-ROUNDS = 5
-"""In which a row and its layers one by one are timed."""
+ROUNDS, LONG_SECONDS = 5, 1.0
+"""In which a row and its layers one by one are timed, and after which no other one begins."""
 EVEN = 1.03
 """A row may take so many times as long: it moves less memory, which gains a tenth where all cores want theirs
 and nothing where the others are idle, as they may be while it is tried (measured)."""
@@ -225,10 +226,12 @@ def wins(row: Row, shape: Sequence[int], graph: bool) -> bool:
         weights = [made_up(w.shape, math.sqrt(2.0 / max(1, w[0].numel()))) for w in row.weights]
         x = made_up(shape, 1.0)
         try:
+            began = time.perf_counter()
             alike = all(map(same_bits, passes(True), passes(False)))
             if not alike:
                 return False
-            in_blocks, one_by_one = seconds_of([lambda: passes(True), lambda: passes(False)], ROUNDS)
+            rounds = min(ROUNDS, 1 + int(LONG_SECONDS / (time.perf_counter() - began)))
+            in_blocks, one_by_one = seconds_of([lambda: passes(True), lambda: passes(False)], rounds)
         except RuntimeError:  # no kernel for them, or no memory
             return False
     return in_blocks < EVEN * one_by_one
