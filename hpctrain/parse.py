@@ -179,7 +179,10 @@ def tidy(text: str) -> str:
 
     >>> tidy("train.monitor: Expected a typing.Literal['a', 'b']. Got value: c")
     "train.monitor: Expected one of 'a', 'b'. Got value: c"
+    >>> tidy("parallel.cuts: Expected a list. Got value: c")
+    'parallel.cuts: Expected a list, as ["a", "b"]. Got value: c'
     """
+    text = text.replace("Expected a list.", 'Expected a list, as ["a", "b"].')
     text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)
     text = text.replace('Parser key "', "").replace('":\n', ": ").replace("<class '", "").replace("'>", "")
     lines = [line.strip(" -") for line in text.splitlines()]

@@ -76,7 +76,7 @@ def layout_error(size: int, stages: int) -> str:
     more = max(1, -(-size // max(1, stages))) * max(1, stages)
     ranks = " or ".join(f"-n {count}" for count in sorted({fewer, more}) if count)
     return (
-        f"parallel.stages = {stages} does not divide the {size} ranks that MPI started: "
+        f"parallel.stages = {stages} does not divide the {size} rank{'s' * (size > 1)} that MPI started: "
         f"run with mpirun {ranks}, or set parallel.stages = {near}"
     )
 
