@@ -182,9 +182,9 @@ def tidy(text: str) -> str:
     >>> tidy("parallel.cuts: Expected a list. Got value: c")
     'parallel.cuts: Expected a list, as ["a", "b"]. Got value: c'
     """
-    text = text.replace("Expected a list.", 'Expected a list, as ["a", "b"].')
     text = re.sub(r"Expected a typing\.Literal\[([^]]*)\]", r"Expected one of \1", text)
     text = text.replace('Parser key "', "").replace('":\n', ": ").replace("<class '", "").replace("'>", "")
+    text = text.replace("Expected a list.", 'Expected a list, as ["a", "b"].')
     lines = [line.strip(" -") for line in text.splitlines()]
     kept = [
         s for s in lines if s and not s.startswith(("Does not", "Subtypes", "Errors", "Given value type"))
