@@ -211,6 +211,12 @@ WATCHED = {
         setattr(nn.ReLU, "forward", lambda self, x: torch.relu(x) * 2.0)
         or (lambda own=rows.OWN_FORWARDS[2]: setattr(nn.ReLU, "forward", own))
     ),
+    "own way": lambda m: setattr(m[2], "_conv_forward", m[2]._conv_forward),
+    "relu": lambda m: (
+        setattr(nn.functional, "relu", lambda x, inplace=False: torch.relu(x))
+        or (lambda own=rows.OWN_CALLS[1]: setattr(nn.functional, "relu", own))
+    ),
+    "padding": lambda m: setattr(m[2], "padding_mode", "circular"),
     "channels last": lambda m: m.to(memory_format=torch.channels_last) and None,
 }
 MODES = {
@@ -219,6 +225,7 @@ MODES = {
     "function": Seeing,
     "dispatch": Dispatching,
     "followed": lambda: following([]),
+    "anomaly": torch.autograd.detect_anomaly,
     "forward mode": lambda: torch.autograd.forward_ad.dual_level(),
     "no oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
 }
@@ -246,7 +253,7 @@ def test_who_could_see_a_tensor_inside_gets_the_layers_one_by_one(way, gains):
     assert [layout for layout, _ in seen] == 5 * [torch.strided]
     assert [layer for _, layer in seen] == list(module)
     assert not row.tried
-    if way not in ("own forward", "channels last"):
+    if way not in ("own forward", "own way", "padding", "channels last"):
         row.run(noting, picture().requires_grad_())
         assert [layout for layout, _ in seen[5:]] == 5 * [torch._mkldnn]
 
@@ -263,6 +270,28 @@ def test_other_inputs_than_pictures(given, gains):
     assert not any(row.tried.values())
     with pytest.raises(RuntimeError, match="type"):
         row.run(call, picture().double())
+
+
+def test_strides_of_sides_of_one_count(gains):
+    """Channels last, for torch's kernels, and contiguous at once."""
+    row, module = row_of([conv(into=1), nn.ReLU(), conv()])
+    x = torch.empty_strided((4, 1, 12, 12), (144, 1, 12, 1)).copy_(picture((4, 1, 12, 12)))
+    assert x.is_contiguous()
+    compared(row, module, x)
+    assert not row.tried
+    row, module = row_of([conv(size=1), nn.ReLU(), conv(size=1)])
+    module.to(memory_format=torch.channels_last)
+    compared(row, module, picture())
+    assert not row.tried
+
+
+def test_a_bias_may_change_before_backward(gains):
+    row, module = row_of(KINDS["usual"])
+    found = row.run(call, picture().requires_grad_())
+    with torch.no_grad():
+        module[0].bias.add_(1.0)
+    found.sum().backward()
+    assert list(row.tried.values()) == [True]
 
 
 def test_which_layers_are_rows():

@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.modules import module as modules
 
 from hpctrain import products
-from hpctrain.gradient import plain
+from hpctrain.gradient import KINDS, plain
 from hpctrain.hidden import has_hooks
 from hpctrain.modes import watched
 from hpctrain.pipeline.part import followed
 from hpctrain.products import memory_of, seconds_of
 
 OWN_FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
+OWN_CALLS = nn.Module.__call__, functional.relu, torch.relu, torch.conv2d
 """Torch's own: others may be put into their place later."""
 ROUNDS, LONG_SECONDS = 5, 1.0
 """In which a row and its layers one by one are timed, and after which no other one begins."""
@@ -106,10 +108,13 @@ class Row:
             return False
         if (nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward) != OWN_FORWARDS:
             return False
-        if any(has_hooks(layer) or "forward" in vars(layer) for _, layer in self.layers):
+        convolution = getattr(functional.conv2d, "__wrapped__", functional.conv2d)  # ours stands there
+        if (nn.Module.__call__, functional.relu, torch.relu, convolution) != OWN_CALLS:
+            return False
+        if torch.is_anomaly_enabled() or any(has_hooks(layer) or own(layer) for _, layer in self.layers):
             return False
         return products.permitted() and all(
-            t.dtype == torch.float32 and t.device == products.CPU and t.is_contiguous()
+            t.dtype == torch.float32 and t.device == products.CPU and type(t) in KINDS and laid_plainly(t)
             for t in (value, *self.weights)
         )
 
@@ -142,6 +147,22 @@ def run_all(pieces: Sequence[tuple[str, nn.Module | Row]], call: Call, value: An
     for what, one in pieces:
         value = one.run(call, value) if isinstance(one, Row) else call(what, one, value)
     return value
+
+
+def own(layer: nn.Module) -> bool:
+    """Whether a layer has become another one than torch's. Local."""
+    ways = {"forward", "_conv_forward"} & vars(layer).keys()
+    return bool(ways) or not (type(layer) is nn.ReLU or convolves(layer))
+
+
+def laid_plainly(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's strides are those of a fresh one, sides of length 1 included. Pure."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+        if stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True
 
 
 def convolves(layer: nn.Module) -> bool:
@@ -185,18 +206,18 @@ class Ended(torch.autograd.Function):
         ctx: Any, row: Row, value: torch.Tensor, x: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
         """Lay it anew; x is what the row got."""
-        ctx.row = row
-        ctx.save_for_backward(x, *weights)
+        ctx.row, ctx.inputs = row, (x, *weights)  # not saved: torch's layers bear a change of a bias
         return value.to_dense()
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Give the gradient to the row; past it, by its layers, one that is to be differentiated, or many."""
         again = torch.is_grad_enabled()
-        if not again and g.layout is torch.strided and not torch._C._functorch.is_legacy_batchedtensor(g):
-            return None, g.to_mkldnn(), *[None] * len(ctx.saved_tensors)
+        batched = torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g)
+        if not again and g.layout is torch.strided and not batched:
+            return None, g.to_mkldnn(), *[None] * len(ctx.inputs)
         with torch.enable_grad():
-            own = [t.view_as(t) for t in ctx.saved_tensors]
+            own = [t.view_as(t) for t in ctx.inputs]
             *_, found = ctx.row.values(own[0], own[1:])
             wanted = [t for t in own if t.requires_grad]
             gradients = iter(torch.autograd.grad(found, wanted, g, create_graph=again))
