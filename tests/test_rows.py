@@ -44,6 +44,7 @@ LAID_OTHERWISE += [conv(into=64, out=32, stride=2)]
 @pytest.fixture
 def gains(monkeypatch):
     """Lets every row gain, by the clock."""
+    monkeypatch.setattr(rows, "LEAST", 1)
     monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
 
 
@@ -272,6 +273,13 @@ def test_other_inputs_than_pictures(given, gains):
         row.run(call, picture().double())
 
 
+def test_small_inputs_are_no_row(gains, monkeypatch):
+    monkeypatch.setattr(rows, "LEAST", picture().numel() + 1)
+    row, module = row_of(KINDS["usual"])
+    compared(row, module, picture())
+    assert not row.tried
+
+
 def test_strides_of_sides_of_one_count(gains):
     """Channels last, for torch's kernels, and contiguous at once."""
     row, module = row_of([conv(into=1), nn.ReLU(), conv()])
@@ -409,6 +417,7 @@ def used(monkeypatch):
         return won
 
     monkeypatch.setattr(rows, "wins", counted)
+    monkeypatch.setattr(rows, "LEAST", 1)
     monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
     monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
     return found

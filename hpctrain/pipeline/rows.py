@@ -39,6 +39,8 @@ EVEN = 1.03
 and nothing where the others are idle, as they may be while it is tried (measured)."""
 MOST_SHAPES = 8
 """Shapes that are tried: where every batch has another one, that would take more than it gains."""
+LEAST = 2**14
+"""Elements of what a row gets: smaller ones gain nothing, and few numbers may agree by chance."""
 PADDED = 1.1
 """How many times a tensor's memory its blocks may take, the last of which may be filled up with zeros."""
 THRESHOLD = torch.ops.aten.threshold_backward
@@ -101,7 +103,7 @@ class Row:
 
     def _may(self, value: Any) -> bool:
         """Whether nobody sees a tensor inside, and all is as oneDNN's kernels want it. Local."""
-        pictures = isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() > 0
+        pictures = isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() >= LEAST
         if not pictures or not plain(value, self.weights[0]) or watched():
             return False
         if followed() or modules._has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
