@@ -217,6 +217,7 @@ WATCHED = {
         setattr(nn.functional, "relu", lambda x, inplace=False: torch.relu(x))
         or (lambda own=rows.OWN_CALLS[1]: setattr(nn.functional, "relu", own))
     ),
+    "compiled": lambda m: m[1].compile(backend="eager") and None,
     "padding": lambda m: setattr(m[2], "padding_mode", "circular"),
     "channels last": lambda m: m.to(memory_format=torch.channels_last) and None,
 }
@@ -254,7 +255,7 @@ def test_who_could_see_a_tensor_inside_gets_the_layers_one_by_one(way, gains):
     assert [layout for layout, _ in seen] == 5 * [torch.strided]
     assert [layer for _, layer in seen] == list(module)
     assert not row.tried
-    if way not in ("own forward", "own way", "padding", "channels last"):
+    if way not in ("own forward", "own way", "compiled", "padding", "channels last"):
         row.run(noting, picture().requires_grad_())
         assert [layout for layout, _ in seen[5:]] == 5 * [torch._mkldnn]
 

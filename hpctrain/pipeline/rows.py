@@ -1,7 +1,7 @@
 """Convolutions that follow one another, in oneDNN's own layout: nothing is laid anew between them.
 
       layer by layer   x →|blocks|→ conv →|plain|→ relu →|blocks|→ conv →|plain|→ …   and so in backward
-      as a row         x →|blocks|→ conv → relu → conv → relu → conv →|plain|→ …
+      as a row         x →|blocks|→ conv → relu → conv → relu → conv →|plain|→ …      behind a copy of x
 
 oneDNN computes on blocks of channels: torch lays each convolution's input in blocks, and its output back as
 it was. In a row that is left out (oneDNN's guide calls it memory format propagation). The same kernels get
@@ -35,10 +35,11 @@ OWN_CALLS = nn.Module.__call__, functional.relu, torch.relu, torch.conv2d
 ROUNDS, LONG_SECONDS = 5, 1.0
 """In which a row and its layers one by one are timed, and after which no other one begins."""
 EVEN = 1.03
-"""A row may take so many times as long: it moves less memory, which gains a tenth where all cores want theirs
-and nothing where the others are idle, as they may be while it is tried (measured)."""
+"""A row may take so many times as long: it moves less memory, which gains some percent where all cores want
+theirs and nothing where the others are idle, as they may be while it is tried (measured)."""
 MOST_SHAPES = 8
-"""Shapes that are tried: where every batch has another one, that would take more than it gains."""
+"""Shapes that are tried, with a graph and without: where every batch has another one, that would take more
+than it gains."""
 LEAST = 2**14
 """Elements of what a row gets: smaller ones gain nothing, and few numbers may agree by chance."""
 PADDED = 1.1
@@ -154,7 +155,7 @@ def run_all(pieces: Sequence[tuple[str, nn.Module | Row]], call: Call, value: An
 def own(layer: nn.Module) -> bool:
     """Whether a layer has become another one than torch's. Local."""
     ways = {"forward", "_conv_forward"} & vars(layer).keys()
-    return bool(ways) or not (type(layer) is nn.ReLU or convolves(layer))
+    return bool(ways or layer._compiled_call_impl) or not (type(layer) is nn.ReLU or convolves(layer))
 
 
 def laid_plainly(tensor: torch.Tensor) -> bool:
