@@ -34,6 +34,7 @@ from hpctrain import products
 from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
 from hpctrain.modes import Replaced, watched
 from hpctrain.products import LaidWeights
+from hpctrain.tensors import storages
 
 SMALLEST = 2**17
 """Elements: below it a call of ours costs more than the passes over memory that it saves (measured)."""
@@ -174,7 +175,7 @@ class StraightIntoPlace:
     def waiting_bytes(self) -> int:
         """Memory that what waits for `weights_of` holds."""
         works = (entry.work for waiting in self._waiting.values() for entry in waiting)
-        return sum(dict(_memory(tensor) for work in works for tensor in (work.g, work.x)).values())
+        return sum(storages(tensor for work in works for tensor in (work.g, work.x)).values())
 
     @torch.no_grad()
     def weights_of(self, micro_batch: int, last: bool) -> None:
@@ -354,14 +355,6 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     smallest = {True: SMALLEST_FILTER, False: SMALLEST}
     found = (w for w in weights if isinstance(w, torch.Tensor) and w.is_leaf and w.is_floating_point())
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
-
-
-def _memory(tensor: torch.Tensor) -> tuple[int, int]:
-    """Give place and bytes of a tensor's memory. Local."""
-    if tensor.is_mkldnn:
-        return torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
 
 
 def plain(x: Any, weight: torch.Tensor, layouts: Container[Any] = USUAL) -> bool:

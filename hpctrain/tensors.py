@@ -1,7 +1,7 @@
 """Tensors in trees, what memory they share, and a look at every operator that makes them."""
 
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,18 @@ def storage_of(tensor: torch.Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:
         return 0
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Give the bytes of tensors' memory, each once, by its place. Local."""
+    return dict(map(_place, tensors))
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.is_mkldnn:
+        return torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpctrain.tensors import tensors_in
+from hpctrain.tensors import storages, tensors_in
 
 
 def bytes_kept(
@@ -33,12 +33,6 @@ def bytes_kept(
     gives = {id(leaf): leaf for leaf in tensors_in(found)}
     made = sum(size for at, size in kept.items() if at not in given)
     return sum(kept.values()), made, sum(leaf.nbytes for leaf in gives.values())
-
-
-def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Give the bytes of tensors' memory, each once, by its place. Local."""
-    every = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in every}
 
 
 class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]

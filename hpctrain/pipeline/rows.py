@@ -25,13 +25,10 @@ from torch.nn.modules import module as modules
 from hpctrain import products
 from hpctrain.gradient import KINDS, plain
 from hpctrain.hidden import has_hooks
-from hpctrain.modes import watched
+from hpctrain.modes import instead, watched
 from hpctrain.pipeline.part import followed
 from hpctrain.products import memory_of, seconds_of
 
-OWN_FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
-OWN_CALLS = nn.Module.__call__, functional.relu, torch.relu, torch.conv2d
-"""Torch's own: others may be put into their place later."""
 ROUNDS, LONG_SECONDS = 5, 1.0
 """In which a row and its layers one by one are timed, and after which no other one begins."""
 EVEN = 1.03
@@ -109,12 +106,9 @@ class Row:
             return False
         if followed() or modules._has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
             return False
-        if (nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward) != OWN_FORWARDS:
+        if torch.is_anomaly_enabled() or not all(map(torchs, functions())):
             return False
-        convolution = getattr(functional.conv2d, "__wrapped__", functional.conv2d)  # ours stands there
-        if (nn.Module.__call__, functional.relu, torch.relu, convolution) != OWN_CALLS:
-            return False
-        if torch.is_anomaly_enabled() or any(has_hooks(layer) or own(layer) for _, layer in self.layers):
+        if any(has_hooks(layer) or altered(layer) for _, layer in self.layers):
             return False
         return products.permitted() and all(
             t.dtype == torch.float32 and t.device == products.CPU and type(t) in KINDS and laid_plainly(t)
@@ -152,7 +146,25 @@ def run_all(pieces: Sequence[tuple[str, nn.Module | Row]], call: Call, value: An
     return value
 
 
-def own(layer: nn.Module) -> bool:
+def functions() -> tuple[Any, ...]:
+    """Give the functions that the layers call, as they are now. Local."""
+    layers = nn.Module.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
+    return *layers, functional.relu, functional.conv2d, torch.relu, torch.conv2d
+
+
+def torchs(function: Any) -> bool:
+    """Whether a function is torch's own, and not what someone has put into its place. Local.
+
+    >>> torchs(functional.relu), torchs(torch.relu), torchs(lambda x: x)
+    (True, True, False)
+    """
+    room = getattr(function, "__globals__", {"__name__": "torch"})["__name__"]  # none where it is C++
+    if room == instead.__module__:  # ours, which watches calls
+        return torchs(function.__wrapped__)
+    return str(room).split(".")[0] == "torch"
+
+
+def altered(layer: nn.Module) -> bool:
     """Whether a layer has become another one than torch's. Local."""
     ways = {"forward", "_conv_forward"} & vars(layer).keys()
     return bool(ways or layer._compiled_call_impl) or not (type(layer) is nn.ReLU or convolves(layer))
@@ -210,6 +222,7 @@ class Ended(torch.autograd.Function):
     ) -> torch.Tensor:
         """Lay it anew; x is what the row got."""
         ctx.row, ctx.inputs = row, (x, *weights)  # not saved: torch's layers bear a change of a bias
+        ctx.versions = [t._version for t in ctx.inputs]
         return value.to_dense()
 
     @staticmethod
@@ -219,6 +232,11 @@ class Ended(torch.autograd.Function):
         batched = torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g)
         if not again and g.layout is torch.strided and not batched:
             return None, g.to_mkldnn(), *[None] * len(ctx.inputs)
+        if ctx.versions != [t._version for t in ctx.inputs]:
+            raise RuntimeError(
+                "what a row of convolutions got, or a weight or bias of one, was changed in place before a "
+                "gradient of gradients, or several at once, went through them: change a copy"
+            )
         with torch.enable_grad():
             own = [t.view_as(t) for t in ctx.inputs]
             *_, found = ctx.row.values(own[0], own[1:])

