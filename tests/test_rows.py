@@ -3,6 +3,7 @@
 import copy
 import functools
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from hpctrain.gradient import StraightIntoPlace
 from hpctrain.pipeline import layers as layers_room
 from hpctrain.pipeline import rows
 from hpctrain.pipeline.choice import Need
+from hpctrain.pipeline.fit import HOLES
 from hpctrain.pipeline.part import following
-from hpctrain.pipeline.profile import MadeUpPlaces
+from hpctrain.pipeline.profile import MadeUpPlaces, Work
 from hpctrain.pipeline.rows import Row
+from hpctrain.room import give_back
 
 SHAPE = (4, 16, 12, 12)
 
@@ -130,11 +133,10 @@ def test_blocks_that_backward_lays_otherwise_are_not_taken(gains):
     row, module = row_of(LAID_OTHERWISE)
     x = picture((2, 16, 20, 20))
     compared(row, module, x)
-    row.tried = dict.fromkeys(row.tried, True)
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         pytest.skip("which blocks oneDNN takes is the processor's")
     assert list(row.tried.values()) == [False]
-    row.tried = known
+    row.tried = dict.fromkeys(row.tried, True)
     with pytest.raises((AssertionError, RuntimeError)):
         compared(row, module, x)
 
@@ -165,6 +167,30 @@ def test_a_trial_moves_nothing(gains):
     assert all(p.grad is None for p in module.parameters())
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("width", "shape", "length"),
+    [(512, (4, 512, 4, 4), 4), (32, (8, 32, 96, 96), 3), (64, (4, 64, 64, 64), 2)],
+)
+def test_a_trial_takes_no_more_memory_than_is_counted(width, shape, length, gains):
+    """That of weights, what is kept for backward, and both ways' gradients; with the heap's holes."""
+    row, module = row_of(length * [conv(into=width, out=width), nn.ReLU()] + [conv(into=width, out=width)])
+    size = picture(shape).nbytes
+    works = len(module) * [Work(0.0, 0.0, 0.0, size, gives=size)]
+    rows.wins(row_of(KINDS["usual"])[0], SHAPE, True)  # what libraries take for themselves
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    assert rows.wins(row, shape, True)
+    taken = resident("VmHWM") - before
+    assert taken < HOLES * row.bytes_of_trial(size, works) < 4 * taken
+
+
+def resident(which):
+    """Memory of this process, in bytes: what it has, or has had at most since it was asked to forget."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[which].split()[0]) * 1024
 
 
 def test_few_shapes_are_tried(gains, monkeypatch):

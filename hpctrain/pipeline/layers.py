@@ -130,7 +130,7 @@ class Layers:
         A row copies what it gets, and is tried with tensors of its own first.
         """
         layers, choice, at = self._called(stage), self.choice, self.ranges[stage][0]
-        found, copied, tried = rows_of(layers), 0, 0
+        found, copied, tried = rows_of(layers), 0, 0.0
         if choice.exact or choice.warned:
             return [*layers]
         if not choice.needs or len(found) == len(layers):
@@ -140,7 +140,7 @@ class Layers:
             if isinstance(one, Row):
                 given = works[at - 1].gives if at else sum(leaf.nbytes for leaf in tensors_in(self.value))
                 copied += given
-                tried = max(tried, given + sum(work.kept for work in works[at : at + len(one.layers)]))
+                tried = max(tried, one.bytes_of_trial(given, works[at : at + len(one.layers)]))
                 at += len(one.layers) - 1
             at += 1
         more = replace(need, kept=need.kept + copied)

@@ -27,6 +27,7 @@ from hpctrain.gradient import KINDS, plain
 from hpctrain.hidden import has_hooks
 from hpctrain.modes import instead, watched
 from hpctrain.pipeline.part import followed
+from hpctrain.pipeline.profile import Work
 from hpctrain.products import memory_of, seconds_of
 
 ROUNDS, LONG_SECONDS = 5, 1.0
@@ -62,6 +63,16 @@ class Row:
         """Weights and biases of the convolutions, in order."""
         convolutions = (layer for _, layer in self.layers if isinstance(layer, nn.Conv2d))
         return [t for layer in convolutions for t in (layer.weight, layer.bias) if t is not None]
+
+    def bytes_of_trial(self, given: int, works: Sequence[Work]) -> float:
+        """Give the most that a trial takes, by the bytes of what the row gets and its layers' work. Pure.
+
+        Weights: made up, and the gradients of either way, in blocks at times. Beside what is kept for a
+        backward: what the row gives and its input's gradient of either way, and what a backward takes.
+        """
+        weights = sum(tensor.nbytes for tensor in self.weights)
+        largest = max([given, *(work.gives for work in works)])
+        return 3.5 * weights + sum(work.kept for work in works) + 6.0 * largest
 
     def run(self, call: Call, value: Any) -> Any:
         """Run the layers; gives what the last one gave. Local."""
