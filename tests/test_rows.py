@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain import gradient, piece
 from hpctrain.gradient import StraightIntoPlace
+from hpctrain.log import LOGGER
 from hpctrain.pipeline import layers as layers_room
 from hpctrain.pipeline import rows
 from hpctrain.pipeline.choice import Need
@@ -22,6 +23,9 @@ from hpctrain.pipeline.fit import HOLES
 from hpctrain.pipeline.part import following
 from hpctrain.pipeline.profile import MadeUpPlaces, Work
 from hpctrain.pipeline.rows import Row
+from hpctrain.report.run_folder import RunFolder
+from hpctrain.report.run_folder import rows as rows_of_file
+from hpctrain.report.timeline import Timeline
 from hpctrain.room import give_back
 
 SHAPE = (4, 16, 12, 12)
@@ -573,3 +577,29 @@ def test_a_layer_of_a_row_that_fails_is_named(world, build, used, monkeypatch):
         job.engine.step(2, job.loader.read(0))
     assert "layer 7 (ReLU), given float32 (2, 16, 6, 6)" in str(raised.value)
     assert piece.tensors_of(job.engine.module)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_watched_step_tells_of_rows(world, build, used, monkeypatch, shared_tmp, caplog, wins):
+    if world.size != 2:
+        pytest.skip("two stages")
+    if not wins:
+        monkeypatch.setattr(rows, "wins", lambda *_: False)
+    job = build("pictured_row", 2, cuts=CUTS[2], micro_batches=4)
+    run_folder = RunFolder(shared_tmp, writes=world.rank == 0)
+    watching, position = Timeline(job, run_folder), 0
+    with caplog.at_level("INFO", LOGGER.name):
+        for number in range(3):
+            step = job.loader.read(position)
+            watching.before(number + 1)
+            job.engine.step(number, step)
+            watching.after(number + 1, number + 1)
+            position = step.next_position
+    if world.rank:
+        return
+    (row,) = [row for row in rows_of_file(run_folder.path / "metrics.jsonl") if row["event"] == "pipeline"]
+    names = [["layer 2 (Conv2d) to layer 4 (Conv2d)"], ["layer 6 (Conv2d) to layer 16 (Conv2d)"]]
+    assert [told["rows"] for told in row["stages"]] == (names if wins else [[], []])
+    told = f"convolutions in a row, in oneDNN's own layout: stage 0 {names[0][0]}; stage 1 {names[1][0]}"
+    assert (told in caplog.messages) is wins

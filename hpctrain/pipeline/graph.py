@@ -88,6 +88,10 @@ class Graph:
         paths = (path_of(node) for node in traced.nodes if traced.stage[node.name] == stage)
         return list(dict.fromkeys(path for path in paths if path))
 
+    def rows(self, stage: int) -> list[str]:
+        """None are."""
+        return []
+
     def beside(self, name: str, value: Any) -> None:
         """Operators hold nothing that others could share."""
 

@@ -178,6 +178,11 @@ class Layers:
         """Names of its layers."""
         return self.shown[slice(*self.ranges[stage])]
 
+    def rows(self, stage: int) -> list[str]:
+        """Those that a trial has chosen."""
+        rows = ((name, one) for name, one in self.in_rows[stage] if isinstance(one, Row))
+        return [name for name, one in rows if any(one.tried.values())]
+
     def beside(self, name: str, value: Any) -> None:
         """Look at what the loss holds, too."""
         self.asides.add(name, value)

@@ -149,6 +149,10 @@ class Pipeline:
         """Names of the modules that each stage runs. Local."""
         return [self.cut.names(stage.stage) for stage in self.stages]
 
+    def rows(self) -> list[list[str]]:
+        """Names of the rows of convolutions of each stage. Local."""
+        return [self.cut.rows(stage.stage) for stage in self.stages]
+
     def parts(
         self, batches: Mapping[int, tuple[int, Env]], training: bool, when: str
     ) -> dict[tuple[Stage, int], Part]:

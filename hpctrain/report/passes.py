@@ -35,6 +35,8 @@ class Told:
     host: str
     modules: list[list[str]]
     """By stage: the first and the last, if it has any."""
+    rows: list[list[str]]
+    """By stage: the convolutions that are computed as rows."""
     parameters: list[int]
     """By stage."""
     spans: list[Span]
@@ -144,6 +146,7 @@ def row(
                 "rank": told.rank,
                 "host": told.host,
                 "modules": told.modules[virtual],
+                "rows": told.rows[virtual],
                 "parameters": told.parameters[virtual],
                 "pass_seconds": {
                     kind: round(value, 6) for (stage, kind), value in usual.items() if stage == at
@@ -206,6 +209,9 @@ def table(
             f"{at:5}  {told.rank:4}  {told.parameters[virtual]:10,}  {1e3 * there:10.2f}  "
             f"{1e3 * back:11.2f}  {idle:4.0%}  {where}"
         )
+    rows = [f"stage {at} {', '.join(told.rows[v])}" for at, v, told in in_order(ranks) if told.rows[v]]
+    if rows:
+        lines.append(f"convolutions in a row, in oneDNN's own layout: {'; '.join(rows)}")
     lines.append(
         f"the passes of step {step} took {1e3 * measured.seconds:.1f} ms, idle {measured.bubble:.0%}; "
         f"{job.schedule} simulated with these passes and free messages "

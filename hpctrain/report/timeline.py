@@ -65,6 +65,7 @@ class Timeline:
             topology.world_rank,
             platform.node(),
             modules,
+            engine.pipeline.rows(),
             [sum(p.numel() for p in own) for own in engine.parameters],
             spans,
         )
