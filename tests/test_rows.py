@@ -435,6 +435,32 @@ def test_backward_twice_and_weights_that_change_between(gains):
         found.sum().backward()
 
 
+def test_a_backward_that_is_looked_at_goes_past_a_row(gains):
+    row, module = row_of(KINDS["usual"])
+    both = []
+    for forward in (lambda x: row.run(call, x), module):
+        x = picture().requires_grad_()
+        found = forward(x)
+        with torch.autograd.detect_anomaly(check_nan=True):
+            both.append(torch.autograd.grad(found.square().sum(), [x, *module.parameters()]))
+    assert taken(row)
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+
+
+def test_a_weight_that_is_computed_is_not_asked_for(gains):
+    """A parametrisation that comes later, whose every look at the weight is a step of a power iteration."""
+    row, module = row_of(KINDS["usual"])
+    nn.utils.parametrizations.spectral_norm(module[2])
+    vector = module[2].parametrizations.weight[0]._u
+    before = vector.clone()
+    row.run(call, picture())
+    module[2].train()
+    once = vector.clone()
+    vector.copy_(before)
+    module(picture())
+    assert torch.equal(vector, once)
+
+
 def test_a_gradient_of_gradients_of_changed_inputs_is_refused(gains):
     row, module = row_of(KINDS["usual"])
     x = picture().requires_grad_()

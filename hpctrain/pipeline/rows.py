@@ -113,13 +113,13 @@ class Row:
     def _may(self, value: Any) -> bool:
         """Whether nobody sees a tensor inside, and all is as oneDNN's kernels want it. Local."""
         pictures = isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() >= LEAST
-        if not pictures or not plain(value, self.weights[0]) or watched():
+        if not pictures or any(has_hooks(layer) or altered(layer) for _, layer in self.layers):
+            return False  # before a weight is asked for, which may be computed then
+        if not plain(value, self.weights[0]) or watched():
             return False
         if followed() or modules._has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
             return False
         if torch.is_anomaly_enabled() or not all(map(torchs, functions())):
-            return False
-        if any(has_hooks(layer) or altered(layer) for _, layer in self.layers):
             return False
         return products.permitted() and all(
             t.dtype == torch.float32 and t.device == products.CPU and type(t) in KINDS and laid_plainly(t)
@@ -238,10 +238,13 @@ class Ended(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give the gradient to the row; past it, by its layers, one that is to be differentiated, or many."""
+        """Give the gradient to the row; past it, by its layers, what oneDNN has no kernels for.
+
+        To be differentiated, several at once, or looked at for NaN.
+        """
         again = torch.is_grad_enabled()
         batched = torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g)
-        if not again and g.layout is torch.strided and not batched:
+        if not (again or batched or torch.is_anomaly_enabled()) and g.layout is torch.strided:
             return None, g.to_mkldnn(), *[None] * len(ctx.inputs)
         if ctx.versions != [t._version for t in ctx.inputs]:
             raise RuntimeError(
