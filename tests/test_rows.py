@@ -451,14 +451,22 @@ def test_a_weight_that_is_computed_is_not_asked_for(gains):
     """A parametrisation that comes later, whose every look at the weight is a step of a power iteration."""
     row, module = row_of(KINDS["usual"])
     nn.utils.parametrizations.spectral_norm(module[2])
-    vector = module[2].parametrizations.weight[0]._u
-    before = vector.clone()
-    row.run(call, picture())
-    module[2].train()
-    once = vector.clone()
-    vector.copy_(before)
-    module(picture())
-    assert torch.equal(vector, once)
+    twin = copy.deepcopy(module)
+    assert torch.equal(row.run(call, picture()), twin(picture()))
+    vectors = [dict(one.named_buffers())["2.parametrizations.weight.0._u"] for one in (module, twin)]
+    assert torch.equal(*vectors)
+
+
+def test_no_row_where_gradients_of_gradients_were_seen(gains):
+    """In the first forwards, whose layers run one by one."""
+    row, module = row_of(KINDS["usual"])
+    for again in (False, True):
+        found = module(picture().requires_grad_())
+        row.watch(found)
+        torch.autograd.grad(found.sum(), [module[0].weight], create_graph=again)
+        row.run(call, picture())
+        assert bool(row.tried) is not again
+        row.tried.clear()
 
 
 def test_a_gradient_of_gradients_of_changed_inputs_is_refused(gains):

@@ -198,6 +198,7 @@ class Layers:
         layers = self.layers[start:stop]
         changes = any(getattr(m, "inplace", False) for _, layer in layers for m in layer.modules())
         shown, called = self.shown[start:stop], self._called(stage)
+        ends = {one.layers[-1][0]: one for _, one in self.in_rows[stage] if isinstance(one, Row)}
         last = stage == self.stages - 1
         if (stage, training) not in self._drawing:
             self._drawing[stage, training] = Drawing([layer for _, layer in layers])
@@ -222,6 +223,8 @@ class Layers:
                     value = run_all(self.in_rows[stage], self._call, value)
                 for what, layer in called if first else ():
                     value = self._call(what, layer, value)
+                    if what in ends:
+                        ends[what].watch(value)
                     if counted and drew_unseen(counting):
                         raise ConfigError(
                             f"{what} draws random numbers where nothing can count them (in a branch of "

@@ -57,12 +57,22 @@ class Row:
         self.layers = [*layers]
         self.tried: dict[Any, bool] = {}
         """Whether it pays, by shape and what else a kernel is chosen by."""
+        self._barred = False
+        """Whether a gradient of gradients was asked for: past a row its sums have another order."""
 
     @property
     def weights(self) -> list[torch.Tensor]:
         """Weights and biases of the convolutions, in order."""
         convolutions = (layer for _, layer in self.layers if isinstance(layer, nn.Conv2d))
         return [t for layer in convolutions for t in (layer.weight, layer.bias) if t is not None]
+
+    def watch(self, found: Any) -> None:
+        """Look what comes back for what the layers gave, one by one. Local."""
+        if isinstance(found, torch.Tensor) and found.requires_grad:
+            found.register_hook(self._look)  # type: ignore[no-untyped-call]
+
+    def _look(self, g: torch.Tensor) -> None:
+        self._barred |= torch.is_grad_enabled()
 
     def bytes_of_trial(self, given: int, works: Sequence[Work]) -> float:
         """Give the most that a trial takes, by the bytes of what the row gets and its layers' work. Pure.
@@ -113,7 +123,11 @@ class Row:
     def _may(self, value: Any) -> bool:
         """Whether nobody sees a tensor inside, and all is as oneDNN's kernels want it. Local."""
         pictures = isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() >= LEAST
-        if not pictures or any(has_hooks(layer) or altered(layer) for _, layer in self.layers):
+        if (
+            not pictures
+            or self._barred
+            or any(has_hooks(layer) or altered(layer) for _, layer in self.layers)
+        ):
             return False  # before a weight is asked for, which may be computed then
         if not plain(value, self.weights[0]) or watched():
             return False
