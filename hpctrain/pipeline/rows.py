@@ -82,7 +82,7 @@ class Row:
         """
         weights = sum(tensor.nbytes for tensor in self.weights)
         largest = max([given, *(work.gives for work in works)])
-        return 3.5 * weights + sum(work.kept for work in works) + 6.0 * largest
+        return 3.5 * weights + sum(work.kept for work in works) + 8.0 * largest
 
     def run(self, call: Call, value: Any) -> Any:
         """Run the layers; gives what the last one gave. Local."""
@@ -122,12 +122,9 @@ class Row:
 
     def _may(self, value: Any) -> bool:
         """Whether nobody sees a tensor inside, and all is as oneDNN's kernels want it. Local."""
-        pictures = isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() >= LEAST
-        if (
-            not pictures
-            or self._barred
-            or any(has_hooks(layer) or altered(layer) for _, layer in self.layers)
-        ):
+        if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.numel() < LEAST:
+            return False
+        if self._barred or any(has_hooks(layer) or altered(layer) for _, layer in self.layers):
             return False  # before a weight is asked for, which may be computed then
         if not plain(value, self.weights[0]) or watched():
             return False
