@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def load(run: str | Path, step: int | None = None) -> "torch.nn.Module":
     """Give the model of a run folder with its weights, in eval mode, on the CPU.
 
-    The newest good checkpoint counts, or that of `step`. Local; needs neither MPI nor the data.
+    The newest good checkpoint counts, or that of `step`. Local; needs neither MPI nor the data. With
+    `data.normalize` it takes and gives normalised numbers (docs/configuration.md), unlike `hpctrain predict`.
     Raises HpctrainError where the folder holds no run or no good checkpoint.
     """
     from hpctrain.use import load_module
