@@ -16,6 +16,7 @@ from torch import nn
 
 from hpctrain.batch import Batch
 from hpctrain.errors import ConfigError, DataError
+from hpctrain.tensors import shapes_of
 
 # torch broadcasts (n,) integers against (n, 1) outputs to n x n differences, with a warning only.
 NUMERIC = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
@@ -39,18 +40,43 @@ class SummedLoss:
                     f"with outputs: set train.loss.class_path = torch.nn.CrossEntropyLoss for classes, "
                     f"or store numbers as floats"
                 )
+            each = batch.weights.get(name)
+            if isinstance(self.loss, CLASSES):
+                target, each = of_classes(output, target, each)
             try:
                 values = self.loss(output, target)
-            except IndexError as error:
-                if told := no_class(self.loss, output, target, name, batch):
+            except Exception as error:
+                told = no_class(self.loss, output, target, name, batch)
+                if told and isinstance(error, IndexError):
                     raise DataError(told) from error
+                kind = getattr(self.loss, "__name__", type(self.loss).__name__)
+                error.add_note(f"in the loss, {kind}, given {shapes_of((output, target))} (target {name})")
                 raise
-            total, weight = weigh(values, batch.weights.get(name), len(batch), name)
+            total, weight = weigh(values, each, len(batch), name)
             sums.append(total)
             weights.append(weight)
         if len(sums) == 1:  # the same numbers, without three operators and their backward
             return sums[0], weights[0]
         return torch.stack(sums).sum(), torch.stack(weights).mean()
+
+
+def of_classes(
+    output: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Give a target of classes, and its weights, without a second dimension of size 1. Pure.
+
+    Labels are often stored as (n, 1) beside outputs (n, classes), and as (n, 1, …) beside (n, classes, …):
+    torch's losses refuse the one, and comparing them with the outputs' argmax, (n, …), would broadcast.
+
+    >>> of_classes(torch.zeros(4, 3), torch.zeros(4, 1, dtype=torch.int64))[0].shape
+    torch.Size([4])
+    """
+    spare = not target.is_floating_point() and target.ndim == output.ndim > 1
+    if not spare or target.shape[1] != 1 or target.shape[2:] != output.shape[2:]:
+        return target, weights
+    if weights is not None and weights.ndim == target.ndim:
+        weights = weights.squeeze(1)
+    return target.squeeze(1), weights
 
 
 def no_class(

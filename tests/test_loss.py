@@ -27,6 +27,27 @@ def test_cross_entropy_a_sample_and_a_pixel():
         torch.testing.assert_close(total / weight, nn.functional.cross_entropy(output, target))
 
 
+@pytest.mark.parametrize("pixels", [(), (3, 2)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_classes_stored_with_a_dimension_of_one(pixels, weighted):
+    """Labels of shape (n, 1) beside outputs of shape (n, classes); masks and weights are shaped as labels."""
+    output, target = torch.randn(5, 4, *pixels), torch.randint(4, (5, 1, *pixels))
+    weights = torch.rand(5, 1, *pixels)
+    flat, stored = batch_of(y=target.squeeze(1)), batch_of(y=target)
+    if weighted:
+        flat.weights["y"], stored.weights["y"] = weights.squeeze(1), weights
+    loss = SummedLoss(nn.CrossEntropyLoss(reduction="none"))
+    for a, b in zip(loss(output, flat), loss(output, stored)):
+        assert a.equal(b)
+
+
+def test_a_losses_error_tells_shapes():
+    with pytest.raises(RuntimeError) as caught:
+        SummedLoss(nn.CrossEntropyLoss())(torch.randn(5, 4), batch_of(y=torch.zeros(5, 2).long()))
+    told = "in the loss, CrossEntropyLoss, given float32 (5, 4), int64 (5, 2) (target y)"
+    assert caught.value.__notes__ == [told]
+
+
 @pytest.mark.parametrize("wrong", [4, -1])
 @pytest.mark.parametrize("pixels", [(), (3,)])
 def test_a_class_that_the_model_does_not_give(wrong, pixels):

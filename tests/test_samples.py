@@ -29,6 +29,7 @@ def path(tmp_path):
         image=random.integers(0, 255, size=(10, 4)).astype(np.uint8),
         token=random.integers(0, 9, size=(10, 4)).astype(np.int32),
         label=(np.arange(10) % 3).astype(np.uint8),
+        column=(np.arange(10) % 3).astype(np.uint8)[:, None],
         weight=np.arange(10.0),
     )
     return tmp_path / "a.h5"
@@ -83,13 +84,16 @@ def test_rmse_is_in_the_targets_own_units(path):
     assert job.task.finish("rmse", numerator, denominator) == pytest.approx(y.std(), rel=1e-5)
 
 
-def test_accuracy_counts_weights(path):
-    job = job_of(path, targets=["label"], weights="weight")
+@pytest.mark.parametrize("target", ["label", "column"])
+def test_accuracy_counts_weights(path, target):
+    """Labels of shape (n, 1) would broadcast to n x n comparisons."""
+    job = job_of(path, targets=[target], weights="weight")
     batch = job.task.batch(np.arange(10))
     outputs = torch.nn.functional.one_hot(torch.zeros(10, dtype=torch.int64), 3).float()
     right = (np.arange(10) % 3 == 0) * np.arange(10.0)
     numerator, denominator = job.task.measure(outputs, batch)["accuracy"]
     assert job.task.finish("accuracy", numerator, denominator) == pytest.approx(right.sum() / 45)
+    assert job.task.predict(outputs, batch)[target].shape == batch.targets[target].shape
 
 
 def test_weights_that_can_not_be(path):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hpctrain.batch import Batch
 from hpctrain.config import SAMPLE_WEIGHTS, names_to_paths
 from hpctrain.errors import DataError
-from hpctrain.loss import pairs
+from hpctrain.loss import of_classes, pairs
 from hpctrain.piece import Piece, whole
 from hpctrain.task import Array, Prediction, Source, Task
 
@@ -97,6 +97,7 @@ class Samples(Task):
         if target.is_floating_point():
             values = (output.double() - target.double()) ** 2 * self._deviation(name) ** 2
         else:
+            target, weight = of_classes(output, target, weight)
             values = (output.argmax(dim=1) == target).double()
         each = torch.ones_like(values) if weight is None else weight.double().expand_as(values)
         return float((values * each).sum()), float(each.sum())
@@ -122,7 +123,7 @@ class Samples(Task):
         found: dict[str, Array] = {}
         for name, output, target in pairs(outputs, batch.targets):
             if not target.is_floating_point():
-                found[name] = output.argmax(dim=1).cpu().numpy()
+                found[name] = output.argmax(dim=1).reshape(target.shape).cpu().numpy()
                 continue
             values = output.double().cpu().numpy()
             if name in self.normal:

@@ -39,9 +39,13 @@ class RunFolder:
         """
         if not self.writes or self._lock is not None or not (new or (self.path / "config.toml").is_file()):
             return
-        lock = FileLock(self.path / ".lock", timeout=LOCK_SECONDS)
+        lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire()
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                LOGGER.info("%s is in use by another job: waiting up to %d s", self.path, LOCK_SECONDS)
+                lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise ConfigError(
                 f"{self.path} is in use by another job that trains into it: wait for its end, or "

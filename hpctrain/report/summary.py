@@ -55,10 +55,21 @@ def start(job: Job, run: RunFolder, resumed_step: int, baselines: dict[str, Metr
     splits = ", ".join(f"{len(split)} {name}" for name, split in index.splits.items())
     inside = counted(index.length, "sample"), counted(len(index.files), "file")
     LOGGER.info("%s in %s: %s", *inside, splits)
+    task = job.task
+    LOGGER.info("each sample: %s; to predict: %s", shapes(task.input_shapes), shapes(task.target_shapes))
     name = job.config.model.class_path
     LOGGER.info("%s: %s, %s", name, counted(parameters, "parameter"), counted(job.total_steps, "step"))
     for line in table(baselines):
         LOGGER.info(line)
+
+
+def shapes(of: dict[str, tuple[int, ...]]) -> str:
+    """Write variables with their shapes.
+
+    >>> shapes({"sst": (8, 16), "month": ()})
+    'sst 8 x 16, month one number'
+    """
+    return ", ".join(f"{name} {' x '.join(map(str, shape)) or 'one number'}" for name, shape in of.items())
 
 
 def versions() -> dict[str, str]:

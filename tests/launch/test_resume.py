@@ -62,6 +62,7 @@ def test_a_second_job_is_kept_out_of_the_folder(launcher, small, tmp_path):
     second = launcher.ranks(2, "train", "small.toml", *slow)
     assert second.status == 2
     assert second.text.count("runs/small is in use by another job that trains into it") == 1
+    assert "runs/small is in use by another job: waiting up to 15 s" in second.text
     assert first.poll() is None
     launcher.kill(first)
 
