@@ -77,9 +77,9 @@ class Row:
     def bytes_of_trial(self, given: int, works: Sequence[Work]) -> float:
         """Give the most that a trial takes, by the bytes of what the row gets and its layers' work. Pure.
 
-        Weights: made up, and the gradients of either way, in blocks at times, with a set that holes in the heap
-        were seen to cost. Beside what is kept for a
-        backward: what the row gives and its input's gradient of either way, and what a backward takes.
+        Weights: made up, and the gradients of either way, in blocks at times; holes in the heap were seen to
+        cost a set. Beside what is kept for a backward: what the row gives and its input's gradient of either
+        way, and what a backward takes.
         """
         weights = sum(tensor.nbytes for tensor in self.weights)
         largest = max([given, *(work.gives for work in works)])
