@@ -183,7 +183,7 @@ def test_who_was_waited_for_is_named():
 
 
 def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
-    def no_locks(self):
+    def no_locks(self, timeout):
         raise OSError("no locks available")
 
     monkeypatch.setattr("hpctrain.report.run_folder.FileLock.acquire", no_locks)

@@ -31,10 +31,10 @@ def spanning(names, places, stages):
     return sum(len({n for n, p in zip(names, places) if p.stage == s}) > 1 for s in range(stages))
 
 
-@pytest.mark.parametrize("size", [*range(1, 33), 48, 60, 64, 96, 128, 500, 1024, 4095, 4096])
+@pytest.mark.parametrize("size", [*range(1, 33), 48, 60, 64, 96, 128, 500, 1023, 4096])
 def test_every_rank_has_one_place(size):
     for stages in [s for s in (1, 2, 3, 4, 6, 8, 16, 64, size) if size % s == 0]:
-        for per_node in (1, 2, 3, 7, 8, 48, size):
+        for per_node in (1, 2, 3, 7, 8, 48, size) if size < 4096 else (3, 48):
             sizes = [per_node] * (size // per_node) + ([size % per_node] if size % per_node else [])
             names = nodes_of(sizes)
             places = check_layout(names, stages)
