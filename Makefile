@@ -4,7 +4,7 @@
 #   make train [RANKS=4]          train the default recipe on real data
 #   make test                     the test suite at 1, 2, 3 and 4 ranks
 #   make test-cluster             a real Slurm and virtual hosts on this machine (root, Debian)
-#   make test-long                what takes long
+#   make test-long                what takes long, and coverage
 #   make lint                     format, lint, types, layers, spelling, scripts
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu  takes torch from that index (CPU-only build)
@@ -37,6 +37,8 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export OMPI_MCA_hwloc_base_binding_policy := none
+# On one machine no fabric is wanted; looking for one by libfabric takes a second at each start.
+export OMPI_MCA_btl ?= ^ofi
 ifeq ($(shell test $$(nproc) -lt $(RANKS) && echo few),few)
 export OMPI_MCA_mpi_yield_when_idle := 1
 endif

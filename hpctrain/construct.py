@@ -5,7 +5,8 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,14 +96,10 @@ def check_types(
     factory: Callable[..., Any], arguments: dict[str, Any], key: str, skip: set[str | int]
 ) -> None:
     """Check values against the type hints, by jsonargparse; classes without hints pass."""
-    parser = ArgumentParser(exit_on_error=False)
-    try:
-        if inspect.isclass(factory):
-            parser.add_class_arguments(factory, "it", skip=skip, fail_untyped=False)
-        else:
-            parser.add_function_arguments(factory, "it", skip=skip, fail_untyped=False)
-    except Exception:
-        return  # a signature that jsonargparse can't read is no fault of the user's values
+    make = parser_of if isinstance(factory, Hashable) else parser_of.__wrapped__
+    parser = make(factory, frozenset(skip))
+    if parser is None:
+        return
     for name, value in arguments.items():
         if not any(action.dest == f"it.{name}" for action in parser._actions):
             continue
@@ -114,6 +111,23 @@ def check_types(
                 f"{key}.init_args.{name} = {value!r} does not fit the type of {factory.__name__}'s "
                 f"argument: {'; '.join(lines) or error}"
             ) from None
+
+
+@lru_cache(maxsize=32)
+def parser_of(factory: Callable[..., Any], skip: frozenset[str | int]) -> ArgumentParser | None:
+    """Give what reads a class's arguments; None for a signature that jsonargparse can't read. Local.
+
+    That is no fault of the user's values. Kept, as it takes milliseconds and is asked for again and again.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        if inspect.isclass(factory):
+            parser.add_class_arguments(factory, "it", skip=set(skip), fail_untyped=False)
+        else:
+            parser.add_function_arguments(factory, "it", skip=set(skip), fail_untyped=False)
+    except Exception:
+        return None
+    return parser
 
 
 def prepare() -> None:

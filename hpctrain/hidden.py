@@ -1,6 +1,7 @@
 """Tensors and words that hang on a module where torch does not look: plain attributes, notes on tensors."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,9 +14,13 @@ OURS = {*vars(nn.Module())}
 """Attributes that torch keeps itself."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where torch keeps a user's hooks on modules."""
-with FakeTensorMode():
-    OWN = {*vars(nn.Parameter(torch.empty(0)))}
-    """Attributes that a parameter without memory has itself."""
+
+
+@lru_cache
+def own() -> frozenset[str]:
+    """Give the attributes that a parameter without memory has itself: loaded late, it loads much. Pure."""
+    with FakeTensorMode():
+        return frozenset(vars(nn.Parameter(torch.empty(0))))
 
 
 def registered(module: nn.Module) -> dict[int, str]:
@@ -38,7 +43,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def notes_on(tensor: torch.Tensor) -> dict[str, Any]:
     """Give what was noted on a tensor (`weight.no_decay = True`, say). Local."""
-    return {name: noted for name, noted in vars(tensor).items() if name not in OWN}
+    noted = vars(tensor)
+    return {name: noted[name] for name in noted.keys() - own()} if noted else {}
 
 
 def hidden(module: nn.Module) -> list[torch.Tensor]:

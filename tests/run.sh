@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run the tests: without an argument the suite at 1, 2, 3 and 4 ranks and what starts mpirun itself.
 # Usage: tests/run.sh [cluster | long]
-# Each run has a time limit of its own; coverage of 1 and 2 ranks and of some of what starts mpirun is combined and must
-# reach 90%: the rest runs the same lines, and being watched takes a fifth longer.
+# Each run has a time limit of its own. `long` runs 1 and 2 ranks and some of what starts mpirun once more, watched:
+# they must reach 90% of the lines and branches. Being watched takes two thirds longer.
 # Exit: 0 all passed; else the first failure's status.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,30 +31,34 @@ third_party() { # NAME RANKS ARGUMENTS...: with the models that `make` has insta
   limited 1200 mpirun -n "$ranks" "$models/bin/python" -m pytest --color=no tests/models "$@"
 }
 
+suite() { # RANKS COMMAND...: the tests that start no mpirun, in one
+  local ranks=$1 only=(-m mpi) # what looks at no rank runs at one
+  shift
+  echo "== the suite at $ranks ranks"
+  if ((ranks == 1)); then only=(--doctest-modules hpctrain); fi
+  limited 900 mpirun -n "$ranks" "$@" pytest --color=no tests "${only[@]}" \
+    --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long --ignore=tests/models
+}
+
+plain=(-m "not long" --override-ini "addopts=--strict-markers -p no:cacheprovider")
+others=(tests/launch/test_{bench,docs,resume,stages,train}.py) # they run what the others run
+
 case ${1:-} in
   cluster) limited 1200 python -m pytest --color=no tests/cluster -m cluster --override-ini "addopts=--strict-markers -p no:cacheprovider" ;;
   long)
     for ranks in 2 3 4; do third_party models-long "$ranks" -m "long or not long"; done
+    coverage erase
+    for ranks in 1 2; do suite "$ranks" coverage run -m; done
+    limited 1500 coverage run -m pytest --color=no tests/launch "${others[@]/#/--ignore=}" "${plain[@]}"
+    coverage combine -q
+    coverage report --skip-covered --fail-under=90
     limited 7200 python -m pytest --color=no tests/long tests/launch -m long --override-ini "addopts=--strict-markers -p no:cacheprovider"
     ;;
   '')
-    coverage erase
-    for ranks in 1 2 3 4; do
-      echo "== the suite at $ranks ranks"
-      only=(-m mpi) # what looks at no rank has run at one
-      if ((ranks == 1)); then only=(--doctest-modules hpctrain); fi
-      if ((ranks <= 2)); then run=(coverage run -m); else run=(python -m); fi
-      limited 900 mpirun -n "$ranks" "${run[@]}" pytest --color=no tests "${only[@]}" \
-        --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long --ignore=tests/models
-    done
+    for ranks in 1 2 3 4; do suite "$ranks" python -m; done
     for ranks in 2 4; do third_party models "$ranks" -m "not long"; done
     echo "== what starts mpirun itself"
-    plain=(-m "not long" --override-ini "addopts=--strict-markers -p no:cacheprovider")
-    unwatched=(tests/launch/test_{bench,docs,resume,stages,train}.py)
-    limited 1800 python -m pytest --color=no "${unwatched[@]}" "${plain[@]}" # they run what the others run
-    limited 1500 coverage run -m pytest --color=no tests/launch "${unwatched[@]/#/--ignore=}" "${plain[@]}"
-    coverage combine -q
-    coverage report --skip-covered --fail-under=90
+    limited 2400 python -m pytest --color=no tests/launch "${plain[@]}"
     ;;
   *) echo "usage: tests/run.sh [cluster | long]" >&2; exit 2 ;;
 esac
