@@ -5,7 +5,7 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -96,8 +96,10 @@ def check_types(
     factory: Callable[..., Any], arguments: dict[str, Any], key: str, skip: set[str | int]
 ) -> None:
     """Check values against the type hints, by jsonargparse; classes without hints pass."""
-    make = parser_of if isinstance(factory, Hashable) else parser_of.__wrapped__
-    parser = make(factory, frozenset(skip))
+    try:
+        parser = parser_of(factory, frozenset(skip))
+    except TypeError:  # it can't be hashed
+        parser = parser_of.__wrapped__(factory, frozenset(skip))
     if parser is None:
         return
     for name, value in arguments.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hpctrain.tensors import tensors_in
 
@@ -44,7 +44,9 @@ def has_hooks(module: nn.Module) -> bool:
 def notes_on(tensor: torch.Tensor) -> dict[str, Any]:
     """Give what was noted on a tensor (`weight.no_decay = True`, say). Local."""
     noted = vars(tensor)
-    return {name: noted[name] for name in noted.keys() - own()} if noted else {}
+    if isinstance(tensor, FakeTensor):
+        return {name: value for name, value in noted.items() if name not in own()}
+    return {**noted}
 
 
 def hidden(module: nn.Module) -> list[torch.Tensor]:

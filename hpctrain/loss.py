@@ -8,6 +8,7 @@ sample. A sample of full weight adds 1 to W, so uneven batches and masks need no
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,10 @@ from hpctrain.errors import ConfigError, DataError
 from hpctrain.tensors import shapes_of
 
 # torch broadcasts (n,) integers against (n, 1) outputs to n x n differences, with a warning only.
-NUMERIC = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
+NUMERIC = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,
+    nn.KLDivLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelSoftMarginLoss,
+)  # fmt: skip
 CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
@@ -32,7 +36,7 @@ class SummedLoss:
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Give (L, W), scalars; L carries the graph. With several targets L is their sum."""
-        sums, weights = [], []
+        sums, weights, counted = [], [], self.counted(batch).weights
         for name, output, target in pairs(outputs, batch.targets):
             if isinstance(self.loss, NUMERIC) and not target.is_floating_point():
                 raise ConfigError(
@@ -40,7 +44,7 @@ class SummedLoss:
                     f"with outputs: set train.loss.class_path = torch.nn.CrossEntropyLoss for classes, "
                     f"or store numbers as floats"
                 )
-            each = batch.weights.get(name)
+            each = counted.get(name)
             if isinstance(self.loss, CLASSES):
                 target, each = of_classes(output, target, each)
             try:
@@ -52,12 +56,26 @@ class SummedLoss:
                 kind = getattr(self.loss, "__name__", type(self.loss).__name__)
                 error.add_note(f"in the loss, {kind}, given {shapes_of((output, target))} (target {name})")
                 raise
+            if values.ndim == 0:  # a mean, which leaves out what is ignored itself
+                each = batch.weights.get(name)
             total, weight = weigh(values, each, len(batch), name)
             sums.append(total)
             weights.append(weight)
         if len(sums) == 1:  # the same numbers, without three operators and their backward
             return sums[0], weights[0]
         return torch.stack(sums).sum(), torch.stack(weights).mean()
+
+    def counted(self, batch: Batch) -> Batch:
+        """Give a batch in whose weights what the loss ignores (`ignore_index`) is 0. Pure."""
+        if not isinstance(self.loss, CLASSES):
+            return batch
+        weights = dict(batch.weights)
+        for name, target in batch.targets.items():
+            kept = target != self.loss.ignore_index
+            if not target.is_floating_point() and not kept.all():
+                given = weights.get(name, torch.ones((), device=kept.device))
+                weights[name] = given.reshape(given.shape + (1,) * (kept.ndim - given.ndim)) * kept
+        return replace(batch, weights=weights)
 
 
 def of_classes(

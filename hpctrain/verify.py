@@ -16,6 +16,7 @@ is no Σ_v: then the bound is 1e-5 of the largest gradient of any parameter, som
 (of the largest buffer for buffers).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -210,7 +211,8 @@ def first_difference(job: Job, reference: Reference, loss: float) -> Difference 
     rank = job.topology.world_rank
     tied = {tie.name for tie in job.pipeline.ties} if job.pipeline else set()
     if abs(loss - reference.loss) > reference.loss_bound:
-        return Difference("the loss", rank, abs(loss - reference.loss) / reference.loss_bound)
+        least = math.ulp(0.0)  # the bound of a loss that is exactly 0
+        return Difference("the loss", rank, abs(loss - reference.loss) / (reference.loss_bound or least))
     for name in job.averager.named:
         expected = reference.gradients[name]
         bound = reference.bounds[name]

@@ -48,6 +48,44 @@ def test_a_losses_error_tells_shapes():
     assert caught.value.__notes__ == [told]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pixels", [(), (3, 2)])
+def test_what_is_ignored_weighs_nothing(pixels, weighted):
+    """The mean is torch's own, over what is left; any split into micro-batches adds up to it."""
+    output, target = torch.randn(6, 4, *pixels), torch.randint(4, (6, *pixels))
+    target[1::2] = 255
+    batch, own = batch_of(y=target), {"reduction": "none", "ignore_index": 255}
+    each = torch.rand(6) if weighted else torch.ones(6)
+    if weighted:
+        batch.weights["y"] = each
+    loss = SummedLoss(nn.CrossEntropyLoss(**own))
+    total, weight = loss(output, batch)
+    all_of_it = each.reshape(6, *len(pixels) * [1]).expand(6, *pixels)
+    values, kept = nn.functional.cross_entropy(output, target, **own), (target != 255) * all_of_it
+    torch.testing.assert_close(total / weight, (values * kept).sum() / kept.sum())
+    if not weighted:
+        torch.testing.assert_close(
+            total / weight, nn.functional.cross_entropy(output, target, ignore_index=255)
+        )
+    torch.testing.assert_close(loss.counted(batch).weights["y"], kept)
+    assert ("y" in batch.weights) is weighted
+
+
+def test_nothing_ignored_costs_nothing():
+    batch = batch_of(y=torch.randint(4, (6,)))
+    assert SummedLoss(nn.CrossEntropyLoss(reduction="none")).counted(batch).weights == {}
+    mean = SummedLoss(nn.CrossEntropyLoss(ignore_index=0))
+    batch.targets["y"][0] = 0
+    assert float(mean(torch.randn(6, 4), batch)[1]) == 6  # a mean leaves it out itself
+
+
+@pytest.mark.parametrize("loss", [nn.PoissonNLLLoss, nn.KLDivLoss, nn.MSELoss])
+def test_counts_are_no_classes(loss):
+    """torch would broadcast (n, 1) against (n,)."""
+    with pytest.raises(ConfigError, match="or store numbers as floats"):
+        SummedLoss(loss(reduction="none"))(torch.randn(5, 1), batch_of(y=torch.arange(5)))
+
+
 @pytest.mark.parametrize("wrong", [4, -1])
 @pytest.mark.parametrize("pixels", [(), (3,)])
 def test_a_class_that_the_model_does_not_give(wrong, pixels):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -136,6 +137,39 @@ def test_every_log_line_names_its_rank(capsys, topology, tmp_path):
     assert capsys.readouterr().out == expected
     assert (tmp_path / "log.txt").read_text() == expected
     log.start(topology)
+
+
+def test_a_run_of_another_job_in_the_meantime_is_not_overwritten(tmp_path):
+    """Two jobs start at once in a new folder; the second waits for the first one's lock, and gets it."""
+    first, second = (RunFolder(tmp_path / "run", writes=True) for _ in range(2))
+    for run in (first, second):
+        run.hold()
+    first.create(Config())
+    first.row("train", 1, loss=3.0)
+    first.close()
+    with pytest.raises(ConfigError, match="another job has trained into it since: start again to go on"):
+        second.create(Config())
+    assert len(rows(first.path / "metrics.jsonl")) == 1
+    second.close()
+    third = RunFolder(tmp_path / "run", writes=True)
+    third.hold()
+    third.create(Config())  # one that failed before its first checkpoint is begun again
+    third.close()
+
+
+def test_a_filesystem_without_locks_leaves_none_behind(tmp_path, monkeypatch, caplog):
+    """filelock would make a soft one there, which a job that is killed on another node leaves for ever."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    for _ in range(2):
+        run = RunFolder(tmp_path / "run", writes=True)
+        run.hold()
+        with caplog.at_level("WARNING"):
+            run.create(Config())  # and is not closed
+    assert "is not locked" in caplog.text
 
 
 def test_a_line_cut_short_does_not_swallow_the_next(tmp_path):

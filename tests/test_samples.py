@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from hpctrain import assemble
 from hpctrain.config import ClassPath, Data
-from hpctrain.errors import DataError
+from hpctrain.errors import ConfigError, DataError
 from hpctrain.topology import Topology
 
 
@@ -31,6 +31,7 @@ def path(tmp_path):
         label=(np.arange(10) % 3).astype(np.uint8),
         column=(np.arange(10) % 3).astype(np.uint8)[:, None],
         weight=np.arange(10.0),
+        truth=np.arange(10) % 3 == 0,
     )
     return tmp_path / "a.h5"
 
@@ -94,6 +95,35 @@ def test_accuracy_counts_weights(path, target):
     numerator, denominator = job.task.measure(outputs, batch)["accuracy"]
     assert job.task.finish("accuracy", numerator, denominator) == pytest.approx(right.sum() / 45)
     assert job.task.predict(outputs, batch)[target].shape == batch.targets[target].shape
+
+
+def test_what_the_loss_ignores_is_no_wrong_answer(path):
+    job = job_of(path, targets=["label"])
+    job.engine.loss.loss = torch.nn.CrossEntropyLoss(reduction="none", ignore_index=1)
+    batch = job.task.batch(np.arange(10))
+    outputs = torch.nn.functional.one_hot(batch.targets["label"].clamp(max=2), 3).float()
+    job.engine.each = lambda batches, use: [use(batch, outputs) for batch in batches]
+    outputs[0] = torch.tensor([0.0, 1.0, 0.0])
+    found = job.engine.evaluate(iter([batch]), job.task.measure)
+    assert found["accuracy"] == (6.0, 7.0)  # of ten, three are of class 1, and one is wrong
+
+
+def test_truths_are_classes(path):
+    job = job_of(path, targets=["truth"])
+    target = job.task.batch(np.arange(4)).targets["truth"]
+    assert target.dtype == torch.int64
+    assert target.tolist() == [1, 0, 0, 1]
+    assert job.task.metrics == ("accuracy",)
+
+
+@pytest.mark.parametrize("shape", [(10,), (10, 1), (10, 3, 2)])
+def test_integers_that_are_no_classes_are_refused(path, shape):
+    """argmax of one column is 0, whatever the model gives."""
+    job = job_of(path, targets=["label"])
+    batch = job.task.batch(np.arange(10))
+    for use in (job.task.measure, job.task.predict):
+        with pytest.raises(ConfigError, match="if label is no class, store it as floats"):
+            use(torch.zeros(shape), batch)
 
 
 def test_weights_that_can_not_be(path):

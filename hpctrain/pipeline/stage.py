@@ -178,8 +178,9 @@ class Stage:
         kept = self.kept[v]
         found, _ = part.run(kept.given, kept.stream, kept.start)
         old, kept.found = kept.found, {name: found[name] for name in kept.found}
-        pairs = list(zip(_pytree.tree_leaves(old), _pytree.tree_leaves(kept.found), strict=True))
-        if not all(same(a, b) for a, b in pairs):
+        before, now = _pytree.tree_leaves(old), _pytree.tree_leaves(kept.found)
+        pairs = list(zip(before, now))
+        if len(before) != len(now) or not all(same(a, b) for a, b in pairs):
             raise ConfigError(
                 f"stage {self.stage} gives other numbers when its forward is run again (it counts its calls, "
                 f"or draws from a stream that is not torch's): set parallel.recompute = never"
@@ -305,8 +306,9 @@ def versions_of(given: Any) -> list[int]:
 def same(one: Any, other: Any) -> bool:
     """Tell whether two values are the same bits."""
     if isinstance(one, torch.Tensor):
-        alike = (one == other) | ((one != one) & (other != other))  # not a number twice, too
-        return one.shape == other.shape and bool(alike.all())
+        if not isinstance(other, torch.Tensor) or one.shape != other.shape:
+            return False
+        return bool(((one == other) | ((one != one) & (other != other))).all())  # not a number twice, too
     return bool(one == other)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hpctrain.batch import Batch
 from hpctrain.config import SAMPLE_WEIGHTS, names_to_paths
-from hpctrain.errors import DataError
+from hpctrain.errors import ConfigError, DataError
 from hpctrain.loss import of_classes, pairs
 from hpctrain.piece import Piece, whole
 from hpctrain.task import Array, Prediction, Source, Task
@@ -74,7 +74,7 @@ class Samples(Task):
         missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(1, dtype=bool)
         self.source.index.check_finite(name, samples, np.where(missing, 0, values) if masks else values)
         target = name in self.targets
-        if values.dtype == np.uint8:
+        if values.dtype == np.uint8 or (target and values.dtype == np.bool_):
             values = values.astype(np.int64 if target else np.float32)
         if name in self.normal:
             mean, deviation = self.normal[name].tolist()
@@ -97,8 +97,7 @@ class Samples(Task):
         if target.is_floating_point():
             values = (output.double() - target.double()) ** 2 * self._deviation(name) ** 2
         else:
-            target, weight = of_classes(output, target, weight)
-            values = (output.argmax(dim=1) == target).double()
+            values = (likeliest(name, output, target) == target).double()
         each = torch.ones_like(values) if weight is None else weight.double().expand_as(values)
         return float((values * each).sum()), float(each.sum())
 
@@ -123,7 +122,7 @@ class Samples(Task):
         found: dict[str, Array] = {}
         for name, output, target in pairs(outputs, batch.targets):
             if not target.is_floating_point():
-                found[name] = output.argmax(dim=1).reshape(target.shape).cpu().numpy()
+                found[name] = likeliest(name, output, target).cpu().numpy()
                 continue
             values = output.double().cpu().numpy()
             if name in self.normal:
@@ -135,6 +134,18 @@ class Samples(Task):
     def pieces(self) -> list[Piece]:
         """Means and deviations."""
         return [whole(f"task.normal.{name}", tensor) for name, tensor in self.normal.items()]
+
+
+def likeliest(name: str, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Give the class of the largest output, shaped as the target. Raises ConfigError where there are none."""
+    flat, _ = of_classes(output, target)
+    if output.ndim != flat.ndim + 1 or output.shape[1] < 2 or output.shape[2:] != flat.shape[1:]:
+        raise ConfigError(
+            f"the target {name} holds integers, so its accuracy and predictions are of classes, for which "
+            f"outputs of shape (samples, classes, …) are needed: the model gives {tuple(output.shape)} for "
+            f"{tuple(target.shape)}; if {name} is no class, store it as floats"
+        )
+    return output.argmax(dim=1).reshape(target.shape)
 
 
 def metric_name(target: str, floating: bool, targets: int) -> str:

@@ -30,6 +30,13 @@ class RunFolder:
         """Take the folder and whether this rank writes."""
         self.path, self.writes = path, writes
         self._lock: FileLock | None = None
+        self._met = False
+        """Whether a run was there when the folder was asked for."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run has begun in the folder."""
+        return (self.path / "config.toml").is_file()
 
     def hold(self, new: bool = False) -> None:
         """Keep other jobs out of a folder that holds a run until `close` or this process' death. Local.
@@ -37,9 +44,13 @@ class RunFolder:
         Two jobs in one run folder would write into each other's checkpoints. A filesystem that
         knows no locks is used without one, with a warning.
         """
-        if not self.writes or self._lock is not None or not (new or (self.path / "config.toml").is_file()):
+        if not self.writes or self._lock is not None:
             return
-        lock = FileLock(self.path / ".lock")
+        self._met = self._met or (not new and self.begun)
+        if not new and not self._met:
+            return
+        # a soft lock, which it takes by itself elsewhere, would outlive a job that was killed
+        lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         try:
             try:
                 lock.acquire(timeout=1)
@@ -84,6 +95,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold(new=True)
+            if self.begun and not (self._met or resumes):
+                raise ConfigError(
+                    f"{self.path} was empty when this job started, and another job has trained into it "
+                    f"since: start again to go on with that run, or choose another --train.run_folder"
+                )
+            self._met = True
             text = "# The resolved configuration of this run; repeat it with\n"
             text += f"# hpctrain train {self.path / 'config.toml'} --train.run_folder NEW\n\n"
             write_whole(self.path / "config.toml", text + tomlkit.dumps(to_dict(config)))
