@@ -77,13 +77,13 @@ class Row:
     def bytes_of_trial(self, given: int, works: Sequence[Work]) -> float:
         """Give the most that a trial takes, by the bytes of what the row gets and its layers' work. Pure.
 
-        Weights: made up, and the gradients of either way, in blocks at times; holes in the heap were seen to
-        cost a set. Beside what is kept for a backward: what the row gives and its input's gradient of either
-        way, and what a backward takes.
+        Weights: made up, and the gradients of either way, in blocks at times. Beside what is kept for a
+        backward: what the row gives and its input's gradient of either way, and what a backward takes. Holes
+        in the heap were seen to cost a set of weights and two such values more.
         """
         weights = sum(tensor.nbytes for tensor in self.weights)
         largest = max([given, *(work.gives for work in works)])
-        return 4.5 * weights + sum(work.kept for work in works) + 8.0 * largest
+        return 4.5 * weights + sum(work.kept for work in works) + 10.0 * largest
 
     def run(self, call: Call, value: Any) -> Any:
         """Run the layers; gives what the last one gave. Local."""
