@@ -319,7 +319,10 @@ class Engine:
 
         def take(batch: Batch, outputs: Any) -> None:
             total, weight = self.loss(outputs, batch)
-            found = {"loss": (float(total), float(weight)), **measure(outputs, self.loss.counted(batch))}
+            found = {
+                "loss": (float(total), float(weight)),
+                **measure(outputs, self.loss.without_ignored(batch)),
+            }
             for name, pair in found.items():
                 sums.setdefault(name, []).append((float(pair[0]), float(pair[1])))
 

@@ -36,7 +36,7 @@ class SummedLoss:
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Give (L, W), scalars; L carries the graph. With several targets L is their sum."""
-        sums, weights, counted = [], [], self.counted(batch).weights
+        sums, weights, weighing = [], [], self.without_ignored(batch).weights
         for name, output, target in pairs(outputs, batch.targets):
             if isinstance(self.loss, NUMERIC) and not target.is_floating_point():
                 raise ConfigError(
@@ -44,14 +44,15 @@ class SummedLoss:
                     f"with outputs: set train.loss.class_path = torch.nn.CrossEntropyLoss for classes, "
                     f"or store numbers as floats"
                 )
-            each = counted.get(name)
+            each = weighing.get(name)
             if isinstance(self.loss, CLASSES):
                 target, each = of_classes(output, target, each)
             try:
                 values = self.loss(output, target)
             except Exception as error:
-                told = no_class(self.loss, output, target, name, batch)
-                if told and isinstance(error, IndexError):
+                if isinstance(error, IndexError) and (
+                    told := no_class(self.loss, output, target, name, batch)
+                ):
                     raise DataError(told) from error
                 kind = getattr(self.loss, "__name__", type(self.loss).__name__)
                 error.add_note(f"in the loss, {kind}, given {shapes_of((output, target))} (target {name})")
@@ -65,8 +66,8 @@ class SummedLoss:
             return sums[0], weights[0]
         return torch.stack(sums).sum(), torch.stack(weights).mean()
 
-    def counted(self, batch: Batch) -> Batch:
-        """Give a batch in whose weights what the loss ignores (`ignore_index`) is 0. Pure."""
+    def without_ignored(self, batch: Batch) -> Batch:
+        """Give a batch in which targets that the loss ignores (`ignore_index`) weigh 0. Pure."""
         if not isinstance(self.loss, CLASSES):
             return batch
         weights = dict(batch.weights)

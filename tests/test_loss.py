@@ -67,13 +67,13 @@ def test_what_is_ignored_weighs_nothing(pixels, weighted):
         torch.testing.assert_close(
             total / weight, nn.functional.cross_entropy(output, target, ignore_index=255)
         )
-    torch.testing.assert_close(loss.counted(batch).weights["y"], kept)
+    torch.testing.assert_close(loss.without_ignored(batch).weights["y"], kept)
     assert ("y" in batch.weights) is weighted
 
 
 def test_nothing_ignored_costs_nothing():
     batch = batch_of(y=torch.randint(4, (6,)))
-    assert SummedLoss(nn.CrossEntropyLoss(reduction="none")).counted(batch).weights == {}
+    assert SummedLoss(nn.CrossEntropyLoss(reduction="none")).without_ignored(batch).weights == {}
     mean = SummedLoss(nn.CrossEntropyLoss(ignore_index=0))
     batch.targets["y"][0] = 0
     assert float(mean(torch.randn(6, 4), batch)[1]) == 6  # a mean leaves it out itself
