@@ -12,6 +12,8 @@ from hpctrain.tensors import tensors_in
 
 OURS = {*vars(nn.Module())}
 """Attributes that torch keeps itself."""
+ON_BUFFERS = vars(nn.Buffer(torch.empty(0))).keys()
+"""Attributes that torch itself keeps on an nn.Buffer."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where torch keeps a user's hooks on modules."""
 

@@ -32,6 +32,24 @@ class NoiseWithoutGradient(Odd):
         return self.inner(x + noise)
 
 
+class Asking(Odd):
+    """Computes otherwise where it is exported, as transformers' attention does; and asks torch in one way more."""
+
+    def middle(self, x):
+        if torch.compiler.is_exporting() or torch.compiler.is_compiling():
+            return self.inner(x.flip(1)).flip(0)
+        return self.inner(x) + torch.utils.checkpoint.checkpoint(self.other, x, use_reentrant=False)
+
+
+class NeedsToKnow(Odd):
+    """A branch on numbers, unless it is exported: both ways give the same."""
+
+    def middle(self, x):
+        if torch.compiler.is_exporting() or not bool((x > 9).any()):
+            return self.inner(x)
+        return x
+
+
 class OwnAutocast(Odd):
     def middle(self, x):
         with torch.autocast("cpu", torch.bfloat16):

@@ -110,6 +110,16 @@ def masked():
     return layer
 
 
+def buffered():
+    """As transformers registers its rotary frequencies."""
+    layer = nn.Linear(100, 100)
+    layer.table, layer.kept = (
+        nn.Buffer(torch.rand(100, 100), persistent=False),
+        nn.Buffer(torch.rand(100, 100)),
+    )
+    return layer
+
+
 class Kind(nn.Parameter):
     pass
 
@@ -177,6 +187,20 @@ def look_at_all():
 
 def failing(width: int = 3):
     raise ValueError("no such width")
+
+
+def test_buffers_that_are_assigned_are_made_without_memory_too():
+    module, written, reason = models.without_memory(ClassPath("test_deferred.buffered", {}), 3)
+    assert reason == ""
+    assert isinstance(module.table, FakeTensor)
+    written.materialise(module, [module.table, module.kept], "cpu")
+    plain, _, _ = of(buffered)
+    for name, persistent in (("table", False), ("kept", True)):
+        found = getattr(module, name)
+        assert torch.equal(found, getattr(plain, name))
+        assert isinstance(found, nn.Buffer)
+        assert found.persistent is persistent
+    assert module.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_what_cannot_run_without_memory_is_built_whole():

@@ -942,6 +942,23 @@ def test_a_weight_that_is_frozen_for_a_call_is_refused(world, build):
         build("Freezing", 2, module="odd_models", micro_batches=3)
 
 
+def test_who_asks_whether_it_is_exported_hears_no(caplog):
+    """Unless it can't be written down so: then the truth, and a warning, once."""
+    like = {"x": ((5,), torch.float32)}
+    with caplog.at_level("WARNING", LOGGER.name):
+        written = Writer(odd_models.Asking(5, 2), {"x": torch.zeros(3, 5)}, False, 2).write(3, True, like)
+        assert not any("flip" in node.name for node in written.nodes)
+        assert caplog.messages == []
+        writer = Writer(odd_models.NeedsToKnow(5, 2), {"x": torch.zeros(3, 5)}, False, 2)
+        for samples in (3, 4):
+            assert not any("any" in node.name for node in writer.write(samples, True, like).nodes)
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        "odd_models asks whether it is exported"
+    ]
+    assert not torch.compiler.is_exporting()
+    assert torch.compiler.is_exporting.__module__ == "torch.compiler"
+
+
 def test_no_stage_begins_between_what_changes_a_table_and_who_reads_it():
     """Another stage would read a copy that nobody has changed."""
     module = odd_models.Renormed(5, 2)

@@ -25,7 +25,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain.gradient import hooked
-from hpctrain.hidden import notes_on, plain, registered
+from hpctrain.hidden import ON_BUFFERS, notes_on, plain, registered
 from hpctrain.tensors import storage_of, tensors_in
 
 SMALL = 4096
@@ -187,6 +187,8 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name, notes = names[id(tensor)], notes_on(tensor)
             if hooked(tensor):  # it may hold tensors of the constructor
                 raise NotImplementedError(f"there is a hook on the gradient of {name}")
+            if isinstance(tensor, nn.Buffer):
+                notes = {key: noted for key, noted in notes.items() if key not in ON_BUFFERS}
             if tensors_in(notes) or (notes and not isinstance(tensor, nn.Parameter)):
                 raise NotImplementedError(f"{next(iter(notes))} is noted on {name}")
         for owner, name, value in plain(module):
@@ -246,6 +248,8 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     value = nn.Parameter(value, tensor.requires_grad)
                     for name, noted in notes_on(tensor).items():
                         setattr(value, name, noted)
+                elif isinstance(tensor, nn.Buffer):
+                    value = nn.Buffer(value, persistent=tensor.persistent)
             made[id(tensor)] = value
         for owner in module.modules():
             for kept in (owner._parameters, owner._buffers):

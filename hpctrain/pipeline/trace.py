@@ -5,6 +5,7 @@ import io
 import linecache
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import (
     nullcontext,
     redirect_stderr,
     redirect_stdout,
+    suppress,
 )
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +46,9 @@ OTHERWISE = (
     "another"
 )
 """What to do about a forward that can't be written down."""
+
+QUESTIONS = ("is_exporting", "is_compiling", "is_dynamo_compiling")
+"""Of torch.compiler, by which a forward asks how it is run."""
 
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
@@ -95,7 +100,7 @@ class Writer:
         self.like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
         self.fake = FakeTensorMode()
         self.skeleton = skeleton(module, self.fake)
-        self._looked = False
+        self._looked = self._warned = False
         self.changed: list[str] = []
         """Plain attributes that the forward changes."""
 
@@ -120,21 +125,41 @@ class Writer:
     def _exported(
         self, arguments: tuple[Any, dict[str, Any]], samples: int, like: Like
     ) -> torch.export.ExportedProgram:
-        """Let torch write the forward down. Raises ConfigError saying what stands in the way."""
+        """Let torch write the forward down. Raises ConfigError saying what stands in the way.
+
+        It is to be the forward that runs, so who asks whether it is exported hears no; where that can't be
+        written down, the truth.
+        """
         try:
-            with (
-                warnings.catch_warnings(),
-                quiet(),
-                own_gradients_refused(self.skeleton),
-                regions_kept(),
-                Replaced(dict.fromkeys(CALLED, marked)),
-                self.around(),
-            ):
-                warnings.simplefilter("ignore")  # what can't be written down is an error below
-                with fx.traceback.preserve_node_meta():  # what is marked
-                    return torch.export.export(self.skeleton, *arguments, strict=False)
+            with answered_no() as asked:
+                return self._written(arguments)
         except Exception as error:
-            raise self._refusal(error, arguments, samples, like) from None
+            failure = error
+        if asked:
+            with suppress(Exception):
+                program = self._written(arguments)
+                if not self._warned:
+                    LOGGER.warning(
+                        "%s asks whether it is exported, and can't be written down as it runs else: stages run "
+                        "what it does then, which may round otherwise",
+                        asked[0],
+                    )
+                self._warned = True
+                return program
+        raise self._refusal(failure, arguments, samples, like) from None
+
+    def _written(self, arguments: tuple[Any, dict[str, Any]]) -> torch.export.ExportedProgram:
+        with (
+            warnings.catch_warnings(),
+            quiet(),
+            own_gradients_refused(self.skeleton),
+            regions_kept(),
+            Replaced(dict.fromkeys(CALLED, marked)),
+            self.around(),
+        ):
+            warnings.simplefilter("ignore")  # what can't be written down is an error
+            with fx.traceback.preserve_node_meta():  # what is marked
+                return torch.export.export(self.skeleton, *arguments, strict=False)
 
     def _refusal(
         self, error: Exception, arguments: tuple[Any, dict[str, Any]], samples: int, like: Like
@@ -274,6 +299,35 @@ def where(error: Exception, module: nn.Module) -> str:
             text = linecache.getline(path, number).strip()
             found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
     return found
+
+
+@contextmanager
+def answered_no() -> Iterator[list[str]]:
+    """Let models that ask torch whether they are compiled or exported hear no; gives who asked. Local.
+
+    transformers' attention, for one, makes a mask only then, and sums in another order. torch's own modules
+    hear the truth.
+    """
+    asked: list[str] = []
+    own = {name: getattr(torch.compiler, name) for name in QUESTIONS}
+
+    def answers(truth: Callable[[], bool]) -> Callable[[], bool]:
+        def answer() -> bool:
+            asker = str(sys._getframe(1).f_globals.get("__name__"))
+            if asker.split(".")[0] == "torch":
+                return truth()
+            asked.append(asker)
+            return False
+
+        return answer
+
+    for name, truth in own.items():
+        setattr(torch.compiler, name, answers(truth))
+    try:
+        yield asked
+    finally:
+        for name, truth in own.items():
+            setattr(torch.compiler, name, truth)
 
 
 @contextmanager
