@@ -140,8 +140,8 @@ class Writer:
                 program = self._written(arguments)
                 if not self._warned:
                     LOGGER.warning(
-                        "%s asks whether it is exported, and can't be written down as it runs else: stages run "
-                        "what it does then, which may round otherwise",
+                        "%s asks whether it is exported, and can't be written down as it runs else: stages "
+                        "run what it does then, which may round otherwise",
                         asked[0],
                     )
                 self._warned = True

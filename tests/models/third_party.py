@@ -43,6 +43,17 @@ def gpt2():
     return Logits(GPT2LMHeadModel(config))
 
 
+def llama():
+    """Grouped keys, rotary positions; a mask only where it is exported, which rounds otherwise."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    return Logits(LlamaForCausalLM(config))
+
+
 def t5():
     """Encoder and decoder, one embedding under four names; symbolic_trace can't follow its forward."""
     from transformers import T5Config, T5ForConditionalGeneration
@@ -94,6 +105,7 @@ DATA = {
     "resnet": (IMAGE, (), CROSS),
     "gpt2": (BYTES, BYTES, CROSS),
     "t5": (BYTES, BYTES, CROSS),
+    "llama": (BYTES, BYTES, CROSS),
     "convnext": (IMAGE, (), CROSS),
     "vit": (IMAGE, (), CROSS),
     "unet": (IMAGE, IMAGE, SQUARE),
