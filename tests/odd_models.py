@@ -41,6 +41,16 @@ class Asking(Odd):
         return self.inner(x) + torch.utils.checkpoint.checkpoint(self.other, x, use_reentrant=False)
 
 
+class AsksInBranch(Odd):
+    """Asks where torch compiles in one process too."""
+
+    def middle(self, x):
+        def asks(x):
+            return x.sin() if torch.compiler.is_compiling() else x.cos()
+
+        return self.inner(torch.cond(x.sum() > -1e9, asks, lambda x: x.tan(), (x,)))
+
+
 class NeedsToKnow(Odd):
     """A branch on numbers, unless it is exported: both ways give the same."""
 

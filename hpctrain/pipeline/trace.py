@@ -47,7 +47,7 @@ OTHERWISE = (
 )
 """What to do about a forward that can't be written down."""
 
-QUESTIONS = ("is_exporting", "is_compiling", "is_dynamo_compiling")
+QUESTIONS = ("is_exporting", "is_compiling")
 """Of torch.compiler, by which a forward asks how it is run."""
 
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
@@ -306,8 +306,11 @@ def answered_no() -> Iterator[list[str]]:
     """Let models that ask torch whether they are compiled or exported hear no; gives who asked. Local.
 
     transformers' attention, for one, makes a mask only then, and sums in another order. torch's own modules
-    hear the truth.
+    hear the truth, and so does all that torch compiles inside, as torch.cond's branches: it is compiled in
+    one process too.
     """
+    from torch._dynamo import callback  # seconds to load; torch.export has it loaded
+
     asked: list[str] = []
     own = {name: getattr(torch.compiler, name) for name in QUESTIONS}
 
@@ -321,13 +324,21 @@ def answered_no() -> Iterator[list[str]]:
 
         return answer
 
-    for name, truth in own.items():
-        setattr(torch.compiler, name, answers(truth))
+    no = {name: answers(truth) for name, truth in own.items()}
+
+    def put(functions: dict[str, Callable[[], bool]]) -> None:
+        for name, function in functions.items():
+            setattr(torch.compiler, name, function)
+
+    starts = callback.on_compile_start(lambda *_: put(own))
+    ends = callback.on_compile_end(lambda *_: put(no))
+    put(no)
     try:
         yield asked
     finally:
-        for name, truth in own.items():
-            setattr(torch.compiler, name, truth)
+        callback.callback_handler.remove_start_callback(starts)
+        callback.callback_handler.remove_end_callback(ends)
+        put(own)
 
 
 @contextmanager
