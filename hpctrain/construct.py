@@ -108,9 +108,10 @@ def check_types(
         try:
             parser.parse_object({"it": {name: value}}, defaults=False, _skip_required=True)
         except Exception as error:
+            called = getattr(factory, "__name__", type(factory).__name__)
             lines = [line.strip() for line in str(error).splitlines() if "Expected" in line]
             raise ConfigError(
-                f"{key}.init_args.{name} = {value!r} does not fit the type of {factory.__name__}'s "
+                f"{key}.init_args.{name} = {value!r} does not fit the type of {called}'s "
                 f"argument: {'; '.join(lines) or error}"
             ) from None
 

@@ -1,3 +1,6 @@
+from dataclasses import dataclass
+from functools import partial
+
 import pytest
 import torch
 
@@ -19,6 +22,19 @@ class Open(Model):
 class Exploding:
     def __init__(self, width: int = 2):
         raise RuntimeError(f"width {width} is not to my taste")
+
+
+@dataclass
+class Adds:
+    """Can't be hashed."""
+
+    more: int
+
+    def __call__(self, size: int) -> int:
+        return size + self.more
+
+
+UNHASHABLE, PARTIAL = Adds(1), partial(Adds(2).__call__)
 
 
 def check(path, given=(), filled=None, **arguments):
@@ -97,6 +113,15 @@ def test_an_error_of_the_constructor_names_it():
         match=r"model: test_construct.Exploding\(width=7\) failed at .*test_construct.py:\d+: `raise .*`: RuntimeError: width 7",
     ):
         construct.build(ClassPath("test_construct.Exploding"), "model", width=7)
+
+
+def test_callables_of_any_kind_are_built():
+    """Those that can't be hashed and have no name are built, too."""
+    for name, size in (("UNHASHABLE", 4), ("PARTIAL", 5)):
+        arguments = check(f"test_construct.{name}", size=3)
+        assert construct.build(ClassPath(f"test_construct.{name}"), "model", **arguments) == size
+    with pytest.raises(ConfigError, match="model.init_args.size = 'x' does not fit the type of Adds's"):
+        check("test_construct.UNHASHABLE", size="x")
 
 
 def test_a_factory_function_will_do():

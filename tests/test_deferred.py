@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.parametrizations import weight_norm
 
+from hpctrain import hidden
 from hpctrain.config import ClassPath
 from hpctrain.errors import ConfigError
 from hpctrain.models import build as models
@@ -151,6 +152,13 @@ def test_what_stands_on_a_parameter_stays_there():
     written.materialise(module, [module.weight], "cpu")
     assert type(module.weight) is nn.Parameter
     assert vars(module.weight) == {"decays": False, "groups": ["slow"]}
+
+
+def test_a_note_on_a_real_tensor_may_have_any_name():
+    weight = nn.Parameter(torch.ones(2))
+    weight.constant = 3  # torch keeps one of that name where a tensor has no memory
+    assert "constant" in hidden.own()
+    assert hidden.notes_on(weight) == {"constant": 3}
 
 
 def test_what_is_kept_twice_stays_one():

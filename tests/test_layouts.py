@@ -213,6 +213,17 @@ def test_layouts_give_the_same_losses_over_epochs(topology, files):
 
 
 @pytest.mark.mpi
+def test_verify_names_a_loss_beside_one_of_nothing(topology, files):
+    """A loss of exactly 0 has a bound of 0, by which nothing can be divided."""
+    job = assemble.build(config_of(files), topology)
+    reference = verifying.Reference({}, {}, {}, 0.0, 0.0)
+    found = verifying.first_difference(job, reference, 1e-3)
+    assert found is not None and found.name == "the loss" and found.times > 1
+    job.averager.named.clear()
+    assert verifying.first_difference(job, reference, 0.0) is None
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("where", ["sample", "scale", "order", "sum", "loss"])
 def test_verify_catches_what_is_broken(topology, files, monkeypatch, where):
     """Break the asked layout on purpose, on one rank; verify must see it and say where."""

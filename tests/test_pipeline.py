@@ -856,6 +856,19 @@ def test_several_losses_and_complex_numbers(world, build, model, settings):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("way", ["numbers", "shape", "fewer"])
+def test_who_gives_others_when_run_again_is_told(world, build, monkeypatch, way):
+    """Gradients of what was never sent would be another model's."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("fickle_row", 2, recompute="always", micro_batches=3, cuts=["1"])
+    monkeypatch.setattr(stage_models.Fickle, "way", way)
+    stage_models.SEEN.clear()
+    with pytest.raises(ConfigError, match="stage 0 gives other numbers when its forward is run again"):
+        run(job, 1)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("model", ["ChangesInput", "ChangesBuffer", "ReadsBuffer"])
 def test_what_cannot_run_again_keeps_its_graph(world, build, model):
     """A forward that changes its input, or a buffer that it depends on, gives other numbers the second time."""
