@@ -218,7 +218,9 @@ def test_verify_names_a_loss_beside_one_of_nothing(topology, files):
     job = assemble.build(config_of(files), topology)
     reference = verifying.Reference({}, {}, {}, 0.0, 0.0)
     found = verifying.first_difference(job, reference, 1e-3)
-    assert found is not None and found.name == "the loss" and found.times > 1
+    assert found is not None
+    assert found.name == "the loss"
+    assert found.times > 1
     job.averager.named.clear()
     assert verifying.first_difference(job, reference, 0.0) is None
 
