@@ -927,7 +927,7 @@ def test_fast_and_invariant_exclude_each_other(world, build):
         build("plain_row", world.size, micro_batches=6, gradients="fast", invariant=True)
 
 
-NO_MODELS = ("Odd", "Warming", "NormedLayer", "Freezing", "FrozenNorm", "OtherNorm", "ChunkedNorm")
+NO_MODELS = ("Odd", "Warming", "NormedLayer", "Freezing", "FrozenNorm", "OtherNorm", "ChunkedNorm", "Padded")
 ODD = [
     name
     for name, kind in vars(odd_models).items()
@@ -956,9 +956,11 @@ def test_a_weight_that_is_frozen_for_a_call_is_refused(world, build):
 
 
 def test_who_asks_whether_it_is_exported_hears_no(caplog):
-    """Unless it can't be written down so: then the truth, and a warning, once."""
+    """Unless it is torch, or can't be written down so: then the truth, and a warning, once."""
     like = {"x": ((5,), torch.float32)}
     with caplog.at_level("WARNING", LOGGER.name):
+        x = torch.zeros(2, 3, 8)
+        Writer(odd_models.Padded(), {"x": x}, False, 2).write(2, False, {"x": ((3, 8), x.dtype)})
         written = Writer(odd_models.Asking(5, 2), {"x": torch.zeros(3, 5)}, False, 2).write(3, True, like)
         assert not any("flip" in node.name for node in written.nodes)
         assert caplog.messages == []
