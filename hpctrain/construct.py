@@ -37,7 +37,12 @@ def find_class(path: str, key: str) -> Callable[..., Any]:
         sys.path.insert(0, folder)
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise ConfigError(f"{key} = {path!r}: a module and a class were expected, such as my_module.MyModel")
+        homes = ("torch.nn", "torch.optim", "torch.optim.lr_scheduler")
+        known = [f"{home}.{path}" for home in homes if hasattr(importlib.import_module(home), path)]
+        meant = f"did you mean {known[0]}?" if known else "such as my_module.MyModel"
+        raise ConfigError(
+            f"{key} = {path!r}: a module and a class were expected{': ' if known else ', '}{meant}"
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ A rank whose test failed goes on to the next test while the others wait in a col
 this one: without the abort here that is a hang until the time limit.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -80,6 +81,16 @@ def world():
     from mpi4py import MPI
 
     return MPI.COMM_WORLD
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was():
+    """What a job logs to goes with its test."""
+    log = logging.getLogger("hpctrain")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
 
 
 @pytest.fixture

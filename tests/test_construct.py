@@ -52,7 +52,9 @@ def test_arguments_pass_and_shapes_are_filled_in():
 @pytest.mark.parametrize(
     ("path", "arguments", "message"),
     [
-        ("Model", {}, "a module and a class were expected"),
+        ("Model", {}, "a module and a class were expected, such as my_module.MyModel"),
+        ("CrossEntropyLoss", {}, r"a class were expected: did you mean torch.nn.CrossEntropyLoss\?"),
+        ("StepLR", {}, r"did you mean torch.optim.lr_scheduler.StepLR\?"),
         (
             "no_such.Model",
             {},

@@ -79,8 +79,7 @@ def test_an_error_of_a_layer_names_it_and_what_it_was_given(topology, files):
 
 
 @pytest.mark.mpi
-def test_a_batch_of_more_than_there_is_is_told(topology, files, caplog, monkeypatch):
-    monkeypatch.setattr(LOGGER, "propagate", True)
+def test_a_batch_of_more_than_there_is_is_told(topology, files, caplog):
     with caplog.at_level("WARNING", LOGGER.name):
         assemble.build(config_of(files, batch=1000), topology).close()
     told = "train.batch = 1000 is more than the 29 training samples: a step takes those"
