@@ -29,9 +29,6 @@ BLOCK = 64
 REPAID = 6
 """Uses in a step from which laying a weight before them is repaid."""
 
-LEAST = 2**18
-"""Elements of a weight that is worth it."""
-
 TIMED = 3
 """How often it is measured what laying a weight gains."""
 
@@ -291,7 +288,7 @@ class LaidWeights:
 
     def get(self, parameter: nn.Parameter, for_y: bool) -> Laid | None:
         """Give a weight laid for x·Wᵀ or for g·W, if this step's uses repay it. Local."""
-        if not self._repaid or self._left < 0 or parameter.numel() < LEAST:
+        if not self._repaid or self._left < 0:
             return None
         if (parameter, for_y) not in self._laid:
             self._laid[parameter, for_y] = self._make(parameter, for_y)
