@@ -46,6 +46,7 @@ class SummedLoss:
                 )
             each = weighing.get(name)
             if isinstance(self.loss, CLASSES):
+                check_classes(self.loss, output, name)
                 target, each = of_classes(output, target, each)
             try:
                 values = self.loss(output, target)
@@ -77,6 +78,20 @@ class SummedLoss:
                 given = weights.get(name, torch.ones((), device=kept.device))
                 weights[name] = given.reshape(given.shape + (1,) * (kept.ndim - given.ndim)) * kept
         return replace(batch, weights=weights)
+
+
+def check_classes(loss: Callable[..., torch.Tensor], output: torch.Tensor, name: str) -> None:
+    """Refuse outputs that are no scores of classes, which torch takes without a word. Pure.
+
+    One class has a cross entropy of 0 whatever is learnt; outputs (n,) are those of one sample to torch.
+    """
+    if output.ndim > 1 and output.shape[1] > 1:
+        return
+    raise ConfigError(
+        f"the model gives shape {tuple(output.shape)} for the target {name}, and {type(loss).__name__} wants "
+        f"(samples, classes, ...), two classes at least: let the model give as many (model.init_args), or set "
+        f"train.loss.class_path = torch.nn.MSELoss for numbers, torch.nn.BCEWithLogitsLoss for yes or no"
+    )
 
 
 def of_classes(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpctrain.assemble import Job, check_classes, warn_of_unlike_processors
+from hpctrain.assemble import Job, check_classes, wanted, warn_of_unlike_processors
 from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint.files import complete_steps
 from hpctrain.config import Config, differences
@@ -50,7 +50,16 @@ def resume(config: Config, run: RunFolder, topology: Topology) -> tuple[Config, 
     Gives the configuration to run with and the checkpoint to go on from (None: a new run).
     Raises ConfigError naming each difference.
     """
-    return from_root(topology.comms.world, lambda: look(config, run))
+    asked, stored = from_root(topology.comms.world, lambda: look(config, run))
+    own, count = topology.replicas * wanted(topology, config.train.batch), asked.parallel.micro_batches
+    idles = topology.stages > 1 and config.parallel.micro_batches == "auto" and count != "auto"
+    if stored is not None and idles and count < own and not topology.world_rank:
+        LOGGER.info(
+            "parallel.micro_batches stays %d, with which the run began; a new run (--train.run_folder NEW) of "
+            "this layout takes %d, and its stages are less idle",
+            *(count, own),
+        )
+    return asked, stored
 
 
 def look(config: Config, run: RunFolder) -> tuple[Config, loading.Stored | None]:

@@ -743,6 +743,16 @@ class Hooking(Net):
         return self.second(h)
 
 
+class HookingByAnotherName(Net):
+    """The same, of one who does not say self."""
+
+    def forward(me, x):  # noqa: N805
+        h = torch.tanh(me.first(x))
+        if h.requires_grad:
+            h.register_hook(lambda g: 2 * g)
+        return me.second(h)
+
+
 class HookingModule(Net):
     """Has a layer with a backward hook."""
 

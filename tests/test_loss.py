@@ -71,6 +71,16 @@ def test_what_is_ignored_weighs_nothing(pixels, weighted):
     assert ("y" in batch.weights) is weighted
 
 
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])
+@pytest.mark.parametrize("shape", [(5, 1), (5, 1, 4), (5,)])
+def test_outputs_that_are_no_classes_are_refused(kind, shape):
+    """One class has no entropy; (5,) would be 5 classes of one sample."""
+    target = torch.rand(shape) if kind is nn.CrossEntropyLoss else torch.zeros(shape).long()
+    told = rf"gives shape \({', '.join(map(str, shape))},?\) for the target y, and {kind.__name__} wants"
+    with pytest.raises(ConfigError, match=told):
+        SummedLoss(kind(reduction="none"))(torch.randn(shape), batch_of(y=target))
+
+
 def test_nothing_ignored_costs_nothing():
     batch = batch_of(y=torch.randint(4, (6,)))
     assert SummedLoss(nn.CrossEntropyLoss(reduction="none")).without_ignored(batch).weights == {}

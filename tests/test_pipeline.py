@@ -241,6 +241,7 @@ def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule
     ("model", "what"),
     [
         ("Reversing", r"\(Reversing\), stage_models.py:\d+: `return .*Reverse is a torch.autograd.Function"),
+        ("HookingByAnotherName", r"\(HookingByAnotherName\), stage_models.py:\d+: `h.register_hook"),
         ("Hooking", r"\(Hooking\), stage_models.py:\d+: `h.register_hook.*hook on a tensor's gradient"),
         ("HookingModule", r"backward hook of first would be lost"),
     ],

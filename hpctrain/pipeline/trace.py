@@ -292,8 +292,9 @@ def where(error: Exception, module: nn.Module) -> str:
     names = {id(m): name for name, m in module.named_modules()}
     found = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        path = frame.f_code.co_filename
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None  # self, by any name
+        path = code.co_filename
         if id(owner) in names and not path.startswith(LIBRARY):
             layer = f"layer {names[id(owner)]} " if names[id(owner)] else ""
             text = linecache.getline(path, number).strip()

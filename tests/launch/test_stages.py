@@ -1,5 +1,6 @@
 """Runs of several stages: the same bits as one process, resumed on another number of stages, named failures."""
 
+import re
 import shlex
 import sys
 
@@ -28,6 +29,15 @@ def test_convolutions_in_a_row_on_a_processor_with_shorter_vectors(launcher):
     ended = launcher.run(sys.executable, *words, **limits)
     assert ended.status == 0, ended.text
     assert " passed" in ended.out
+
+
+def test_micro_batches_that_stay_and_leave_stages_idle_are_told(launcher, small, tmp_path):
+    words = ["train", "small.toml", "--train.run_folder", "run"]
+    assert launcher.ranks(1, *words, "--train.steps", "1").status == 0
+    ended = launcher.ranks(2, *words, "--train.steps", "2", "--parallel.stages", "2")
+    assert ended.status == 0, ended.text
+    told = r"parallel.micro_batches stays 1, .* a new run \(--train.run_folder NEW\) of this layout takes 8,"
+    assert len(re.findall(told, ended.out)) == 1, ended.text
 
 
 def test_stages_come_and_go_over_resumes(launcher, small, tmp_path):
