@@ -255,6 +255,8 @@ class DrawsAgain(TorchFunctionMode):
         """Take the stream's key and the draws of the forward."""
         super().__init__()
         self.stream, self.drawn = stream, drawn
+        self.own = False
+        """Whether the backward draws numbers of its own, too."""
         self._numbers: dict[int, int] = {}
 
     def __torch_function__(
@@ -270,7 +272,8 @@ class DrawsAgain(TorchFunctionMode):
         if not self._numbers:
             self._numbers = {standing(self.stream, number): number for number in self.drawn}
         number = self._numbers.get(torch.default_generator.initial_seed())
-        if number is None:  # a draw of the backward's own
+        if number is None:
+            self.own = True
             return function(*arguments, **named)
         return drawn(self.stream, number, function, arguments, named)
 

@@ -58,9 +58,10 @@ class SummedLoss:
                 kind = getattr(self.loss, "__name__", type(self.loss).__name__)
                 error.add_note(f"in the loss, {kind}, given {shapes_of((output, target))} (target {name})")
                 raise
-            if values.ndim == 0:  # a mean, which leaves out what is ignored itself
-                each = batch.weights.get(name)
-            total, weight = weigh(values, each, len(batch), name)
+            if values.ndim == 0 and each is not None and name not in batch.weights:
+                total, weight = of_mean(values, each)
+            else:
+                total, weight = weigh(values, each, len(batch), name)
             sums.append(total)
             weights.append(weight)
         if len(sums) == 1:  # the same numbers, without three operators and their backward
@@ -76,8 +77,16 @@ class SummedLoss:
             kept = target != self.loss.ignore_index
             if not target.is_floating_point() and not kept.all():
                 given = weights.get(name, torch.ones((), device=kept.device))
+                if given.ndim > kept.ndim:
+                    given = given.reshape(len(given), -1).mean(dim=1)  # as `weigh` does
                 weights[name] = given.reshape(given.shape + (1,) * (kept.ndim - given.ndim)) * kept
         return replace(batch, weights=weights)
+
+
+def of_mean(mean: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give (L, W) of a mean over what is `kept` (1; 0 for what the loss ignores), shaped (count, …). Pure."""
+    weight = kept.sum(dtype=mean.dtype) / kept[0].numel()
+    return torch.where(weight > 0, mean * weight, 0.0), weight  # of none torch gives NaN
 
 
 def check_classes(loss: Callable[..., torch.Tensor], output: torch.Tensor, name: str) -> None:
@@ -89,7 +98,7 @@ def check_classes(loss: Callable[..., torch.Tensor], output: torch.Tensor, name:
         return
     raise ConfigError(
         f"the model gives shape {tuple(output.shape)} for the target {name}, and {type(loss).__name__} wants "
-        f"(samples, classes, ...), two classes at least: let the model give as many (model.init_args), or set "
+        f"(samples, classes, ...), two classes at least: let the model give them (model.init_args), or set "
         f"train.loss.class_path = torch.nn.MSELoss for numbers, torch.nn.BCEWithLogitsLoss for yes or no"
     )
 

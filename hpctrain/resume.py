@@ -52,11 +52,11 @@ def resume(config: Config, run: RunFolder, topology: Topology) -> tuple[Config, 
     """
     asked, stored = from_root(topology.comms.world, lambda: look(config, run))
     own, count = topology.replicas * wanted(topology, config.train.batch), asked.parallel.micro_batches
-    idles = topology.stages > 1 and config.parallel.micro_batches == "auto" and count != "auto"
-    if stored is not None and idles and count < own and not topology.world_rank:
+    kept = stored is not None and config.parallel.micro_batches == "auto" and topology.stages > 1
+    if kept and count != "auto" and count < own and not topology.world_rank:
         LOGGER.info(
-            "parallel.micro_batches stays %d, with which the run began; a new run (--train.run_folder NEW) of "
-            "this layout takes %d, and its stages are less idle",
+            "parallel.micro_batches stays %d, with which the run began; a new run (--train.run_folder NEW) "
+            "of this layout takes %d, and its stages are less idle",
             *(count, own),
         )
     return asked, stored

@@ -18,7 +18,7 @@ from torch import nn
 from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
-from hpctrain.draws import again, run_again, set_generators
+from hpctrain.draws import DrawsAgain, again, run_again, set_generators
 from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
 from hpctrain.errors import ConfigError, HpctrainError, RankError, text_of
 from hpctrain.gradient import Places
@@ -73,7 +73,7 @@ class StagedEngine(Engine):
         """Start with nothing that waits."""
         super().__post_init__()
         self.straight.fast = self.fast
-        self._last_backward, self._splits = -1, False
+        self._last_backward, self._splits, self._told_of_draws = -1, False, False
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
@@ -278,12 +278,21 @@ class StagedEngine(Engine):
         if v == self._last_backward:
             self.averager.last_backward(self.parameters[virtual] if virtual else None)
         kept = stage.kept[v]
+        drawn = range(kept.start, kept.draws)
+        looks = None if self._stepped or self._told_of_draws else DrawsAgain(kept.stream, drawn)
         with (
             self.straight.accumulating(v if waits else -1),
-            again(kept.stream, range(kept.start, kept.draws)),
+            looks or again(kept.stream, drawn),
             self.averager.running.unseen(),  # what the backward computes again
         ):
             stage.backward(v, total)
+        if looks and looks.own:
+            self._told_of_draws = True
+            LOGGER.warning(
+                "the backward of stage %d draws random numbers (in an autograd.Function or a hook): in "
+                "stages they are others than in one process; draw in the forward, and keep them",
+                stage.stage,
+            )
         if total is not None:
             self._joining[v] = float(total.detach()), weight
         self._joining.setdefault(v, (0.0, 0.0))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.compiler import is_exporting
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +42,15 @@ class Asking(Odd):
         return self.inner(x)
 
 
+class AsksByImport(Odd):
+    """The same, by a function that it has imported, or an older one of torch."""
+
+    def middle(self, x):
+        if is_exporting() or torch._dynamo.is_compiling() or torch._utils.is_compiling():
+            return self.inner(x.flip(1)).flip(0)
+        return self.inner(x)
+
+
 class AsksInBranch(Odd):
     """Asks where torch compiles in one process too, and behind that."""
 
@@ -50,6 +60,106 @@ class AsksInBranch(Odd):
 
         x = self.inner(torch.cond(x.sum() > -1e9, asks, lambda x: x.tan(), (x,)))
         return self.other(x) if torch.compiler.is_exporting() else x
+
+
+class Averaged(Odd):
+    """A moving average of the first layer's weight, changed by what another change gave."""
+
+    def add(self):
+        self.register_buffer("mean", torch.zeros(WIDTH, WIDTH))
+
+    def middle(self, x):
+        h = self.other(torch.tanh(self.inner(x)))
+        if self.training:
+            self.mean.mul_(0.9).add_(self.inner.weight.detach(), alpha=0.1)
+        return h + functional.linear(x, self.mean)
+
+
+class AveragedByViews(Averaged):
+    """The same through a view that is made before."""
+
+    def middle(self, x):
+        view = self.mean[:16]
+        h = self.other(torch.tanh(self.inner(x + functional.linear(x, self.mean.clone()))))
+        if self.training:
+            view.mul_(0.9)
+            view.add_(self.inner.weight.detach()[:16], alpha=0.1)
+        return h
+
+
+class NormedTwice(Odd):
+    """Running statistics of one's own, moved on by two calls, where nothing is to be differentiated."""
+
+    def add(self):
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def norm(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return x - self.mean
+
+    def middle(self, x):
+        return self.norm(self.other(torch.tanh(self.norm(self.inner(x)))))
+
+
+class Indexed(Odd):
+    """Takes a row whose number a tensor says."""
+
+    def add(self):
+        self.register_buffer("which", torch.tensor([3, 1]))
+
+    def middle(self, x):
+        return self.inner(x) * self.other.bias[self.which[0]]
+
+
+class Calibrated(Odd):
+    """Has a tensor that only evaluation uses."""
+
+    def add(self):
+        self.register_buffer("scale", torch.ones(WIDTH))
+
+    def middle(self, x):
+        x = self.inner(x)
+        return x if self.training else x * self.scale
+
+
+class NoisyBackward(torch.autograd.Function):
+    """Adds noise to a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + torch.randn_like(gradient)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return NoisyBackward.apply(super().forward(x))
+
+
+def noisy_row(in_features, out_features):
+    return nn.Sequential(Noisy(in_features, 8), nn.Tanh(), nn.Linear(8, out_features))
+
+
+class NoisyLoss(nn.Module):
+    """Draws."""
+
+    def forward(self, output, target):
+        return (output - target + torch.randn_like(output)).square().mean(dim=1)
+
+
+class Recurrent(Odd):
+    """An LSTM, which autocast makes give bf16 of float32, and does not where it has no memory."""
+
+    def add(self):
+        self.cells = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def middle(self, x):
+        return self.inner(self.cells(x.float().unsqueeze(1))[0].squeeze(1))
 
 
 class Padded(nn.Module):

@@ -81,12 +81,41 @@ def test_outputs_that_are_no_classes_are_refused(kind, shape):
         SummedLoss(kind(reduction="none"))(torch.randn(shape), batch_of(y=target))
 
 
+class Mean(nn.CrossEntropyLoss):
+    """Gives a mean, whatever it is asked for."""
+
+    def __init__(self):
+        super().__init__(ignore_index=255)
+
+
+def test_a_mean_weighs_what_it_has_not_ignored():
+    """So micro-batches add up to the mean of them all; one in which all is ignored adds nothing."""
+    output, target = torch.randn(6, 4, 3), torch.randint(4, (6, 3))
+    target[:2], target[3, 1] = 255, 255
+    loss, sums, weights = SummedLoss(Mean()), 0.0, 0.0
+    for part in (slice(0, 2), slice(2, 5), slice(5, 6)):
+        total, weight = loss(output[part], batch_of(y=target[part]))
+        sums, weights = sums + total, weights + weight
+    torch.testing.assert_close(sums / weights, Mean()(output, target))
+
+
+def test_weights_of_a_column_are_no_table():
+    """(n, 1) beside labels (n,), some of which are ignored."""
+    output, target, each = torch.randn(4, 3), torch.tensor([0, 255, 2, 1]), torch.rand(4)
+    found = []
+    for weights in (each, each[:, None]):
+        batch = batch_of(y=target)
+        batch.weights["y"] = weights
+        found.append(SummedLoss(nn.CrossEntropyLoss(reduction="none", ignore_index=255))(output, batch))
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
+
+
 def test_nothing_ignored_costs_nothing():
     batch = batch_of(y=torch.randint(4, (6,)))
     assert SummedLoss(nn.CrossEntropyLoss(reduction="none")).without_ignored(batch).weights == {}
     mean = SummedLoss(nn.CrossEntropyLoss(ignore_index=0))
     batch.targets["y"][0] = 0
-    assert float(mean(torch.randn(6, 4), batch)[1]) == 6  # a mean leaves it out itself
+    assert float(mean(torch.randn(6, 4), batch)[1]) == int((batch.targets["y"] != 0).sum())
 
 
 @pytest.mark.parametrize("loss", [nn.PoissonNLLLoss, nn.KLDivLoss, nn.MSELoss])

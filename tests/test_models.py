@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +24,23 @@ class Shapes(nn.Module):
         assert input_shape == (3, 8, 4)
         assert output_shapes == {"y": (2,)}
         self.layer = nn.Linear(in_channels, out_features)
+
+
+class Permuted(nn.Module):
+    """Draws from all global generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.drawn = np.random.permutation(100).tolist(), random.random()
+
+
+def test_a_constructor_may_draw_from_any_generator():
+    """Each rank builds the model; what the seed says is the same on all, and nobody else's numbers move."""
+    before = np.random.get_state()[1].tolist(), random.getstate()
+    first, second, other = (models.build(ClassPath("test_models.Permuted"), seed) for seed in (5, 5, 2**40))
+    assert first.drawn == second.drawn != other.drawn
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before
 
 
 class Lazy(nn.Module):

@@ -928,7 +928,21 @@ def test_fast_and_invariant_exclude_each_other(world, build):
         build("plain_row", world.size, micro_batches=6, gradients="fast", invariant=True)
 
 
-NO_MODELS = ("Odd", "Warming", "NormedLayer", "Freezing", "FrozenNorm", "OtherNorm", "ChunkedNorm", "Padded")
+NO_MODELS = (
+    "Odd",
+    "Warming",
+    "NormedLayer",
+    "Freezing",
+    "FrozenNorm",
+    "OtherNorm",
+    "ChunkedNorm",
+    "Padded",
+    "Indexed",
+    "Calibrated",
+    "NoisyBackward",
+    "Noisy",
+    "NoisyLoss",
+)
 ODD = [
     name
     for name, kind in vars(odd_models).items()
@@ -956,14 +970,76 @@ def test_a_weight_that_is_frozen_for_a_call_is_refused(world, build):
         build("Freezing", 2, module="odd_models", micro_batches=3)
 
 
+@pytest.mark.mpi
+def test_a_loss_may_draw(world, build):
+    """Behind operators, too, it has the numbers that follow those of the forward."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    settings = {"module": "odd_models", "loss": ClassPath("odd_models.NoisyLoss"), "micro_batches": 3}
+    for model in ("DropsInPlace", "PlainMean"):  # one that draws, and one that does not
+        has_bits_of_one_process(world, build(model, 2, **settings), model)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("autocast", ["none", "bf16"])
+def test_another_dtype_than_was_written_down_is_told(world, build, caplog, autocast):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("Recurrent", 2, module="odd_models", micro_batches=3, cuts=["cells"], autocast=autocast)
+    with caplog.at_level("WARNING", LOGGER.name):
+        run(job, 2)
+    told = [
+        m for m in caplog.messages if m.startswith("layer cells, operator lstm gives bfloat16, and was writ")
+    ]
+    assert len(told) == (world.rank == 1 and autocast == "bf16")
+
+
+@pytest.mark.mpi
+def test_a_backward_that_draws_is_told(world, build, caplog):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("noisy_row", 2, module="odd_models", micro_batches=4, cuts=["2"])
+    with caplog.at_level("WARNING", LOGGER.name):
+        run(job, 2)
+        told = "the backward of stage 0 draws random numbers"
+        assert sum(told in message for message in caplog.messages) == (world.rank == 0)
+        run(build("DropsInPlace", 2, module="odd_models", micro_batches=4), 2)
+        assert sum("draws random" in message for message in caplog.messages) == (world.rank == 0)
+
+
+@pytest.mark.mpi
+def test_tensors_where_no_stage_can_have_them(world, build):
+    """Places in memory that numbers say; a tensor that only evaluation uses."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match=r"operator \w+, at File .*odd_models.py.* gives, or where"):
+        build("Indexed", 2, module="odd_models")
+    job = build("Calibrated", 2, module="odd_models", micro_batches=3, cuts=["inner"])
+    with pytest.raises(
+        ConfigError, match=r"the model uses scale in eval mode, .* and not in training, so no"
+    ):
+        job.engine.evaluate(job.split_batches("train"), job.task.measure)
+
+
+def test_only_so_many_shapes_are_kept(monkeypatch):
+    """What was written down of each takes memory."""
+    monkeypatch.setattr("hpctrain.pipeline.graph.MOST_SHAPES", 2)
+    graph = Graph(odd_models.PlainMean(5, 2), {"x": torch.zeros(3, 5)}, False, 1)
+    graph.place([])
+    for samples in (4, 5, 3, 4):
+        graph.part(0, samples, True)
+    assert len(graph._traced) == 2
+
+
 def test_who_asks_whether_it_is_exported_hears_no(caplog):
     """Unless it is torch, or can't be written down so: then the truth, and a warning, once."""
     like = {"x": ((5,), torch.float32)}
     with caplog.at_level("WARNING", LOGGER.name):
         x = torch.zeros(2, 3, 8)
         Writer(odd_models.Padded(), {"x": x}, False, 2).write(2, False, {"x": ((3, 8), x.dtype)})
-        written = Writer(odd_models.Asking(5, 2), {"x": torch.zeros(3, 5)}, False, 2).write(3, True, like)
-        assert not any("flip" in node.name for node in written.nodes)
+        for asks in (odd_models.Asking, odd_models.AsksByImport):
+            written = Writer(asks(5, 2), {"x": torch.zeros(3, 5)}, False, 2).write(3, True, like)
+            assert not any("flip" in node.name for node in written.nodes)
         assert caplog.messages == []
         writer = Writer(odd_models.NeedsToKnow(5, 2), {"x": torch.zeros(3, 5)}, False, 2)
         for samples in (3, 4):
@@ -973,6 +1049,7 @@ def test_who_asks_whether_it_is_exported_hears_no(caplog):
     ]
     assert not torch.compiler.is_exporting()
     assert torch.compiler.is_exporting.__module__ == "torch.compiler"
+    assert odd_models.is_exporting is torch.compiler.is_exporting
 
 
 def test_no_stage_begins_between_what_changes_a_table_and_who_reads_it():
@@ -1810,7 +1887,8 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
     ):
         build("Deeper", world.size)
     with pytest.raises(
-        ConfigError, match=r"the shape of what operator \w+ gives depends on a tensor's numbers"
+        ConfigError,
+        match=r"the shape of what operator \w+, at File .* gives, or where it lies, depends on a tensor's",
     ):
         build("Choosing", world.size)
     job = build("Shy", world.size)

@@ -12,9 +12,11 @@ else by position in the order of `data.inputs`.
 """
 
 import inspect
+import random
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -95,13 +97,17 @@ def build(spec: ClassPath, seed: int) -> nn.Module:
 
     A list of modules is what an nn.Sequential of them is. Raises ConfigError for what is no model.
     """
-    state = torch.random.get_rng_state()
+    states = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
     torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # a constructor may draw from any of them, on each rank
+    random.seed(seed)
     arguments = {n: tupled(v) if n in FILLED else v for n, v in spec.init_args.items()}
     try:
         module = construct.build(spec, "model", **arguments)
     finally:
-        torch.random.set_rng_state(state)
+        torch.random.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
     if type(module) in (list, tuple, nn.ModuleList) and all(isinstance(one, nn.Module) for one in module):
         module = nn.Sequential(*module)  # layers that follow one another
     if not isinstance(module, nn.Module):

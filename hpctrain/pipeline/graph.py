@@ -25,8 +25,11 @@ from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidd
 from hpctrain.pipeline.part import INPUT, Part, begins, refuse_loops
 from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner, place_of
-from hpctrain.pipeline.trace import Like, Traced, Writer
+from hpctrain.pipeline.trace import OTHERWISE, Like, Traced, Writer
 from hpctrain.pipeline.weigh import choose, used_once
+
+MOST_SHAPES = 64
+"""Shapes of which what was written down is kept: some MiB each."""
 
 
 class Graph:
@@ -51,6 +54,7 @@ class Graph:
         self.real = dict(everything)
         self.first = {name: first.setdefault(id(t), name) for name, t in everything}
         self._traced: dict[tuple[int, bool, str], Traced] = {}
+        self._told = set[str]()
         samples = self.samples = len(next(iter(inputs.values())))
         self._first = self.writer.write(samples, True, self.writer.like)
         self._traced[samples, True, repr(self.writer.like)] = self._first
@@ -200,21 +204,18 @@ class Graph:
         root, least = roots(traced.nodes), dict[str, int]()
         while True:
             self._place_by(traced, owner, least)
-            late = next((node for node in traced.nodes if self._too_late(node, traced, root)), None)
+            late = next(
+                ((node, made) for node in traced.nodes for made in too_late(node, traced, root)), None
+            )
             if late is None:
                 return
-            made, to = root[late.name], traced.stage[late.name]
+            (node, made), to = late, traced.stage[late[0].name]
             maker = next(node for node in traced.nodes if node.name == made)
             if to == least.get(made) or any(a.name in traced.held for a in maker.all_input_nodes):
                 raise ConfigError(
-                    f"{late.name} changes in place what another stage made: leave inplace = True out"
+                    f"{node.name} changes in place what another stage made: leave inplace = True out"
                 )
             least[made] = to  # zeros to be filled, say, are made where that is done
-
-    def _too_late(self, node: fx.Node, traced: Traced, root: dict[str, str]) -> bool:
-        """Whether an operator changes in place what another stage made."""
-        made = traced.stage.get(root[node.name])
-        return changes(node) is not None and made is not None and made != traced.stage[node.name]
 
     def _place_by(self, traced: Traced, owner: dict[str, list[int]], least: dict[str, int]) -> None:
         """Give operators the stages of their parameters and inputs, some of them `least` a given one."""
@@ -226,13 +227,22 @@ class Graph:
                     homes = owner.get(self.first[traced.held[a.name]], [0])
                     later = [home for home in homes if home >= stage]
                     if not later:
-                        raise ConfigError(
-                            f"the model runs {traced.held[a.name]} in another order in eval mode or with "
-                            f"another number of samples than in training, which stages can't follow"
-                        )
+                        raise self._elsewhere(traced.held[a.name])
                     stage = min(later)
             traced.stage[node.name] = stage
         self._let_constants_wait(traced)
+
+    def _elsewhere(self, name: str) -> ConfigError:
+        """Say why no stage has a tensor where a forward of other shapes, or in eval mode, wants it. Local."""
+        other = "in eval mode, or with another number of samples,"
+        if any(name in used for used in self.used.values()):
+            return ConfigError(
+                f"the model runs {name} in another order {other} than in training, which stages can't follow"
+            )
+        return ConfigError(
+            f"the model uses {name} {other} and not in training, so no stage has it where it is wanted: use "
+            f"it in training, too, or {OTHERWISE}"
+        )
 
     # -- running -----------------------------------------------------------------------------
 
@@ -243,6 +253,8 @@ class Graph:
         if key not in self._traced:
             traced = self.writer.write(samples, training, like)
             self._follow(traced)
+            if len(self._traced) == MOST_SHAPES:
+                del self._traced[next(iter(self._traced))]
             self._traced[key] = traced
         traced = self._traced[key]
         last = self.stages - 1
@@ -279,8 +291,17 @@ class Graph:
                 numbers[node.name] = count
                 count += drawn
         gives = {name for names in part.gives.values() for name in names}
-        part.run = Runner(self.module, self.real.__getitem__, traced, mine, numbers, stage == last, gives)
+        held = self.module, self.real.__getitem__, traced, mine
+        part.run = Runner(*held, numbers, count, stage == last, gives, self._told)
         return part
+
+
+def too_late(node: fx.Node, traced: Traced, root: dict[str, str]) -> list[str]:
+    """Name what an operator changes in place and another stage made. Pure."""
+    changed = (root.get(value.name, value.name) for value in changes(node))
+    return [
+        name for name in changed if traced.stage.get(name, traced.stage[node.name]) != traced.stage[node.name]
+    ]
 
 
 def crossing(traced: Traced) -> list[int]:

@@ -92,9 +92,8 @@ def settled(nodes: list[fx.Node]) -> list[fx.Node]:
         old, made, last = {*memories(into)}, {*memories(new)}, -1
         for at, other in enumerate(found):
             if other not in known:
-                target = changes(other)
                 used = {memory for a in other.all_input_nodes for memory in memories(a)}
-                known[other] = used, {*memories(target)} if target is not None else set()
+                known[other] = used, {memory for target in changes(other) for memory in memories(target)}
             used, changed = known[other]
             if other is not node and (other is new or old & used or made & changed):
                 last = at
@@ -133,15 +132,30 @@ def path_of(node: fx.Node) -> str:
     return str(stack[-1][0]).split("@")[0] if stack else ""
 
 
-def changes(node: fx.Node) -> fx.Node | None:
-    """Give the value that an operator changes in place, if any."""
+def changes(node: fx.Node) -> list[fx.Node]:
+    """Give the values that an operator changes in place, or operators that it holds do."""
+    if node.target in BODIES:
+        return changed_inside(node)
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
-        return None
-    for argument, value in zip(schema.arguments, node.args):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-            return value
-    return None
+        return []
+    pairs = zip(schema.arguments, node.args)
+    written = (value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write)
+    return [value for value in written if isinstance(value, fx.Node)]
+
+
+def changed_inside(node: fx.Node) -> list[fx.Node]:
+    """Give what an operator gets that those which it holds change in place. Pure."""
+    at, body = next((i, a) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    assert node.graph.owning_module is not None
+    held = node.graph.owning_module.get_submodule(str(body.target))
+    assert isinstance(held, fx.GraphModule)
+    inner = [n for n in held.graph.nodes if n.op == "call_function"]
+    places = [n.name for n in held.graph.nodes if n.op == "placeholder"]
+    root = roots(inner)
+    changed = {root.get(value.name, value.name) for n in inner for value in changes(n)}
+    given = zip(places, node.args[at + 1 :], strict=True)
+    return [value for name, value in given if name in changed and isinstance(value, fx.Node)]
 
 
 def memories(node: fx.Node) -> list[int]:
@@ -190,14 +204,17 @@ def forbidden(nodes: list[fx.Node], at: dict[str, int]) -> set[int]:
         found |= set(range(places[0] + 1, places[-1] + 1))
     root = roots(nodes)
     for i, node in enumerate(nodes):
-        changed = changes(node)
-        if changed is not None:
+        for changed in changes(node):
             name = root.get(changed.name, changed.name)
             begin = at.get(name, -1)
             if begin >= 0:
                 found |= set(range(begin + 1, i + 1))
                 continue
-            users = [j for j, n in enumerate(nodes) if any(a.name == name for a in n.all_input_nodes)]
+            users = [
+                j
+                for j, n in enumerate(nodes)
+                if any(root.get(a.name, a.name) == name for a in n.all_input_nodes)
+            ]
             found |= set(range(min(users, default=i) + 1, max(users, default=i) + 1))
     return found
 
@@ -223,7 +240,7 @@ def cost(node: fx.Node) -> float:
     moved = size + (float(shapes[0].numel()) if shapes else 0.0)
     name = getattr(node.target, "_opname", "")
     schema = getattr(node.target, "_schema", None)
-    if schema is not None and changes(node) is None and any(r.alias_info is not None for r in schema.returns):
+    if schema is not None and not changes(node) and any(r.alias_info is not None for r in schema.returns):
         return A_VIEW
     work = PER_NUMBER * moved * PASSES.get(name, 1.0)
     if name == "linear" or name.startswith("conv"):

@@ -395,7 +395,7 @@ def of_operators(
                 given[a.name] = inputs[traced.inputs[a.name]].detach()
             else:
                 given[a.name] = _pytree.tree_map_only(torch.Tensor, made_up, a.meta["val"])
-    in_place = any(changes(node) is not None for node in nodes)  # what is changed must not be a leaf
+    in_place = any(changes(node) for node in nodes)  # what is changed must not be a leaf
     moved = [name for name in given if in_place and name not in weights]
 
     def run() -> list[Any]:

@@ -17,7 +17,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
-from hpctrain.draws import Draws, seed
+from hpctrain.draws import Draws, seed, stand
+from hpctrain.log import LOGGER
 from hpctrain.pipeline.operators import BODIES, called, path_of
 from hpctrain.pipeline.part import Env, gave, input_of
 from hpctrain.pipeline.trace import Constant, Traced
@@ -34,9 +35,14 @@ class Runner:
     traced: Traced
     nodes: list[fx.Node]
     numbers: dict[str, int]
+    """Of the first draw of each operator that draws, over the whole forward."""
+    draws: int
+    """How many there are."""
     last: bool
     gives: set[str]
     """Names of values for other stages."""
+    told: set[str]
+    """Of what the user has been told once."""
 
     def __post_init__(self) -> None:
         """Say behind which operator each value is wanted no more: there it goes, as in the model's own."""
@@ -45,6 +51,7 @@ class Runner:
         for node in self.nodes:
             ends |= dict.fromkeys([node.name, *(a.name for a in node.all_input_nodes)], node)
         kept = self.gives | outputs | self.traced.held.keys() | self.traced.constants.keys()
+        self._looked = False
         self._gone: dict[fx.Node, list[str]] = {node: [] for node in self.nodes}
         for name, node in ends.items():
             if name not in kept:
@@ -73,10 +80,14 @@ class Runner:
                 error.add_note(f"in {place_of(node)}, given {shapes_of((arguments, named))}")
                 raise
             gave(partial(place_of, node), env[node.name])
+            if not self._looked and "dtypes" not in self.told and warn_of_other(node, env[node.name]):
+                self.told.add("dtypes")
             for name in self._gone[node]:
                 del env[name]
             del arguments, named
+        self._looked = True
         if self.last:
+            stand(stream, self.draws)  # the loss may draw
             values = [o.value if isinstance(o, Constant) else self._value(o, env) for o in traced.outputs]
             env["output"] = _pytree.tree_unflatten(values, traced.tree)
         return env, start
@@ -93,6 +104,22 @@ class Runner:
             if isinstance(owner, _BatchNorm) and as_torch(owner, *arguments[1:8]):
                 return normalise(owner, arguments[0])
         return called(node, arguments, named)
+
+
+def warn_of_other(node: fx.Node, value: Any) -> bool:
+    """Say it if an operator gives another dtype than without memory: an LSTM under autocast does. Local."""
+    pairs = zip(_pytree.tree_leaves(value), _pytree.tree_leaves(node.meta.get("val")))
+    both = [
+        (a.dtype, b.dtype) for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    ]
+    wrong = [(a, b) for a, b in both if a != b]
+    if wrong:
+        LOGGER.warning(
+            "%s gives %s, and was written down as %s: what asks for its dtype may round otherwise "
+            "than in one process (hpctrain verify tells)",
+            *(place_of(node), *(str(dtype).removeprefix("torch.") for dtype in wrong[0])),
+        )
+    return bool(wrong)
 
 
 def place_of(node: fx.Node) -> str:

@@ -50,6 +50,9 @@ OTHERWISE = (
 QUESTIONS = ("is_exporting", "is_compiling")
 """Of torch.compiler, by which a forward asks how it is run."""
 
+PASSED_ON = ("torch._dynamo.external_utils", "torch._utils")
+"""Modules of torch that ask these for others."""
+
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
 
@@ -255,23 +258,22 @@ class Writer:
             "another object keeps), and operators would not have its numbers; .detach() and, for buffers, "
             "in-place operators under torch.no_grad() can be written down"
         )
-        lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
-        place = f", at {lines[-2].strip()}: `{lines[-1].strip()}`" if len(lines) > 1 else ""
         raise UnwritableError(
             f"parallel.stages = {self.stages}: operator {node.name} of {path_of(node) or 'the model'}"
-            f"{place}: {what}; or {OTHERWISE}"
+            f"{line_of(node)}: {what}; or {OTHERWISE}"
         )
 
     def _known_shape(self, node: fx.Node) -> None:
         """Refuse an operator that gives as many numbers as other numbers say. Local."""
         leaves = _pytree.tree_leaves(node.meta.get("val"))
-        sizes = [size for leaf in leaves if isinstance(leaf, torch.Tensor) for size in leaf.shape]
-        if not all(isinstance(size, int) for size in sizes):
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
+        places = [(*leaf.shape, *leaf.stride(), leaf.storage_offset()) for leaf in tensors]
+        if not all(isinstance(number, int) for place in places for number in place):
             layer = f" of layer {path_of(node)}" if path_of(node) else ""
             raise UnwritableError(
-                f"parallel.stages = {self.stages}: the shape of what operator {node.name}{layer} gives "
-                f"depends on a tensor's numbers, so the model can't be cut: mask instead (torch.where), "
-                f"or {OTHERWISE}"
+                f"parallel.stages = {self.stages}: the shape of what operator {node.name}{layer}"
+                f"{line_of(node)} gives, or where it lies, depends on a tensor's numbers, so the model can't "
+                f"be cut: mask instead (torch.where), take rows by tensors of one dimension, or {OTHERWISE}"
             )
 
     def _fails_anyway(self, error: Exception, arguments: tuple[Any, dict[str, Any]]) -> bool:
@@ -285,6 +287,12 @@ class Writer:
         except Exception as other:
             return type(other) is type(error)
         return False
+
+
+def line_of(node: fx.Node) -> str:
+    """Say which line of the user's an operator was written down from; empty if that is not known. Pure."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    return f", at {lines[-2].strip()}: `{lines[-1].strip()}`" if len(lines) > 1 else ""
 
 
 def where(error: Exception, module: nn.Module) -> str:
@@ -317,7 +325,10 @@ def answered_no() -> Iterator[list[str]]:
 
     def answers(truth: Callable[[], bool]) -> Callable[[], bool]:
         def answer() -> bool:
-            asker = str(sys._getframe(1).f_globals.get("__name__"))
+            frame = sys._getframe(1)
+            while frame.f_globals.get("__name__") in PASSED_ON and frame.f_back:
+                frame = frame.f_back
+            asker = str(frame.f_globals.get("__name__"))
             if asker.split(".")[0] == "torch":
                 return truth()
             asked.append(asker)
@@ -326,10 +337,13 @@ def answered_no() -> Iterator[list[str]]:
         return answer
 
     no = {name: answers(truth) for name, truth in own.items()}
+    places = [(vars(torch.compiler), name, name) for name in own]
+    for room in [vars(m) for at, m in list(sys.modules.items()) if at.split(".")[0] != "torch"]:
+        places += [(room, at, name) for name, truth in own.items() for at in room if room[at] is truth]
 
     def put(functions: dict[str, Callable[[], bool]]) -> None:
-        for name, function in functions.items():
-            setattr(torch.compiler, name, function)
+        for room, at, name in places:
+            room[at] = functions[name]
 
     starts = callback.on_compile_start(lambda *_: put(own))
     ends = callback.on_compile_end(lambda *_: put(no))
