@@ -25,6 +25,19 @@ def test_built_optimizer_decays_only_the_matrices():
     assert optimizer.param_groups[0]["fused"] is True
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_weight_may_get_its_first_gradient_later(nesterov):
+    """As an expert does that is rarely asked."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    arguments = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
+    optimizer = groups.build(Optimizer("torch.optim.SGD", arguments), module)
+    for used in (module[0], module):
+        optimizer.zero_grad()
+        used(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert all("momentum_buffer" in optimizer.state[p] for p in module.parameters())
+
+
 @pytest.mark.parametrize(
     "path",
     ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop"],

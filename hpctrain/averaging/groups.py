@@ -65,7 +65,9 @@ def build(config: Optimizer, module: nn.Module) -> torch.optim.Optimizer:
     factory = construct.find_class(config.class_path, "optimizer.class_path")
     names = inspect.signature(factory).parameters
     plain = all(p.is_floating_point() for p in module.parameters())
-    if "fused" in names and "foreach" not in arguments and plain:
+    # SGD's kernel fails where some weights have no momentum yet: their first gradient came later
+    every = plain and not arguments.get("momentum")
+    if "fused" in names and "foreach" not in arguments and every:
         # one kernel over all parameters, the fastest on CPU and GPU alike
         arguments.setdefault("fused", True)
     decays = "weight_decay" in names
