@@ -93,6 +93,7 @@ class StagedEngine(Engine):
         try:
             with unswitched(self.pipeline.elsewhere):
                 self.module.train(training)
+            self.pipeline.cut.switched(training)
         except Exception as error:
             line = where(error, self.module) or f": {type(self.module).__name__}"
             raise ConfigError(

@@ -152,6 +152,20 @@ class NoisyLoss(nn.Module):
         return (output - target + torch.randn_like(output)).square().mean(dim=1)
 
 
+class Progressive(Odd):
+    """Drops more in each step, by its own train(); `fixed` has one that changes nothing."""
+
+    fixed = False
+
+    def train(self, mode=True):
+        if mode and not self.fixed:
+            self.drop.p = min(0.9, self.drop.p + 0.01)
+        return super().train(mode)
+
+    def middle(self, x):
+        return self.inner(x)
+
+
 class Recurrent(Odd):
     """An LSTM, which autocast makes give bf16 of float32, and does not where it has no memory."""
 

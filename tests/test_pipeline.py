@@ -942,6 +942,7 @@ NO_MODELS = (
     "NoisyBackward",
     "Noisy",
     "NoisyLoss",
+    "Progressive",
 )
 ODD = [
     name
@@ -992,6 +993,21 @@ def test_another_dtype_than_was_written_down_is_told(world, build, caplog, autoc
         m for m in caplog.messages if m.startswith("layer cells, operator lstm gives bfloat16, and was writ")
     ]
     assert len(told) == (world.rank == 1 and autocast == "bf16")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("fixed", [True, False])
+def test_what_the_models_own_train_changes_is_told(world, build, caplog, monkeypatch, fixed):
+    """It would be another forward each time."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    monkeypatch.setattr(odd_models.Progressive, "fixed", fixed)
+    with caplog.at_level("WARNING", LOGGER.name):
+        job = build("Progressive", 2, module="odd_models", micro_batches=3)
+        run(job, 2)
+        job.engine.evaluate(job.split_batches("train"), job.task.measure)
+    told = [m for m in caplog.messages if m.startswith("train(True) of the model changes drop.p each time")]
+    assert len(told) == (0 if fixed else 1)
 
 
 @pytest.mark.mpi

@@ -96,6 +96,10 @@ class Graph:
         """None are."""
         return []
 
+    def switched(self, training: bool) -> None:
+        """Say it if the model has changed itself since its forward was written down. Local."""
+        self.writer.look_at_settings(training)
+
     def beside(self, name: str, value: Any) -> None:
         """Operators hold nothing that others could share."""
 

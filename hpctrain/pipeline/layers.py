@@ -183,6 +183,9 @@ class Layers:
         rows = ((name, one) for name, one in self.in_rows[stage] if isinstance(one, Row))
         return [name for name, one in rows if any(one.tried.values())]
 
+    def switched(self, training: bool) -> None:
+        """Layers run as they are."""
+
     def beside(self, name: str, value: Any) -> None:
         """Look at what the loss holds, too."""
         self.asides.add(name, value)

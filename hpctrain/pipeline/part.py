@@ -65,6 +65,9 @@ class Cut(Protocol):
     def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
         """What a stage does with so many samples, like those; None: like those that it was cut by."""
 
+    def switched(self, training: bool) -> None:
+        """Hear that this rank's module has been brought into a mode."""
+
     def beside(self, name: str, value: Any) -> None:
         """Take what else runs on the last stage and may share something with its layers: the loss."""
 

@@ -33,7 +33,7 @@ from hpctrain.hidden import notes_on
 from hpctrain.log import LOGGER
 from hpctrain.modes import Replaced, watched
 from hpctrain.pipeline.operators import MARKS, TAKEN, draws_inside, is_written, path_of, settled
-from hpctrain.pipeline.state import changed_by
+from hpctrain.pipeline.state import changed_by, plain_values
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -52,6 +52,9 @@ QUESTIONS = ("is_exporting", "is_compiling")
 
 PASSED_ON = ("torch._dynamo.external_utils", "torch._utils")
 """Modules of torch that ask these for others."""
+
+SETTINGS = (bool, int, float, str)
+"""Plain values of a module by which its forward may differ."""
 
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
@@ -104,12 +107,15 @@ class Writer:
         self.fake = FakeTensorMode()
         self.skeleton = skeleton(module, self.fake)
         self._looked = self._warned = False
+        self._own_train = any(type(m).train is not nn.Module.train for m in module.modules())
+        self._settings: dict[bool, dict[str, Any]] = {}
         self.changed: list[str] = []
         """Plain attributes that the forward changes."""
 
     def write(self, samples: int, training: bool, like: Like) -> Traced:
         """Write the forward down with torch.export, on tensors without memory."""
         self.module.train(training)  # a user's train() may keep parts in eval mode
+        self.look_at_settings(training)
         for name, m in self.module.named_modules():
             self.skeleton.get_submodule(name).training = m.training
         with self.fake:
@@ -124,6 +130,23 @@ class Writer:
             LOGGER.warning("%s", told)
         self._look_for_state(arguments)
         return self._read(program, list(fakes))
+
+    def look_at_settings(self, training: bool) -> None:
+        """Say once which plain values of the module are others than in this mode before. Local.
+
+        A train() of the user's may change some each time; operators keep those that were written down.
+        """
+        if not self._own_train:
+            return
+        now = {at: value for at, value in plain_values(self.module).items() if isinstance(value, SETTINGS)}
+        before = self._settings.setdefault(training, now)
+        if others := [at for at, value in now.items() if at in before and before[at] != value]:
+            self._own_train = False
+            LOGGER.warning(
+                "train(%s) of the model changes %s each time, and its forward is written down once: in "
+                "stages that stays as it was (make the model an nn.Sequential, or give it a method layers())",
+                *(training, ", ".join(others[:3])),
+            )
 
     def _exported(
         self, arguments: tuple[Any, dict[str, Any]], samples: int, like: Like
