@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -1047,8 +1048,9 @@ def test_only_so_many_shapes_are_kept(monkeypatch):
     assert len(graph._traced) == 2
 
 
-def test_who_asks_whether_it_is_exported_hears_no(caplog):
+def test_who_asks_whether_it_is_exported_hears_no(caplog, monkeypatch):
     """Unless it is torch, or can't be written down so: then the truth, and a warning, once."""
+    monkeypatch.setitem(sys.modules, "no_module_at_all", None)  # as who forbids an import does
     like = {"x": ((5,), torch.float32)}
     with caplog.at_level("WARNING", LOGGER.name):
         x = torch.zeros(2, 3, 8)

@@ -18,6 +18,7 @@ from contextlib import (
     suppress,
 )
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -361,8 +362,9 @@ def answered_no() -> Iterator[list[str]]:
 
     no = {name: answers(truth) for name, truth in own.items()}
     places = [(vars(torch.compiler), name, name) for name in own]
-    for room in [vars(m) for at, m in list(sys.modules.items()) if at.split(".")[0] != "torch"]:
-        places += [(room, at, name) for name, truth in own.items() for at in room if room[at] is truth]
+    others = [m for at, m in list(sys.modules.items()) if at.split(".")[0] != "torch"]
+    for room in [vars(m) for m in others if isinstance(m, ModuleType)]:
+        places += [(room, at, name) for name, truth in own.items() for at in [*room] if room[at] is truth]
 
     def put(functions: dict[str, Callable[[], bool]]) -> None:
         for room, at, name in places:
