@@ -50,11 +50,6 @@ def from_toml(path: Path, overrides: Sequence[str] = (), folder: Path | None = N
     return _merge(read_toml(path), overrides, folder or path.parent.resolve(), str(path))
 
 
-def from_arguments(overrides: Sequence[str]) -> Config:
-    """Read overrides alone, on top of the defaults."""
-    return _merge({}, overrides, Path.cwd(), "the command line")
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; a mistake in it is said with its line."""
     try:

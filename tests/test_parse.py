@@ -73,7 +73,8 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path):
 
 
 def test_defaults_are_the_dataclasses(tmp_path):
-    assert parse.from_arguments([]) == Config()
+    (tmp_path / "empty.toml").write_text("")
+    assert parse.from_toml(tmp_path / "empty.toml") == Config()
 
 
 @pytest.mark.parametrize(

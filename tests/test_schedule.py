@@ -151,12 +151,11 @@ def test_two_neighbours_swapped_are_found(name, stages, count):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_is_left_out_is_found(name):
     good = programs(name, 3, 2)
-    for stage, at in itertools.product(range(3), range(len(good[0]))):
-        if at < len(good[stage]):
-            bad = [list(p) for p in good]
-            del bad[stage][at]
-            with pytest.raises(HpctrainError, match=r"deadlock|before|never all of its backward"):
-                simulate(bad, halved)
+    for stage, at in [(s, i) for s, one in enumerate(good) for i in range(len(one))]:
+        bad = [list(p) for p in good]
+        del bad[stage][at]
+        with pytest.raises(HpctrainError, match=r"deadlock|before|never all of its backward"):
+            simulate(bad, halved)
 
 
 def test_a_pass_twice_is_found():

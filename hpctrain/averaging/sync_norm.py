@@ -39,8 +39,6 @@ FORWARD, BACKWARD = 0.0, 1.0
 class PeerEndedError(HpctrainError):
     """Another replica failed in the middle of the step; its own error is the one to show."""
 
-    secondary = True
-
 
 class Meeting:
     """The replicas of one step, call by call."""
