@@ -76,6 +76,8 @@ def verify(config: Config, comm: MPI.Intracomm, steps: int = 3) -> int:
             layout = counted(topology.replicas, "replica"), counted(topology.stages, "stage")
             told = counted(steps, "step"), *layout
             LOGGER.info("equal: %s of %s x %s against 1 x 1, loss and every gradient", *told)
+            if comm.size == 1:
+                LOGGER.info("one rank was compared with itself: start it with mpirun -n 2, say")
             return 0
         LOGGER.info("differs: %s", found)
         return 1

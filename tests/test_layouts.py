@@ -269,6 +269,7 @@ def test_verify_from_the_command_line_says_equal(world, files, capsys):
     assert verifying.verify(config_of(files), world, 2) == 0
     out = capsys.readouterr().out
     assert ("equal: 2 steps" in out) == (world.rank == 0)
+    assert ("one rank was compared with itself" in out) == (world.size == 1)
 
 
 @pytest.mark.mpi
