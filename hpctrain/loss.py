@@ -46,7 +46,7 @@ class SummedLoss:
                 )
             each = weighing.get(name)
             if isinstance(self.loss, CLASSES):
-                check_classes(self.loss, output, name)
+                check_scores(self.loss, output, name)
                 target, each = of_classes(output, target, each)
             try:
                 values = self.loss(output, target)
@@ -89,7 +89,7 @@ def of_mean(mean: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch
     return torch.where(weight > 0, mean * weight, 0.0), weight  # of none torch gives NaN
 
 
-def check_classes(loss: Callable[..., torch.Tensor], output: torch.Tensor, name: str) -> None:
+def check_scores(loss: Callable[..., torch.Tensor], output: torch.Tensor, name: str) -> None:
     """Refuse outputs that are no scores of classes, which torch takes without a word. Pure.
 
     One class has a cross entropy of 0 whatever is learnt; outputs (n,) are those of one sample to torch.

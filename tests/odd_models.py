@@ -46,6 +46,8 @@ class AsksByImport(Odd):
     """The same, by a function that it has imported, or an older one of torch."""
 
     def middle(self, x):
+        global LATE
+        LATE = torch.compiler.is_exporting  # as a module that is imported only now does
         if is_exporting() or torch._dynamo.is_compiling() or torch._utils.is_compiling():
             return self.inner(x.flip(1)).flip(0)
         return self.inner(x)

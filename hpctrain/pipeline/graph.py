@@ -254,13 +254,13 @@ class Graph:
         """Run the stage's operators, written down for these shapes."""
         like = like or self.writer.like
         key = samples, training, repr(like)
-        if key not in self._traced:
+        traced = self._traced.pop(key, None)
+        if traced is None:
             traced = self.writer.write(samples, training, like)
             self._follow(traced)
-            if len(self._traced) == MOST_SHAPES:
-                del self._traced[next(iter(self._traced))]
-            self._traced[key] = traced
-        traced = self._traced[key]
+        self._traced[key] = traced  # as the last one that was used
+        if len(self._traced) > MOST_SHAPES:
+            del self._traced[next(iter(self._traced))]
         last = self.stages - 1
         home = {**traced.stage, **dict.fromkeys(traced.inputs, INPUT)}
         wanted: dict[str, set[int]] = {}

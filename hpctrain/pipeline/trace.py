@@ -290,9 +290,12 @@ class Writer:
     def _known_shape(self, node: fx.Node) -> None:
         """Refuse an operator that gives as many numbers as other numbers say. Local."""
         leaves = _pytree.tree_leaves(node.meta.get("val"))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
-        places = [(*leaf.shape, *leaf.stride(), leaf.storage_offset()) for leaf in tensors]
-        if not all(isinstance(number, int) for place in places for number in place):
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        numbers: list[Any] = [size for tensor in tensors for size in tensor.shape]
+        for tensor in tensors:
+            if tensor.layout is torch.strided:
+                numbers += [*tensor.stride(), tensor.storage_offset()]
+        if not all(isinstance(number, int) for number in numbers):
             layer = f" of layer {path_of(node)}" if path_of(node) else ""
             raise UnwritableError(
                 f"parallel.stages = {self.stages}: the shape of what operator {node.name}{layer}"
@@ -361,24 +364,25 @@ def answered_no() -> Iterator[list[str]]:
         return answer
 
     no = {name: answers(truth) for name, truth in own.items()}
-    places = [(vars(torch.compiler), name, name) for name in own]
-    others = [m for at, m in list(sys.modules.items()) if at.split(".")[0] != "torch"]
-    for room in [vars(m) for m in others if isinstance(m, ModuleType)]:
-        places += [(room, at, name) for name, truth in own.items() for at in [*room] if room[at] is truth]
-
-    def put(functions: dict[str, Callable[[], bool]]) -> None:
-        for room, at, name in places:
-            room[at] = functions[name]
-
-    starts = callback.on_compile_start(lambda *_: put(own))
-    ends = callback.on_compile_end(lambda *_: put(no))
-    put(no)
+    starts = callback.on_compile_start(lambda *_: exchange(no, own))
+    ends = callback.on_compile_end(lambda *_: exchange(own, no))
+    exchange(own, no)
     try:
         yield asked
     finally:
         callback.callback_handler.remove_start_callback(starts)
         callback.callback_handler.remove_end_callback(ends)
-        put(own)
+        exchange(no, own)  # where a forward has imported one meanwhile, too
+
+
+def exchange(old: dict[str, Callable[[], bool]], new: dict[str, Callable[[], bool]]) -> None:
+    """Put functions into the places of others: torch.compiler, and wherever they were imported. Local."""
+    instead = {id(function): new[name] for name, function in old.items()}
+    every = [(at, m) for at, m in list(sys.modules.items()) if isinstance(m, ModuleType)]
+    for room in [vars(m) for at, m in every if at == "torch.compiler" or at.split(".")[0] != "torch"]:
+        for at, value in [*room.items()]:
+            if id(value) in instead:
+                room[at] = instead[id(value)]
 
 
 @contextmanager
