@@ -16,11 +16,12 @@ from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.hidden import has_hooks
 from hpctrain.modes import Replaced
+from hpctrain.pipeline.exporting import quiet, regions_kept
 from hpctrain.pipeline.noted import OwnNumbers, Reads, functions_noted, look, makers_noted, modes, stands_in
 from hpctrain.pipeline.operators import TAKEN
 from hpctrain.pipeline.stand import Asked, Stand
 from hpctrain.pipeline.state import changed_by
-from hpctrain.pipeline.trace import quiet, regions_kept, where
+from hpctrain.pipeline.trace import where
 
 GRAD = "grad"
 """Note on a call: whether gradients were on."""

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpctrain.errors import ConfigError
 from hpctrain.log import LOGGER
+from hpctrain.pipeline.exporting import quiet
 from hpctrain.pipeline.profile import streams_kept
-from hpctrain.pipeline.trace import quiet, skeleton
+from hpctrain.pipeline.trace import skeleton
 from hpctrain.tensors import Looking, tensors_in
 
 

@@ -1,39 +1,33 @@
 """Writes a model's forward down as operators, with torch.export, on tensors without memory."""
 
 import copy
-import io
 import linecache
-import logging
 import os
-import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import (
     AbstractContextManager,
-    contextmanager,
     nullcontext,
-    redirect_stderr,
-    redirect_stdout,
     suppress,
 )
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree, checkpoint
+from torch.utils import _pytree
 
 from hpctrain.draws import of_others, told_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.hidden import notes_on
 from hpctrain.log import LOGGER
-from hpctrain.modes import Replaced, watched
-from hpctrain.pipeline.operators import MARKS, TAKEN, draws_inside, is_written, path_of, settled
+from hpctrain.modes import Replaced
+from hpctrain.pipeline.exporting import answered_no, marked, own_gradients_refused, quiet, regions_kept
+from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
 from hpctrain.pipeline.state import changed_by, plain_values
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -47,12 +41,6 @@ OTHERWISE = (
     "another"
 )
 """What to do about a forward that can't be written down."""
-
-QUESTIONS = ("is_exporting", "is_compiling")
-"""Of torch.compiler, by which a forward asks how it is run."""
-
-PASSED_ON = ("torch._dynamo.external_utils", "torch._utils")
-"""Modules of torch that ask these for others."""
 
 SETTINGS = (bool, int, float, str)
 """Plain values of a module by which its forward may differ."""
@@ -335,149 +323,6 @@ def where(error: Exception, module: nn.Module) -> str:
             text = linecache.getline(path, number).strip()
             found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
     return found
-
-
-@contextmanager
-def answered_no() -> Iterator[list[str]]:
-    """Let models that ask torch whether they are compiled or exported hear no; gives who asked. Local.
-
-    transformers' attention, for one, makes a mask only then, and sums in another order. torch's own modules
-    hear the truth, and so does all that torch compiles inside, as torch.cond's branches: it is compiled in
-    one process too.
-    """
-    from torch._dynamo import callback  # seconds to load; torch.export has it loaded
-
-    asked: list[str] = []
-    own = {name: getattr(torch.compiler, name) for name in QUESTIONS}
-
-    def answers(truth: Callable[[], bool]) -> Callable[[], bool]:
-        def answer() -> bool:
-            frame = sys._getframe(1)
-            while frame.f_globals.get("__name__") in PASSED_ON and frame.f_back:
-                frame = frame.f_back
-            asker = str(frame.f_globals.get("__name__"))
-            if asker.split(".")[0] == "torch":
-                return truth()
-            asked.append(asker)
-            return False
-
-        return answer
-
-    no = {name: answers(truth) for name, truth in own.items()}
-    starts = callback.on_compile_start(lambda *_: exchange(no, own))
-    ends = callback.on_compile_end(lambda *_: exchange(own, no))
-    exchange(own, no)
-    try:
-        yield asked
-    finally:
-        callback.callback_handler.remove_start_callback(starts)
-        callback.callback_handler.remove_end_callback(ends)
-        exchange(no, own)  # where a forward has imported one meanwhile, too
-
-
-def exchange(old: dict[str, Callable[[], bool]], new: dict[str, Callable[[], bool]]) -> None:
-    """Put functions into the places of others: torch.compiler, and wherever they were imported. Local."""
-    instead = {id(function): new[name] for name, function in old.items()}
-    every = [(at, m) for at, m in list(sys.modules.items()) if isinstance(m, ModuleType)]
-    for room in [vars(m) for at, m in every if at == "torch.compiler" or at.split(".")[0] != "torch"]:
-        for at, value in [*room.items()]:
-            if id(value) in instead:
-                room[at] = instead[id(value)]
-
-
-@contextmanager
-def own_gradients_refused(module: nn.Module) -> Iterator[None]:
-    """Raise where a forward has a say in its backward, which operators don't write down. Local.
-
-    Raises NotImplementedError; torch.export would leave it out, and gradients would be others, silently.
-    """
-    function, tensor = torch.autograd.Function, torch.Tensor
-    apply, register_hook = vars(function)["apply"], tensor.register_hook
-
-    def applied(cls: type, *args: Any, **named: Any) -> Any:
-        if cls is checkpoint.CheckpointFunction:  # written down, its inside would have no gradient
-            run, _, *given = args
-            trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
-            with as_recomputed() if trained else torch.no_grad():  # without, torch gives it no gradient
-                return run(*given)
-        if cls.__module__.split(".")[0] == "torch":
-            return apply.__func__(cls, *args, **named)
-        raise NotImplementedError(
-            f"{cls.__qualname__} is a torch.autograd.Function: its own backward would be lost"
-        )
-
-    def hooked(tensor: torch.Tensor, hook: Any) -> Any:
-        raise NotImplementedError("the hook on a tensor's gradient would be lost")
-
-    requires_grad = tensor.requires_grad_
-
-    def switched(tensor: torch.Tensor, on: bool = True) -> torch.Tensor:
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad != on:
-            raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
-        return requires_grad(tensor, on)
-
-    for name, m in module.named_modules():
-        if m._backward_hooks or m._backward_pre_hooks:
-            raise NotImplementedError(f"the backward hook of {name or 'the model'} would be lost")
-    function.apply, tensor.register_hook = classmethod(applied), hooked  # type: ignore[assignment, method-assign]
-    tensor.requires_grad_ = switched  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
-        tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
-
-
-def as_recomputed() -> AbstractContextManager[Any]:
-    """Let a region look as those of torch.utils.checkpoint do, and keep its tensors. Local."""
-    return torch.autograd.graph.saved_tensors_hooks(same, same)
-
-
-@contextmanager
-def regions_kept(around: Callable[[], AbstractContextManager[Any]] = as_recomputed) -> Iterator[None]:
-    """Let torch.utils.checkpoint recompute nothing, and run `around` its regions. Local.
-
-    torch.export can't write nested regions down.
-    """
-    name = "_checkpoint_without_reentrant_generator"
-    before = getattr(checkpoint, name, None)
-
-    def kept(*_: Any, **__: Any) -> Iterator[None]:
-        with around():
-            yield
-
-    if before is not None:
-        setattr(checkpoint, name, kept)
-    try:
-        yield
-    finally:
-        if before is not None:
-            setattr(checkpoint, name, before)
-
-
-def same(tensor: torch.Tensor) -> torch.Tensor:
-    """Give what came."""
-    return tensor
-
-
-def marked(function: Any, *arguments: Any, **named: Any) -> Any:
-    """Call a function that `gradient` takes, and mark its operator where it would. Local."""
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    taken = MARKS and not hooked and torch.is_grad_enabled() and not watched()
-    with fx.traceback.annotate({TAKEN: True}) if taken else nullcontext():
-        return function(*arguments, **named)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let torch neither log nor print all that it tried: the error says why. Local."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
