@@ -5,7 +5,7 @@ computes it where and when it wants, or says that autograd is to have it.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -15,8 +15,7 @@ from hpctrain import products
 from hpctrain.products import LaidWeights
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """The gradient gᵀ·x of a linear layer's weight: g (rows, out), x (rows, in)."""
 
     g: torch.Tensor
@@ -24,7 +23,7 @@ class Product:
 
     def alone(self) -> "Product":
         """Give it without what made its tensors. Local."""
-        return Product(self.g.detach(), self.x.detach())
+        return Product(*(t.detach() if t.requires_grad else t for t in self))
 
 
 @dataclass
@@ -98,7 +97,7 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
         ctx.by_onednn = owner.by_onednn
-        if ctx.by_onednn:
+        if owner.by_onednn:
             found = products.linear(x, weight, bias, owner.laid.get(weight, True))
         else:
             found = functional.linear(x, weight, bias)
@@ -108,17 +107,20 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Give the gradients that autograd is to have."""
-        x, weight = ctx.saved_tensors
-        g, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        (x, weight), owner, parameter = ctx.saved_tensors, ctx.owner, ctx.parameter
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        g = gradient if gradient.ndim == 2 else gradient.reshape(-1, gradient.size(-1))
         to_x = to_weight = to_bias = None
-        if ctx.needs_input_grad[0]:
-            if ctx.by_onednn and ctx.owner.filling:
-                to_x = products.to_input(gradient, weight, ctx.owner.laid.get(ctx.parameter, False))
+        if of_x:
+            if ctx.by_onednn and owner.filling:
+                to_x = products.to_input(gradient, weight, owner.laid.get(parameter, False))
             else:
                 to_x = torch.matmul(gradient, weight)
-        if ctx.needs_input_grad[1] and not ctx.owner.take([ctx.parameter], Product(g, rows)):
-            to_weight = g.t() @ rows
-        if ctx.has_bias and ctx.needs_input_grad[2]:
+        if of_weight:
+            rows = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
+            if not owner.take([parameter], Product(g, rows)):
+                to_weight = g.t() @ rows
+        if ctx.has_bias and of_bias:
             to_bias = g.sum(dim=0)
         return to_x, to_weight, to_bias, None
 

@@ -21,11 +21,11 @@ takes autograd's own way: hooks on the weight, gradients of gradients, `torch.au
 the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -45,6 +45,10 @@ SMALLEST_FILTER = 1024
 MERGED_ROWS = 512
 """Rows of a product that is long enough: merging more gains nothing."""
 
+WAITING_SHARE, TOGETHER = 0.25, 3
+"""Of a weight's memory, what waits for its gradient may take as much; and how many products it must be, at
+least: of two, one pass over the memory is saved, and other stages may wait for that (measured)."""
+
 WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
     nn.Embedding: ("weight",),
@@ -57,6 +61,10 @@ KINDS = (torch.Tensor, nn.Parameter)
 USUAL = (torch.strided,)
 CONVOLVED = (torch.strided, torch._mkldnn)  # type: ignore[attr-defined]
 """Layouts of inputs: convolutions in a row have oneDNN's own between them (`pipeline/rows.py`)."""
+APPLY_LINEAR: Callable[..., Any] = super(torch.autograd.Function, Linear).apply
+"""`Linear.apply` behind its question for functorch's transforms, which `plain` has asked."""
+unwrap = torch._C._functorch.unwrap_if_dead
+"""What functorch left of a tensor whose transform has ended."""
 CALLED = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 """Functions of `torch.nn.functional` whose calls are seen."""
 
@@ -83,13 +91,17 @@ class Places(Protocol):
         """Note that no gradient of the parameter waits any more."""
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """Weight gradients of a micro-batch that wait to be computed."""
 
     micro_batch: int
     parameters: list[nn.Parameter]
     work: Work
+
+    @property
+    def rows(self) -> int:
+        """Rows of a product; of what is none, more than any."""
+        return self.work.g.size(0) if isinstance(self.work, Product) else sys.maxsize
 
 
 class StraightIntoPlace:
@@ -100,13 +112,13 @@ class StraightIntoPlace:
         self._places, self.fast = places, fast
         self.laid, self.by_onednn = LaidWeights(), False
         """Weights laid for a step's products; whether oneDNN may compute them, asked at each forward."""
-        self._active, self._micro_batch = False, -1
-        self._waiting: dict[nn.Parameter, list[Waiting]] = {}
-        """By weight, in the order of the backward passes."""
+        self._active, self._micro_batch, self._whole = False, -1, False
+        self._waiting: dict[int, list[Waiting]] = {}
+        """By the weight's id, in the order of the backward passes."""
         self.terms: dict[nn.Parameter, torch.Tensor] | None = None
         """Sums of |g|ᵀ·|x| of each weight's products, if someone wants them: `verify` does."""
-        self._owed = Counter[nn.Parameter]()
-        """How many gradients of a parameter wait: layers of several weights may share a bias."""
+        self._owed = Counter[int]()
+        """How many gradients of a parameter wait, by its id: layers of several weights may share a bias."""
         self._never_later: set[int] = set()
         """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
         another."""
@@ -149,16 +161,17 @@ class StraightIntoPlace:
         return self._taking
 
     @contextmanager
-    def accumulating(self, micro_batch: int = -1) -> Iterator[None]:
+    def accumulating(self, micro_batch: int = -1, whole: bool = False) -> Iterator[None]:
         """Let weight gradients go into their places: this backward is the one that is averaged.
 
-        With the number of a micro-batch, some may wait for `weights_of` it.
+        With the number of a micro-batch, some may wait for `weights_of` it; where the backward is a `whole`
+        one, only what gains by waiting for other micro-batches.
         """
-        self._active, self._micro_batch = True, micro_batch
+        self._active, self._micro_batch, self._whole = True, micro_batch, whole
         try:
             yield
         finally:
-            self._active, self._micro_batch = False, -1
+            self._active, self._micro_batch, self._whole = False, -1, False
 
     def begin(self, micro_batches: int, waits: bool = False, behind: Container[int] = ()) -> None:
         """Start a step of so many micro-batches: no product waits, and weights are new. Local.
@@ -177,36 +190,56 @@ class StraightIntoPlace:
         works = (entry.work for waiting in self._waiting.values() for entry in waiting)
         return sum(storages(tensor for work in works for tensor in (work.g, work.x)).values())
 
+    @property
+    def together_bytes(self) -> int:
+        """Memory that products which wait now may hold at most, waiting for other micro-batches'."""
+        waiting = (due[0].parameters[0] for due in self._waiting.values() if self._waits_on(due))
+        return sum(int(WAITING_SHARE * weight.nbytes) for weight in waiting)
+
     @torch.no_grad()
     def weights_of(self, micro_batch: int, last: bool) -> None:
         """Compute the products that wait for a micro-batch or one before it; with `last` all. Local.
 
-        With `fast` those of a weight wait until they are long enough together.
+        Those of a weight wait for one another where they are short: one after the other they find its
+        gradient in the caches. With `fast` they wait until they are long enough together, and become one.
         """
-        for parameter, waiting in list(self._waiting.items()):
-            due = [entry for entry in waiting if entry.micro_batch <= micro_batch or last]
-            works = [entry.work for entry in due if isinstance(entry.work, Product)]
-            if self.fast and works and not last and sum(len(p.g) for p in works) < MERGED_ROWS:
+        for at, waiting in list(self._waiting.items()):
+            due = waiting
+            if not last and waiting[-1].micro_batch > micro_batch:
+                due = [entry for entry in waiting if entry.micro_batch <= micro_batch]
+            if not due or (not last and self._waits_on(due)):
                 continue
+            works = [entry.work for entry in due if isinstance(entry.work, Product)]
             if self.fast and len(works) > 1:
                 merged = Product(torch.cat([p.g for p in works]), torch.cat([p.x for p in works]))
-                self._compute([parameter], merged)
+                self._compute(due[0].parameters, merged)
             else:
                 for entry in due:
                     self._compute(entry.parameters, entry.work)
             if len(due) < len(waiting):
-                self._waiting[parameter] = waiting[len(due) :]
+                self._waiting[at] = waiting[len(due) :]
             else:
-                del self._waiting[parameter]
+                del self._waiting[at]
             for one in (p for entry in due for p in entry.parameters):
-                self._owed[one] -= 1
-                if not self._owed[one]:
+                self._owed[id(one)] -= 1
+                if not self._owed[id(one)]:
                     self._places.caught_up(one)
+
+    def _waits_on(self, due: Sequence[Waiting]) -> bool:
+        """Whether products of a weight that are due rather wait for more of them. Local."""
+        rows = sum(entry.rows for entry in due)
+        if self.fast:
+            return rows < MERGED_ROWS
+        weight = due[0].parameters[0]
+        return rows < rows_together(weight) and is_short(due[0].work, weight)
 
     def _may_wait(self, parameters: Iterable[torch.Tensor], micro_batch: int) -> bool:
         """Whether what parameters get from a micro-batch may wait, as far as it is known here. Local."""
-        barred = self._never_later if micro_batch in self._behind else self._never_later | self._at_once
-        return micro_batch >= 0 and barred.isdisjoint(map(id, parameters))
+        ids = [*map(id, parameters)]
+        barred = not self._never_later.isdisjoint(ids) or (
+            micro_batch not in self._behind and not self._at_once.isdisjoint(ids)
+        )
+        return micro_batch >= 0 and not barred
 
     def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether a convolution's gradients are left to torch: calling ours costs some percent. Local.
@@ -222,8 +255,9 @@ class StraightIntoPlace:
 
     def _takes(self, x: torch.Tensor, weight: Any, bias: Any = None, layouts: Container[Any] = USUAL) -> bool:
         """Whether a call of a layer is taken. Local."""
-        managed = id(weight) in self.weights and weight.requires_grad and torch.is_grad_enabled()
-        if not managed or not plain(x, weight, layouts) or (bias is not None and not plain(bias, weight)):
+        if id(weight) not in self.weights or not weight.requires_grad or not torch.is_grad_enabled():
+            return False
+        if not plain(x, weight, layouts, bias):
             return False
         return torch._C._len_torch_function_stack() <= self._modes + 1 or not watched()
 
@@ -233,7 +267,7 @@ class StraightIntoPlace:
         if not self._takes(input, weight, bias) or (bias is not None and bias.ndim != 1):
             return function(input, weight, bias)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():
-            return Linear.apply(input, weight, bias, self)  # type: ignore[no-any-return, no-untyped-call]
+            return APPLY_LINEAR(unwrap(input), weight, bias, self)  # type: ignore[no-any-return]
 
     def _embedding(
         self, function: Any, input: torch.Tensor, weight: Any, padding_idx: int | None = None,
@@ -298,12 +332,18 @@ class StraightIntoPlace:
 
         False: autograd is to have it.
         """
-        if not all(self.fills(parameter, work.g.dtype) for parameter in parameters):
-            return False
-        if self._may_wait(parameters, self._micro_batch) and self._places.later(*parameters):
+        dtype = work.g.dtype
+        for parameter in parameters:
+            if not self.fills(parameter, dtype):
+                return False
+        waits = self._may_wait(parameters, self._micro_batch)
+        if waits and self._whole:  # of one weight none goes past another
+            waits = id(parameters[0]) in self._waiting or is_short(work, parameters[0])
+        if waits and self._places.later(*parameters):
             entry = Waiting(self._micro_batch, parameters, work.alone())
-            self._waiting.setdefault(parameters[0], []).append(entry)
-            self._owed.update(parameters)
+            self._waiting.setdefault(id(parameters[0]), []).append(entry)
+            for parameter in parameters:
+                self._owed[id(parameter)] += 1
         else:
             self._compute(parameters, work, now=True)
         return True
@@ -357,17 +397,40 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
 
 
-def plain(x: Any, weight: torch.Tensor, layouts: Container[Any] = USUAL) -> bool:
-    """Whether nothing else watches the call itself, which gets an input and a weight. Local.
+def is_short(work: Work, weight: torch.Tensor) -> bool:
+    """Whether what adds to a weight's gradient gains by waiting for that of other micro-batches. Pure."""
+    return isinstance(work, Product) and TOGETHER * work.g.size(0) <= rows_together(weight)
+
+
+def rows_together(weight: torch.Tensor) -> float:
+    """Give how many rows of products wait for a weight's gradient before they are computed. Pure.
+
+    >>> rows_together(torch.empty(1024, 1024))
+    128.0
+    """
+    return WAITING_SHARE * weight.numel() / max(1, sum(weight.shape))
+
+
+def plain(x: Any, weight: torch.Tensor, layouts: Container[Any] = USUAL, bias: Any = None) -> bool:
+    """Whether nothing else watches the call itself, which gets an input, a weight and maybe a bias. Local.
 
     Functorch's transforms and forward-mode gradients do; so do hooks on saved tensors (recomputed activations
     expect the same tensors from the second forward, which is torch's own).
     """
     if type(x) not in KINDS or type(weight) not in KINDS or x.layout not in layouts or x.is_nested:
         return False
-    if torch.is_autocast_enabled(x.device.type):  # it casts inside the call
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        return False  # it casts inside the call
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return False
-    inside = torch._C._functorch.peek_interpreter_stack() is not None
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return not (inside or hooked or forward_mode) and x.dtype == weight.dtype and x.ndim >= 1
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
+    if bias is not None:
+        if type(bias) not in KINDS or bias.layout is not torch.strided or bias.is_nested:
+            return False
+        if bias.dtype is not weight.dtype or not bias.ndim:
+            return False
+    return x.dtype is weight.dtype and x.ndim >= 1

@@ -70,8 +70,10 @@ def ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
     x: (rows…, in or out), weight: (out, in).
     """
     return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device == weight.device == CPU
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
         and weight.is_contiguous()
         and x.ndim > 1
         and x.numel() > 0
@@ -86,30 +88,31 @@ def linear(
     Like `to_input` it makes no graph: call it where gradients are off.
     """
     plain = bias is None or (
-        bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+        bias.dtype is torch.float32
+        and bias.ndim == 1
+        and bias.size(0) == weight.size(0)
+        and bias.is_contiguous()
     )
-    if not ours(x, weight) or not plain or x.shape[-1] != weight.shape[1]:
+    if not ours(x, weight) or not plain or x.size(-1) != weight.size(1):
         return functional.linear(x, weight, bias)
-    return _multiply(x, weight, bias, laid, weight)
+    return _multiply(x, weight, True, bias, laid)
 
 
 def to_input(g: torch.Tensor, weight: torch.Tensor, laid: "Laid | None" = None) -> torch.Tensor:
     """Give the gradient of x, g·W: g (..., out), weight (out, in) to (..., in). Local."""
     if not ours(g, weight):
         return torch.matmul(g, weight)
-    return _multiply(g, weight.t(), None, laid, weight)
+    return _multiply(g, weight, False, None, laid)
 
 
 def _multiply(
-    x: torch.Tensor,
-    standing: torch.Tensor,
-    bias: torch.Tensor | None,
-    laid: "Laid | None",
-    weight: torch.Tensor,
+    x: torch.Tensor, weight: torch.Tensor, for_y: bool, bias: torch.Tensor | None, laid: "Laid | None"
 ) -> torch.Tensor:
     x = x.contiguous()
-    used = laid is not None and laid.use(x.numel() // x.shape[-1], standing, bias)
-    return _kernel(x, laid.of(weight) if laid is not None and used else standing, bias)
+    rows = x.size(0) if x.ndim == 2 else x.numel() // x.size(-1)
+    if laid is not None and laid.use(rows, weight, bias):
+        return _kernel(x, laid.of(weight), bias)
+    return _kernel(x, weight if for_y else weight.t(), bias)
 
 
 def _kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -138,6 +141,8 @@ class Laid:
         self._gains: Gains = {} if gains is None else gains
         self._shape, self._met = tuple(weight.shape), set[Asked]()
         """Its shape, and the products that it was asked for."""
+        self._paying: dict[tuple[int, bool], bool] = {}
+        """Whether to take it for so many rows, with a bias, in this step."""
         self._uses, self._free = math.inf, False
         """Products in a step, and whether the time to lay it costs nothing."""
         self._state: tuple[int, ...] = ()
@@ -176,21 +181,28 @@ class Laid:
         `free`: this rank has the time to lay it.
         """
         self._state, self._used, self._uses, self._free = (), False, uses, free
+        self._paying.clear()
 
-    def use(self, rows: int, standing: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    def use(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Tell whether to take it for a product of so many rows: not for the first after `stale`. Local.
 
-        Another stage waits for that one; the next has the time to lay the weight. `standing`: the weight as
-        oneDNN takes it unlaid.
+        Another stage waits for that one; the next has the time to lay the weight.
         """
-        first, self._used = not (self._used or self._state), True
-        if first or rows == 1:
-            return False
+        known = self._paying.get((rows, bias is None))
+        if known is None:
+            first, self._used = not (self._used or self._state), True
+            if first:
+                return False
+            known = self._paying[rows, bias is None] = rows > 1 and self._gain(rows, weight, bias)
+        return known
+
+    def _gain(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether it pays for a product of so many rows, measured if no such one was yet. Local."""
         product = self._shape, self.for_y, rows, bias is None
         if product not in self._gains:
             self._state = ()
             try:
-                self._gains[product] = self._measure(rows, standing, bias)
+                self._gains[product] = self._measure(rows, weight if self.for_y else weight.t(), bias)
             except RuntimeError:  # torch's word for memory that the system refuses
                 self._gains[product] = 0.0, 0.0
         self._met.add(product)

@@ -203,14 +203,13 @@ class StagedEngine(Engine):
             case ReceiveGradient():
                 stage.receive_gradient(v, part)
             case Backward() | BackwardInput():
-                waits = isinstance(instruction, BackwardInput) and self._splits
-                self._backward_staged(instruction, number, stage, part, waits)
+                whole = not isinstance(instruction, BackwardInput) or not self._splits
+                self._backward_staged(instruction, number, stage, part, whole)
                 if stage.stage == 0:
                     stage.forget(v)
             case BackwardWeight():
                 if v in self._joining:
-                    self.straight.weights_of(v, last=v == self._last_backward)
-                    self._join(instruction)
+                    self._weights(instruction)
             case SendGradient():
                 stage.send_gradient(v, part)
                 stage.forget(v)
@@ -267,7 +266,7 @@ class StagedEngine(Engine):
         return not new  # what the first forward makes, later ones may only use
 
     def _backward_staged(
-        self, instruction: Instruction, number: int, stage: Stage, part: Part, waits: bool
+        self, instruction: Instruction, number: int, stage: Stage, part: Part, whole: bool
     ) -> None:
         v, virtual = instruction.micro_batch, instruction.virtual
         total, weight = self._losses.pop(v, (None, 0.0)) if stage.last else (None, 0.0)
@@ -282,7 +281,7 @@ class StagedEngine(Engine):
         drawn = range(kept.start, kept.draws)
         looks = None if self._stepped or self._told_of_draws else DrawsAgain(kept.stream, drawn)
         with (
-            self.straight.accumulating(v if waits else -1),
+            self.straight.accumulating(v if self.averager.growing is None else -1, whole),
             looks or again(kept.stream, drawn),
             self.averager.running.unseen(),  # what the backward computes again
         ):
@@ -297,8 +296,14 @@ class StagedEngine(Engine):
         if total is not None:
             self._joining[v] = float(total.detach()), weight
         self._joining.setdefault(v, (0.0, 0.0))
-        if not waits:
-            self._join(instruction)
+        if whole:
+            self._weights(instruction)
+
+    def _weights(self, instruction: Instruction) -> None:
+        """Compute the weight gradients that wait; the micro-batch is done here. Local."""
+        v = instruction.micro_batch
+        self.straight.weights_of(v, last=v == self._last_backward)
+        self._join(instruction)
 
     def _name_layer(
         self, error: Exception, number: int, batch: Batch, stage: Stage, part: Part, instruction: Instruction

@@ -401,6 +401,54 @@ def test_products_that_wait_give_the_same_bits():
         assert torch.equal(owner.places[id(parameter)], expected_places[name]), name
 
 
+def test_short_products_wait_for_one_another_and_give_the_same_bits(monkeypatch):
+    """Four of 7 rows are enough for the first weight, 5 x 6; of the others two would be, and none waits."""
+    monkeypatch.setattr(gradient, "WAITING_SHARE", 8.0)
+    enough = [gradient.rows_together(layer.weight) for layer in make(row)[::2]]
+    assert enough == [240 / 11, 160 / 9, 64 / 6]
+    batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(7)]
+    expected_places, _ = run(make(row), batches)
+    found = list(waiting(batches, False, {v: [v] for v in range(7)}))
+    counts, (_, owner, _, module) = [count for _, _, count, _ in found], found[-1]
+    assert counts == [2, 2, 2, 6, 2, 2, 5]
+    assert len(owner.caught) == 2 * 7 + 2
+    for name, parameter in module.named_parameters():
+        assert torch.equal(owner.places[id(parameter)], expected_places[name]), name
+
+
+class Twice(nn.Module):
+    """A weight that few rows use, then many, then few."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return torch.cat([self.layer(x[:2]), self.layer(x), self.layer(x[:3])])
+
+
+def test_of_a_whole_backward_short_products_wait_and_none_goes_past_another(monkeypatch):
+    """Autograd brings the last call's first: of each micro-batch one product of 3 rows, then 7, then 2."""
+    monkeypatch.setattr(gradient, "rows_together", lambda weight: 20.0)
+    batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(3)]
+    for work, counts in ((Twice, [0, 6, 3]), (lambda: nn.Linear(6, 6, bias=False), [0, 0, 0])):
+        expected_places, _ = run(make(work), batches)
+        module = make(work)
+        owner = Owner(module)
+        straight = StraightIntoPlace(module, owner)
+        straight.begin(len(batches))
+        for v, x in enumerate(batches):
+            with straight.forward():
+                loss = module(x).square().sum()
+            with straight.accumulating(v, whole=True):
+                loss.backward()
+            before = len(owner.joined)
+            straight.weights_of(v, last=v == 2)
+            assert len(owner.joined) - before == counts[v]
+        (name, weight), *_ = module.named_parameters()
+        assert torch.equal(owner.places[id(weight)], expected_places[name])
+
+
 def test_merged_products_are_one(monkeypatch):
     """Up to the rounding of 28 terms in another order."""
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(4)]

@@ -430,6 +430,35 @@ def test_what_is_dear_to_split_waits_behind_the_last_gradient(
     assert waited == set(range(5 - late[job.topology.stage], 5))
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("model", ["plain_row", "Skips", "Tied"])
+def test_short_products_wait_for_one_another(world, build, waits, model, schedule, monkeypatch):
+    """Whole backward passes too let them; those of a weight are computed one after the other, to the same bits."""
+    monkeypatch.setattr(gradient, "rows_together", lambda weight: 5)  # of 1 or 2 rows each
+    monkeypatch.setattr(gradient, "TOGETHER", 1)
+    computed, real = [], gradient.StraightIntoPlace._compute
+
+    def noting(self, parameters, work, now=False):
+        computed.append((id(self), id(parameters[0])))
+        real(self, parameters, work, now)
+
+    if world.size not in layouts(world.size, model):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build(model, world.size, micro_batches=7, schedule=schedule)
+    monkeypatch.setattr(gradient.StraightIntoPlace, "_compute", noting)
+    if model == "Tied":
+        assert compare(job, 3) is None
+    else:
+        has_bits_of_one_process(world, job, model)
+    mine = [at for who, at in computed if who == id(job.engine.straight)]
+    if any(waits):
+        assert any(a == b for a, b in pairwise(mine))
+    each = world.allgather(any(waits))
+    everywhere = model == "plain_row" and schedule != "interleaved"  # which leaves one of four none
+    assert all(each) if everywhere else any(each)
+
+
 BEHIND_THE_FIRST = {2: ["2"], 3: ["2", "4"], 4: ["1", "2", "4"]}
 """Cuts, by stages, that leave the middle one of a row's five layers to a stage that gives gradients back."""
 

@@ -469,6 +469,26 @@ def test_a_backward_that_is_dear_to_split_stays_whole(world, even):
 
 
 @pytest.mark.mpi
+def test_what_waits_for_other_micro_batches_is_not_dear_and_takes_memory(world, even, solid):
+    """It gains what no measurement of one shows; 7 bytes of each of two pieces are on each stage."""
+    short = Work(1.0, 1.5, 1.0, 0, joint=2.0, together=7)
+    pieces = [lambda: short] * 4
+    assert choose(2, [1] * 4, [Held(0)] * 4, pieces, with_plans(world, 2, 10, KEPT)).at_once == []
+    found = choose(2, [1] * 4, [Held(10, 1)] * 4, pieces, scales(world))
+    assert [need.held for need in found.needs] == [2 * (4.0 * 10 + 1 + 7)] * 2
+    assert short.whole.together == 0
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("rows", "waits"), [(21, True), (22, False)])
+def test_a_piece_says_what_waits_for_other_micro_batches(world, rows, waits):
+    """A quarter of a weight's bytes: 64 rows of 512 numbers each way, which are three times 21."""
+    asked, module = scales(world), nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    found = split.cut(module, {"x": torch.randn(rows, 512)}, False, 2, [], asked)
+    assert [work.together for work in found.choice.works] == [512 * 512 * waits] * 2
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("model", ["layers", "operators"])
 def test_a_cut_follows_what_was_chosen(world, even, monkeypatch, model):
     """Stages of a plan with two a rank; names of the parameters that do not wait."""

@@ -16,7 +16,7 @@ class Autograd:
         yield
 
     @contextmanager
-    def accumulating(self, micro_batch: int = -1) -> Iterator[None]:
+    def accumulating(self, micro_batch: int = -1, whole: bool = False) -> Iterator[None]:
         """Autograd adds to the gradients itself."""
         yield
 

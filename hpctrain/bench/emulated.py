@@ -82,13 +82,6 @@ class Weights(Autograd):
         """Take the number of stages."""
         self.layers = LAYERS // stages
 
-    @contextmanager
-    def accumulating(self, micro_batch: int = -1) -> Iterator[None]:
-        """Sleep for the weights too where they don't wait."""
-        yield
-        if micro_batch < 0:
-            self.weights_of(micro_batch, False)
-
     def weights_of(self, micro_batch: int, last: bool) -> None:
         """Sleep for the weights."""
         for _ in range(self.layers):

@@ -255,7 +255,7 @@ def limit_step(
         engine.averager.begin(range(case.micro_batches))
         engine.straight.begin(case.micro_batches)
         nonlocal gradient
-        for leaf, target in zip(leaves, targets):
+        for v, (leaf, target) in enumerate(zip(leaves, targets)):
             value = leaf
             with engine.straight.forward():
                 value = run_all(cut.in_rows[topology.stage], lambda _, layer, given: layer(given), value)
@@ -263,8 +263,9 @@ def limit_step(
                 value, _ = engine.loss(value, target)
             elif gradient is None or gradient.shape != value.shape:
                 gradient = torch.full_like(value, 1e-3)
-            with engine.straight.accumulating():
+            with engine.straight.accumulating(v, whole=True):
                 torch.autograd.backward(value, None if is_last else gradient)
+            engine.straight.weights_of(v, last=v == case.micro_batches - 1)
             leaf.grad = None
 
     return step

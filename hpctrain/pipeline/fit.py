@@ -72,7 +72,10 @@ class Load:
                 work.seconds + recomputes * work.forward
                 for work in (map(fresh, profile.works) if exact else profile.works)
             ],
-            [scales.copies * own.trained + own.other for own in weights],
+            [
+                scales.copies * own.trained + own.other + work.together
+                for own, work in zip(weights, profile.works)
+            ],
             profile.works,
             [*lives, plan.lives[-1]] if recomputes else plan.lives,
             [profile.limits.usual[stage % ranks] / plan.virtual for stage in range(stages)],

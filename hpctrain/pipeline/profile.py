@@ -72,6 +72,9 @@ class Work:
     """Seconds by which `input_gradient` is shorter in micro-batches whose weight gradients come `behind`."""
     tail: float = 0.0
     """Seconds by which `weight_gradient` is longer in those."""
+    together: int = 0
+    """Bytes that wait for weight gradients of other micro-batches, at most: computed one after the other they
+    find theirs in the caches, which one piece, measured by itself, does anyway."""
 
     @property
     def seconds(self) -> float:
@@ -81,7 +84,7 @@ class Work:
     @property
     def whole(self) -> "Work":
         """The same work with a backward that is not split."""
-        return replace(self, input_gradient=self.backward, weight_gradient=0.0, late=0)
+        return replace(self, input_gradient=self.backward, weight_gradient=0.0, late=0, together=0)
 
     @property
     def at_once(self) -> "Work":
@@ -252,12 +255,12 @@ def timed(
     """
     weights, inputs = list(weights), list(inputs)
     leaves = [x for x in [*inputs, *weights] if x.requires_grad]
-    late = 0
+    late = together = 0
     straight = StraightIntoPlace(nn.Module(), MadeUpPlaces())
     straight.weights = {id(weight): weight for weight in waiting}
 
     def once(micro_batch: int) -> tuple[float, float, float]:
-        nonlocal late
+        nonlocal late, together
         began = time.perf_counter()
         with straight.forward(micro_batch):
             every = tensors_in(run())
@@ -269,7 +272,7 @@ def timed(
             with straight.accumulating(micro_batch):
                 torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
         behind = time.perf_counter()
-        late = max(late, straight.waiting_bytes)
+        late, together = max(late, straight.waiting_bytes), max(together, straight.together_bytes)
         half = time.perf_counter()
         straight.weights_of(micro_batch, last=True)
         return between - began, behind - ready, time.perf_counter() - half
@@ -290,7 +293,8 @@ def timed(
     moment = max(0, living.most - made)
     if not straight.weights:
         return Work(forward, joint, 0.0, kept, joint, 0, moment, gives, made)
-    return Work(forward, halves[0], halves[1], kept, joint, late, moment, gives, made)
+    work = Work(forward, halves[0], halves[1], kept, joint, late, moment, gives, made)
+    return replace(work, together=together)
 
 
 class MadeUpPlaces:

@@ -113,8 +113,13 @@ def too_dear(works: Sequence[Work], scales: Scales) -> list[int]:
     To split costs each micro-batch the halves' time over that of the whole; it shortens the way of the
     first gradients through the stages, and of the last ones, by the weight gradient's, once a stage. All
     pieces that lose by it are judged together, as one's loss may be no more than its measurement's noise.
+    What waits `together` gains in a step what no measurement of a piece shows.
     """
-    losing = [at for at, work in enumerate(works) if work.joint and work.seconds > work.whole.seconds]
+    losing = [
+        at
+        for at, work in enumerate(works)
+        if work.joint and not work.together and work.seconds > work.whole.seconds
+    ]
     whole = sum(works[at].joint for at in losing)
     lost = sum(works[at].seconds - works[at].whole.seconds for at in losing)
     waiting = (len(scales.ranks) - 1) * sum(works[at].weight_gradient for at in losing)
