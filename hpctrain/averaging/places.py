@@ -35,6 +35,8 @@ class Places:
         self._fresh = [True] * len(self.named)
         self._handed: list[torch.Tensor | None] = [None] * len(self.named)
         """What stands as each parameter's `.grad`: the view, which counts by itself what is added to it."""
+        self._counts = [0] * len(self.named)
+        """What it had counted when it was looked at last."""
         self._slot = -1
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self.ready, p))  # type: ignore[no-untyped-call]
@@ -184,7 +186,8 @@ class Places:
         """
         index = self._index[id(parameter)]
         view, grad = self._views[index], parameter.grad
-        if grad is self._handed[index] and grad is not None and not grad._version:
+        stands = grad is self._handed[index] and grad is not None
+        if grad is not None and stands and grad._version == self._counts[index]:
             grad = None  # it is what came before
         if grad is not None:  # else nothing came this way: it was filled in place, or there is none
             self._not_late(index)
@@ -195,11 +198,16 @@ class Places:
                 if self._steps == 1:
                     self._mixed_at_first.add(index)
             if grad.data_ptr() != view.data_ptr() or not grad.numel():
+                stands = False
                 if self._fresh[index]:
                     view.copy_(grad)
                 else:
                     view.add_(grad)
-            parameter.grad = self._handed[index] = view.data  # the next micro-batch adds to it by itself
+            if stands:
+                self._counts[index] = grad._version
+            else:  # the next micro-batch adds to it by itself
+                parameter.grad = self._handed[index] = view.data
+                self._counts[index] = 0
             self.filled(parameter)
         final = self._final is None or index in self._final
         if final and index not in self._waiting:
