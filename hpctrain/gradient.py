@@ -12,8 +12,12 @@ autograd makes a whole table of mostly zeros. Convolutions and norms have no ker
 where it is told: theirs are added, which is little beside their own work, and autograd does it.
 
 In a pipeline what linear layers and convolutions compute for their weights may wait, so that the gradient
-that another stage waits for leaves first; there products of several micro-batches may also become
-one (`fast`): the weight's memory is passed over once for all of them, but the sum has another order.
+that another stage waits for leaves first. Products of few rows wait longer, for those of other micro-batches:
+
+      layer by layer    place ← place + g₀ᵀ·x₀    place ← place + g₁ᵀ·x₁    place ← place + g₂ᵀ·x₂
+
+so all but the first find the place in the caches, and the sum has the same order. They may also become one
+product (`fast`): the place is passed over once for all of them, but the sum has another order.
 
 The user's module is not touched: while the forward runs, others stand in `torch.nn.functional`, which take
 each call of `functions.py`'s layers whose weight has a place. Everything that could tell the difference
@@ -231,7 +235,7 @@ class StraightIntoPlace:
         if self.fast:
             return rows < MERGED_ROWS
         weight = due[0].parameters[0]
-        return rows < rows_together(weight) and is_short(due[0].work, weight)
+        return rows < rows_together(weight) and is_short(due[-1].work, weight)
 
     def _may_wait(self, parameters: Iterable[torch.Tensor], micro_batch: int) -> bool:
         """Whether what parameters get from a micro-batch may wait, as far as it is known here. Local."""
@@ -398,8 +402,13 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def is_short(work: Work, weight: torch.Tensor) -> bool:
-    """Whether what adds to a weight's gradient gains by waiting for that of other micro-batches. Pure."""
-    return isinstance(work, Product) and TOGETHER * work.g.size(0) <= rows_together(weight)
+    """Whether what adds to a weight's gradient gains by waiting for that of other micro-batches. Pure.
+
+    Not where it would hold much more memory than its own: that of a tensor of which it has a few rows.
+    """
+    if not isinstance(work, Product) or TOGETHER * work.g.size(0) > rows_together(weight):
+        return False
+    return all(t.untyped_storage().nbytes() <= 2 * t.nbytes for t in work)
 
 
 def rows_together(weight: torch.Tensor) -> float:

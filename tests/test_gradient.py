@@ -424,7 +424,7 @@ class Twice(nn.Module):
         self.layer = nn.Linear(6, 6, bias=False)
 
     def forward(self, x):
-        return torch.cat([self.layer(x[:2]), self.layer(x), self.layer(x[:3])])
+        return torch.stack([self.layer(rows.clone()).square().sum() for rows in (x[:2], x, x[:3])])
 
 
 def test_of_a_whole_backward_short_products_wait_and_none_goes_past_another(monkeypatch):
@@ -447,6 +447,31 @@ def test_of_a_whole_backward_short_products_wait_and_none_goes_past_another(monk
             assert len(owner.joined) - before == counts[v]
         (name, weight), *_ = module.named_parameters()
         assert torch.equal(owner.places[id(weight)], expected_places[name])
+
+
+class First(nn.Module):
+    """A layer of the first of many tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return self.layer(x[:, 0])
+
+
+def test_a_product_that_holds_a_large_tensor_does_not_wait(monkeypatch):
+    monkeypatch.setattr(gradient, "rows_together", lambda weight: 20.0)
+    module = make(First)
+    straight = StraightIntoPlace(module, Owner(module))
+    for tokens, waits in ((2, True), (3, False)):
+        with straight.forward():
+            loss = module(torch.ones(6, tokens, 6)).square().sum()
+        with straight.accumulating(0):
+            loss.backward()
+        straight.weights_of(0, last=False)
+        assert bool(straight.waiting_bytes) == bool(straight.together_bytes) == waits
+        straight.weights_of(0, last=True)
 
 
 def test_merged_products_are_one(monkeypatch):
