@@ -203,8 +203,9 @@ def our_step(
     engine.settle()  # else each forward looks how much memory it adds, as in a run's first step
     if case.sleeps:
         engine.straight = emulated.Weights(virtual * topology.stages)  # type: ignore[assignment]
-    batches = {
-        v: Batch(np.arange(a, b), {"x": x[a:b]}, {"y": y[a:b]}) for v, (a, b) in enumerate(pairwise(starts))
+    batches = {  # read one by one in a job, into memory of their own
+        v: Batch(np.arange(a, b), {"x": x[a:b].clone()}, {"y": y[a:b].clone()})
+        for v, (a, b) in enumerate(pairwise(starts))
     }
     step_data = Step(0, len(x), batches)
 
