@@ -33,6 +33,34 @@ def test_what_a_users_hook_returns_is_for_torch_to_refuse():
         parameter.sum().backward()
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_each_gradient_joins_once(moved):
+    """In two steps; torch adds in place to what stands, which a user may have moved, and tells of nothing, too."""
+    (parameter,), places = places_of(4)
+    flats = [torch.zeros(space.size) for space in places.spaces]
+    for bring in ([1, 0, 1, 1], [1, 1, 0, 1]):
+        places.begin()
+        places.point(0, flats)
+        for at, brings in enumerate(bring):
+            if moved and at == 1:
+                parameter.grad.data = torch.zeros(4)
+            (parameter.sum() if brings else Nothing.apply(parameter)).backward()
+        assert places.used.tolist() == [3.0]
+        assert places.gradient("0").tolist() == [3.0] * 4
+
+
+class Nothing(torch.autograd.Function):
+    """Gives its input no gradient: torch tells so all the same."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
 def test_a_portion_that_comes_late_is_refused_by_name():
     (first, second), places = places_of(UNIT, UNIT)
     told = []
