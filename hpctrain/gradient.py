@@ -94,6 +94,9 @@ class Places(Protocol):
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Note that no gradient of the parameter waits any more."""
 
+    def taken_back(self, parameter: torch.Tensor) -> None:
+        """The same within a backward, which may bring more of them."""
+
 
 class Waiting(NamedTuple):
     """Weight gradients of a micro-batch that wait to be computed."""
@@ -101,6 +104,10 @@ class Waiting(NamedTuple):
     micro_batch: int
     parameters: list[nn.Parameter]
     work: Work
+    versions: tuple[int, int]
+    """Changes in place of the work's tensors, which nobody may change while it waits."""
+    tried: bool
+    """Whether it is computed by now, and waits to see if somebody does."""
 
     @property
     def rows(self) -> int:
@@ -123,9 +130,10 @@ class StraightIntoPlace:
         """Sums of |g|ᵀ·|x| of each weight's products, if someone wants them: `verify` does."""
         self._owed = Counter[int]()
         """How many gradients of a parameter wait, by its id: layers of several weights may share a bias."""
+        self._steps = 0
         self._never_later: set[int] = set()
         """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
-        another."""
+        another, and of layers whose tensors were changed in place meanwhile."""
         self._at_once: set[int] = set()
         """Weights whose gradients wait only in the micro-batches that come `behind`."""
         self._behind: Container[int] = ()
@@ -184,6 +192,7 @@ class StraightIntoPlace:
         gradients are computed when all gradients that others wait for have left.
         """
         self._behind = behind
+        self._steps += 1
         self._waiting.clear()
         self._owed.clear()
         self.laid.begin(micro_batches, waits)
@@ -213,21 +222,55 @@ class StraightIntoPlace:
                 due = [entry for entry in waiting if entry.micro_batch <= micro_batch]
             if not due or (not last and self._waits_on(due)):
                 continue
-            works = [entry.work for entry in due if isinstance(entry.work, Product)]
-            if self.fast and len(works) > 1:
-                merged = Product(torch.cat([p.g for p in works]), torch.cat([p.x for p in works]))
-                self._compute(due[0].parameters, merged)
-            else:
-                for entry in due:
-                    self._compute(entry.parameters, entry.work)
-            if len(due) < len(waiting):
-                self._waiting[at] = waiting[len(due) :]
-            else:
-                del self._waiting[at]
-            for one in (p for entry in due for p in entry.parameters):
-                self._owed[id(one)] -= 1
-                if not self._owed[id(one)]:
-                    self._places.caught_up(one)
+            for one in self._compute_all(at, len(due)):
+                self._places.caught_up(one)
+
+    @torch.no_grad()
+    def catch_up(self, parameter: torch.Tensor) -> None:
+        """Compute what waits for a parameter, before anything else joins its gradient. Local."""
+        for at, waiting in list(self._waiting.items()):
+            if any(one is parameter for entry in waiting for one in entry.parameters):
+                for one in self._compute_all(at, len(waiting)):
+                    if one is parameter:
+                        self._places.taken_back(one)
+                    else:
+                        self._places.caught_up(one)
+
+    def _compute_all(self, at: int, count: int) -> list[nn.Parameter]:
+        """Compute the first works that wait for a weight, by its id; give for what none waits any more."""
+        due, rest = self._waiting[at][:count], self._waiting[at][count:]
+        if rest:
+            self._waiting[at] = rest
+        else:
+            del self._waiting[at]
+        for entry in due:
+            self._look(entry)
+        due = [entry for entry in due if not entry.tried]
+        works = [entry.work for entry in due if isinstance(entry.work, Product)]
+        if self.fast and len(works) > 1:
+            merged = Product(torch.cat([p.g for p in works]), torch.cat([p.x for p in works]))
+            self._compute(due[0].parameters, merged)
+        else:
+            for entry in due:
+                self._compute(entry.parameters, entry.work)
+        self._owed.subtract(id(one) for entry in due for one in entry.parameters)
+        every = {id(one): one for entry in due for one in entry.parameters}
+        return [one for at, one in every.items() if not self._owed[at]]
+
+    def _look(self, entry: Waiting) -> None:
+        """See that nobody has changed what waited; a weight for which someone has never waits again. Local.
+
+        Raises RuntimeError where it is not computed yet.
+        """
+        if versions_of(entry.work) == entry.versions:
+            return
+        self._never_later.add(id(entry.parameters[0]))
+        if not entry.tried:
+            raise RuntimeError(
+                f"what a layer with a weight of shape {tuple(entry.parameters[0].shape)} was given, or the "
+                f"gradient of what it gave, was changed in place behind its backward, as it was not in the "
+                f"first step; in stages its weight gradient is computed later: change a copy"
+            )
 
     def _waits_on(self, due: Sequence[Waiting]) -> bool:
         """Whether products of a weight that are due rather wait for more of them. Local."""
@@ -322,6 +365,9 @@ class StraightIntoPlace:
         found = self._places.place(parameter)
         assert found is not None
         place, first = found
+        if parameter in self:
+            self.catch_up(parameter)
+            place, first = self._place(parameter)
         self._never_later.add(id(parameter))
         if first:
             place.zero_()
@@ -343,14 +389,23 @@ class StraightIntoPlace:
         waits = self._may_wait(parameters, self._micro_batch)
         if waits and self._whole:  # of one weight none goes past another
             waits = id(parameters[0]) in self._waiting or is_short(work, parameters[0])
-        if waits and self._places.later(*parameters):
-            entry = Waiting(self._micro_batch, parameters, work.alone())
-            self._waiting.setdefault(id(parameters[0]), []).append(entry)
-            for parameter in parameters:
-                self._owed[id(parameter)] += 1
-        else:
+        later = waits and self._places.later(*parameters)
+        if not later:
+            if parameters[0] in self:
+                self.catch_up(parameters[0])
             self._compute(parameters, work, now=True)
+        if later or (waits and self._steps == 1):
+            own = work.alone()
+            entry = Waiting(self._micro_batch, parameters, own, versions_of(own), not later)
+            self._waiting.setdefault(id(parameters[0]), []).append(entry)
+            self._owed.update(id(one) for one in parameters if later)
+            if self._whole and not self._waits_on(self._waiting[id(parameters[0])]):
+                self.catch_up(parameters[0])  # else one of many uses in a backward held them all
         return True
+
+    def __contains__(self, parameter: torch.Tensor) -> bool:
+        """Whether something waits for a parameter's gradient. Local."""
+        return self._owed[id(parameter)] > 0
 
     def _compute(self, parameters: list[nn.Parameter], work: Work, now: bool = False) -> None:
         if isinstance(work, Product):
@@ -399,6 +454,11 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     smallest = {True: SMALLEST_FILTER, False: SMALLEST}
     found = (w for w in weights if isinstance(w, torch.Tensor) and w.is_leaf and w.is_floating_point())
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
+
+
+def versions_of(work: Work) -> tuple[int, int]:
+    """Count the changes in place of what a weight gradient is computed of. Local."""
+    return work.g._version, work.x._version
 
 
 def is_short(work: Work, weight: torch.Tensor) -> bool:

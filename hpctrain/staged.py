@@ -73,6 +73,7 @@ class StagedEngine(Engine):
         """Start with nothing that waits."""
         super().__post_init__()
         self.straight.fast = self.fast
+        self.averager.places.catch_up = self.straight.catch_up
         self._last_backward, self._splits, self._told_of_draws = -1, False, False
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}

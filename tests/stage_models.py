@@ -28,6 +28,85 @@ def plain_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(*Row(in_features, out_features))
 
 
+def amid(inner: nn.Module, in_features: int, out_features: int) -> nn.Sequential:
+    """Layers in front of one and behind it."""
+    layers = [
+        nn.Linear(in_features, 8),
+        nn.Tanh(),
+        nn.Linear(8, 8),
+        inner,
+        nn.Tanh(),
+        nn.Linear(8, out_features),
+    ]
+    return nn.Sequential(*layers)
+
+
+class Moves(nn.Module):
+    """A state that each forward moves in place, and a layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.register_buffer("state", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.state.mul_(0.5).add_(x.detach().mean(0))
+        return x + self.mix(self.state.expand(len(x), -1))
+
+
+def moves_row(in_features: int, out_features: int) -> nn.Sequential:
+    return amid(Moves(), in_features, out_features)
+
+
+class Halves(nn.Module):
+    """A hook that changes a gradient in place, which a layer has, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = torch.tanh(x)
+        if found.requires_grad:
+            found.register_hook(lambda g: g.mul_(0.5))
+        return found + self.mix(x)
+
+
+def halves_row(in_features: int, out_features: int) -> nn.Sequential:
+    return amid(Halves(), in_features, out_features)
+
+
+class Later(nn.Module):
+    """From a forward of the second step on a weight has a gradient of another kind, too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.mix, self.kind, self.count = nn.Linear(8, 8), kind, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += self.training
+        weight, later = self.mix.weight, self.count > 7
+        rows = torch.arange(len(x))
+        first = functional.embedding(rows, weight) if later and self.kind == "lookup" else 0.0
+        if self.count == 8 and self.kind == "hooked":
+            weight.register_hook(lambda g: g * 1.0)
+        found = first + self.mix(x)
+        return found + weight.square().sum() * 1e-3 if later and self.kind == "penalty" else found
+
+
+def penalty_row(in_features: int, out_features: int) -> nn.Sequential:
+    return amid(Later("penalty"), in_features, out_features)
+
+
+def lookup_row(in_features: int, out_features: int) -> nn.Sequential:
+    return amid(Later("lookup"), in_features, out_features)
+
+
+def hooked_row(in_features: int, out_features: int) -> nn.Sequential:
+    return amid(Later("hooked"), in_features, out_features)
+
+
 def broad_row(in_features: int, out_features: int) -> nn.Sequential:
     """Layers of whole blocks of 64, all of them linear, and one convolution."""
     layers: list[nn.Module] = [

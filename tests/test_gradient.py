@@ -24,7 +24,7 @@ class Owner:
 
     def __init__(self, module):
         self.places = {id(p): torch.full_like(p, 7.0) for p in module.parameters()}
-        self.joined, self.caught, self.waits = [], [], True
+        self.joined, self.caught, self.back, self.waits = [], [], [], True
         for p in (p for p in module.parameters() if p.requires_grad):
             p.register_post_accumulate_grad_hook(self.ready)
 
@@ -44,6 +44,9 @@ class Owner:
 
     def left(self, *parameters, waits):
         return False
+
+    def taken_back(self, parameter):
+        self.back.append(id(parameter))
 
     def caught_up(self, parameter):
         self.caught.append(id(parameter))
@@ -428,10 +431,13 @@ class Twice(nn.Module):
 
 
 def test_of_a_whole_backward_short_products_wait_and_none_goes_past_another(monkeypatch):
-    """Autograd brings the last call's first: of each micro-batch one product of 3 rows, then 7, then 2."""
+    """Autograd brings the last call's first: of each micro-batch one product of 3 rows, then 7, then 2.
+
+    What waits is computed with the first that is long, or as soon as it is enough.
+    """
     monkeypatch.setattr(gradient, "rows_together", lambda weight: 20.0)
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(3)]
-    for work, counts in ((Twice, [0, 6, 3]), (lambda: nn.Linear(6, 6, bias=False), [0, 0, 0])):
+    for work, waits in ((Twice, [2, 2, 0]), (lambda: nn.Linear(6, 6, bias=False), [0, 0, 0])):
         expected_places, _ = run(make(work), batches)
         module = make(work)
         owner = Owner(module)
@@ -442,10 +448,10 @@ def test_of_a_whole_backward_short_products_wait_and_none_goes_past_another(monk
                 loss = module(x).square().sum()
             with straight.accumulating(v, whole=True):
                 loss.backward()
-            before = len(owner.joined)
             straight.weights_of(v, last=v == 2)
-            assert len(owner.joined) - before == counts[v]
+            assert sum(entry.rows for due in straight._waiting.values() for entry in due) == waits[v]
         (name, weight), *_ = module.named_parameters()
+        assert owner.back == [id(weight)] * 3 * (work is Twice)
         assert torch.equal(owner.places[id(weight)], expected_places[name])
 
 
@@ -472,6 +478,36 @@ def test_a_product_that_holds_a_large_tensor_does_not_wait(monkeypatch):
         straight.weights_of(0, last=False)
         assert bool(straight.waiting_bytes) == bool(straight.together_bytes) == waits
         straight.weights_of(0, last=True)
+
+
+@pytest.mark.parametrize("of", ["x", "g"])
+def test_what_waits_may_not_be_changed(of, monkeypatch):
+    """The first step, in which nothing waits, sees who does that; later it is refused."""
+    monkeypatch.setattr(gradient, "rows_together", lambda weight: 100.0)
+    module, batch = make(lambda: nn.Linear(6, 6, bias=False)), torch.ones(3, 6)
+    owner = Owner(module)
+    straight = StraightIntoPlace(module, owner)
+
+    def step(number, changes):
+        owner.waits = number > 0
+        straight.begin(2)
+        for v in range(2):
+            with straight.forward():
+                found = module(batch)
+            g = torch.ones(3, 6)
+            with straight.accumulating(v, whole=True):
+                found.backward(g)
+            if changes:
+                (batch if of == "x" else g).add_(1.0)
+            straight.weights_of(v, last=v == 1)
+
+    step(0, False)
+    with pytest.raises(RuntimeError, match=r"weight of shape \(6, 6\) was given, or .* change a copy"):
+        step(1, True)
+    step(2, True)  # it waits no more
+    straight = StraightIntoPlace(module, owner)
+    step(0, True)
+    step(1, True)
 
 
 def test_merged_products_are_one(monkeypatch):

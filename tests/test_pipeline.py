@@ -459,6 +459,23 @@ def test_short_products_wait_for_one_another(world, build, waits, model, schedul
     assert all(each) if everywhere else any(each)
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("model", ["moves_row", "halves_row", "penalty_row", "lookup_row", "hooked_row"])
+def test_what_waits_is_computed_as_it_was_and_in_its_turn(world, build, waits, model, schedule, monkeypatch):
+    """Of what is changed in place nothing waits; what comes in another way comes behind what waits."""
+    if world.size not in layouts(world.size, "plain_row") or world.size == 4:
+        pytest.skip("two or three stages")
+    if model == "moves_row" and schedule in ("gpipe", "interleaved"):
+        pytest.skip("torch refuses that a forward changes what the backward of another needs")
+    monkeypatch.setattr(gradient, "rows_together", lambda weight: 1000)
+    monkeypatch.setattr(gradient, "TOGETHER", 1)
+    cuts = {} if schedule == "interleaved" else {"cuts": ["2", "3"][: world.size - 1]}
+    job = build(model, world.size, micro_batches=5, schedule=schedule, **cuts)
+    has_bits_of_one_process(world, job, model)
+    assert any(world.allgather(any(waits)))
+
+
 BEHIND_THE_FIRST = {2: ["2"], 3: ["2", "4"], 4: ["1", "2", "4"]}
 """Cuts, by stages, that leave the middle one of a row's five layers to a stage that gives gradients back."""
 

@@ -62,6 +62,8 @@ class Places:
         self._left: set[int] = set()
         """Parameters that it may bring something for."""
         self._steps = 0
+        self.catch_up: Callable[[torch.Tensor], None] = lambda _: None
+        """Computes what waits for a parameter, before something else joins its gradient."""
         self.repeats = False
         """Whether one backward has brought a parameter's gradient in several portions."""
 
@@ -179,6 +181,10 @@ class Places:
         if self._final is None or index in self._final:
             self._note_final(index)
 
+    def taken_back(self, parameter: torch.Tensor) -> None:
+        """The same within a backward, which may bring more of them: it tells when it has. Local."""
+        self._waiting.discard(self._index[id(parameter)])
+
     def ready(self, parameter: torch.Tensor, *_: Any) -> None:
         """Note that autograd has brought a parameter's gradient of this backward. Local.
 
@@ -197,6 +203,8 @@ class Places:
                 self._mixed.add(index)
                 if self._steps == 1:
                     self._mixed_at_first.add(index)
+            if index in self._waiting:
+                self.catch_up(parameter)
             if grad.data_ptr() != view.data_ptr() or not grad.numel():
                 stands = False
                 if self._fresh[index]:

@@ -99,6 +99,11 @@ class Copies:
         if id(parameter) not in self._views:
             self._own.caught_up(parameter)
 
+    def taken_back(self, parameter: torch.Tensor) -> None:
+        """The same within a backward, which may bring more of them. Local."""
+        if id(parameter) not in self._views:
+            self._own.taken_back(parameter)
+
     def taken(self, copy: torch.Tensor) -> torch.Tensor | None:
         """Give the gradient of a copy; then nothing has joined it. Local."""
         fresh, self._fresh[id(copy)] = self._fresh[id(copy)], True

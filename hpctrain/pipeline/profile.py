@@ -324,6 +324,9 @@ class MadeUpPlaces:
     def caught_up(self, parameter: torch.Tensor) -> None:
         """Nothing to note."""
 
+    def taken_back(self, parameter: torch.Tensor) -> None:
+        """Nothing to note."""
+
 
 def made_up(like: torch.Tensor, grad: bool = True) -> torch.Tensor:
     """Give numbers of a tensor's shape, strides and dtype, its own where it has memory. Local.
