@@ -31,12 +31,12 @@ def plain_row(in_features: int, out_features: int) -> nn.Sequential:
 def amid(inner: nn.Module, in_features: int, out_features: int) -> nn.Sequential:
     """Layers in front of one and behind it."""
     layers = [
-        nn.Linear(in_features, 8),
+        nn.Linear(in_features, 32),
         nn.Tanh(),
-        nn.Linear(8, 8),
+        nn.Linear(32, 32),
         inner,
         nn.Tanh(),
-        nn.Linear(8, out_features),
+        nn.Linear(32, out_features),
     ]
     return nn.Sequential(*layers)
 
@@ -46,8 +46,8 @@ class Moves(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Linear(8, 8)
-        self.register_buffer("state", torch.zeros(8))
+        self.mix = nn.Linear(32, 32)
+        self.register_buffer("state", torch.zeros(32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -64,7 +64,7 @@ class Halves(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Linear(8, 8)
+        self.mix = nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found = torch.tanh(x)
@@ -82,7 +82,7 @@ class Later(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.mix, self.kind, self.count = nn.Linear(8, 8), kind, 0
+        self.mix, self.kind, self.count = nn.Linear(32, 32), kind, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.count += self.training
@@ -92,7 +92,7 @@ class Later(nn.Module):
         if self.count == 8 and self.kind == "hooked":
             weight.register_hook(lambda g: g * 1.0)
         found = first + self.mix(x)
-        return found + weight.square().sum() * 1e-3 if later and self.kind == "penalty" else found
+        return found + weight.square().sum() * 0.1 if later and self.kind == "penalty" else found
 
 
 def penalty_row(in_features: int, out_features: int) -> nn.Sequential:

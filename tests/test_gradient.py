@@ -480,6 +480,42 @@ def test_a_product_that_holds_a_large_tensor_does_not_wait(monkeypatch):
         straight.weights_of(0, last=True)
 
 
+class LaterLookedUp(nn.Module):
+    """From the third forward on a layer's weight is looked up, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.count = nn.Linear(6, 20, bias=False), 0
+
+    def forward(self, x):
+        self.count += 1
+        rows = torch.arange(20)
+        other = nn.functional.embedding(rows, self.layer.weight).sum() if self.count > 2 else 0.0
+        return self.layer(x) + other
+
+
+@pytest.mark.parametrize("what", ["looked up", "at once"])
+def test_nothing_goes_past_what_waits(what, monkeypatch):
+    monkeypatch.setattr(gradient, "rows_together", lambda weight: 100.0)
+    kind = LaterLookedUp if what == "looked up" else lambda: nn.Linear(6, 20, bias=False)
+    batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(5)]
+    expected_places, _ = run(make(kind), batches)
+    module = make(kind)
+    owner = Owner(module)
+    straight = StraightIntoPlace(module, owner)
+    straight.begin(len(batches))
+    for v, x in enumerate(batches):
+        owner.waits = what == "looked up" or v < 2
+        with straight.forward():
+            loss = module(x).square().sum()
+        with straight.accumulating(v, whole=True):
+            loss.backward()
+        straight.weights_of(v, last=v == 4)
+    (name, weight), *_ = module.named_parameters()
+    assert owner.back == [id(weight)]
+    assert torch.equal(owner.places[id(weight)], expected_places[name])
+
+
 @pytest.mark.parametrize("of", ["x", "g"])
 def test_what_waits_may_not_be_changed(of, monkeypatch):
     """The first step, in which nothing waits, sees who does that; later it is refused."""
