@@ -262,7 +262,7 @@ class StraightIntoPlace:
 
         Raises RuntimeError where it is not computed yet.
         """
-        if versions_of(entry.work) == entry.versions:
+        if changes_of(entry.work) == entry.versions:
             return
         self._never_later.add(id(entry.parameters[0]))
         if not entry.tried:
@@ -396,7 +396,7 @@ class StraightIntoPlace:
             self._compute(parameters, work, now=True)
         if later or (waits and self._steps == 1):
             own = work.alone()
-            entry = Waiting(self._micro_batch, parameters, own, versions_of(own), not later)
+            entry = Waiting(self._micro_batch, parameters, own, changes_of(own), not later)
             self._waiting.setdefault(id(parameters[0]), []).append(entry)
             self._owed.update(id(one) for one in parameters if later)
             if self._whole and not self._waits_on(self._waiting[id(parameters[0])]):
@@ -456,7 +456,7 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
 
 
-def versions_of(work: Work) -> tuple[int, int]:
+def changes_of(work: Work) -> tuple[int, int]:
     """Count the changes in place of what a weight gradient is computed of. Local."""
     return work.g._version, work.x._version
 

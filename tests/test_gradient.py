@@ -419,6 +419,19 @@ def test_short_products_wait_for_one_another_and_give_the_same_bits(monkeypatch)
         assert torch.equal(owner.places[id(parameter)], expected_places[name]), name
 
 
+def whole_backwards(module, owner, batches):
+    """Micro-batches whose backward is not split; their weights are asked for behind it."""
+    straight = StraightIntoPlace(module, owner)
+    straight.begin(len(batches))
+    for v, x in enumerate(batches):
+        with straight.forward():
+            loss = module(x).square().sum()
+        with straight.accumulating(v, whole=True):
+            loss.backward()
+        straight.weights_of(v, last=v == len(batches) - 1)
+        yield v, straight
+
+
 class Twice(nn.Module):
     """A weight that few rows use, then many, then few."""
 
@@ -441,14 +454,7 @@ def test_of_a_whole_backward_short_products_wait_and_none_goes_past_another(monk
         expected_places, _ = run(make(work), batches)
         module = make(work)
         owner = Owner(module)
-        straight = StraightIntoPlace(module, owner)
-        straight.begin(len(batches))
-        for v, x in enumerate(batches):
-            with straight.forward():
-                loss = module(x).square().sum()
-            with straight.accumulating(v, whole=True):
-                loss.backward()
-            straight.weights_of(v, last=v == 2)
+        for v, straight in whole_backwards(module, owner, batches):
             assert sum(entry.rows for due in straight._waiting.values() for entry in due) == waits[v]
         (name, weight), *_ = module.named_parameters()
         assert owner.back == [id(weight)] * 3 * (work is Twice)
@@ -502,15 +508,8 @@ def test_nothing_goes_past_what_waits(what, monkeypatch):
     expected_places, _ = run(make(kind), batches)
     module = make(kind)
     owner = Owner(module)
-    straight = StraightIntoPlace(module, owner)
-    straight.begin(len(batches))
-    for v, x in enumerate(batches):
-        owner.waits = what == "looked up" or v < 2
-        with straight.forward():
-            loss = module(x).square().sum()
-        with straight.accumulating(v, whole=True):
-            loss.backward()
-        straight.weights_of(v, last=v == 4)
+    for v, _ in whole_backwards(module, owner, batches):
+        owner.waits = what == "looked up" or v < 1  # in the next one
     (name, weight), *_ = module.named_parameters()
     assert owner.back == [id(weight)]
     assert torch.equal(owner.places[id(weight)], expected_places[name])

@@ -293,8 +293,7 @@ def timed(
     moment = max(0, living.most - made)
     if not straight.weights:
         return Work(forward, joint, 0.0, kept, joint, 0, moment, gives, made)
-    work = Work(forward, halves[0], halves[1], kept, joint, late, moment, gives, made)
-    return replace(work, together=together)
+    return Work(forward, halves[0], halves[1], kept, joint, late, moment, gives, made, together=together)
 
 
 class MadeUpPlaces:
