@@ -2,10 +2,11 @@
 
 Plain MPI leaves the other ranks waiting for ever in their next collective call. The hook is
 installed when a topology is built, however the program was started, and stands for as long
-as a topology is open.
+as a topology is open. So is the telling where in Python a rank crashed, say by a segmentation fault.
 """
 
 import array
+import faulthandler
 import fcntl
 import sys
 import termios
@@ -26,13 +27,18 @@ PASSED_ON_SECONDS = 0.05  # and to print them: its own message of the abort goes
 
 _open: list[MPI.Intracomm] = []
 _before = (sys.excepthook, threading.excepthook)
+_tells_crashes = False
 
 
 def install(world: MPI.Intracomm) -> None:
     """Make an uncaught exception of any thread abort all ranks of `world`. Local, cheap."""
-    global _before
+    global _before, _tells_crashes
     if not _open:
         _before = (sys.excepthook, threading.excepthook)
+        _tells_crashes = not faulthandler.is_enabled()  # after MPI_Init: MPI's own, of the C stack, follows
+        if _tells_crashes:
+            with suppress(Exception):  # a stderr without a descriptor
+                faulthandler.enable()
         sys.excepthook = end_all_ranks
         threading.excepthook = _thread_hook
     _open.append(world)
@@ -48,6 +54,8 @@ def remove(world: MPI.Intracomm, failing: bool = False) -> None:
     _open[:] = [comm for comm in _open if comm is not world]
     if not _open:
         sys.excepthook, threading.excepthook = _before
+        if _tells_crashes:
+            faulthandler.disable()
 
 
 def end_all_ranks(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

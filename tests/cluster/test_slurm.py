@@ -104,10 +104,10 @@ def test_one_world_of_four_ranks_on_two_nodes(slurm, project):
     assert (end["event"], end["status"], end["step"]) == ("end", "done", 12), text
     assert sum(row["event"] == "start" for row in found) == 1
     assert state == "COMPLETED", text
-    assert "srun --mpi=pmix" in text
+    assert "srun --mpi=pmix" in text, text
     again = submit(slurm, project, "slurm/train.sbatch", "small.toml", "--train.steps", "16")
     _, _, text = wait_for_end(slurm, project, again)
-    assert "from step 12" in text
+    assert "from step 12" in text, text
     assert rows(project / "runs" / "small")[-1]["step"] == 16
 
 
@@ -126,7 +126,7 @@ def test_mpirun_where_slurm_has_no_pmix(slurm, project):
     _, _, text = wait_for_end(slurm, project, job)
     found = rows(project / "runs" / "small")
     assert found, text
-    assert ": mpirun --bind-to none --map-by ppr:2:node," in text
+    assert ": mpirun --bind-to none --map-by ppr:2:node," in text, text
     assert (found[0]["world_size"], found[0]["nodes"]) == (4, 2), text
     assert (found[-1]["event"], found[-1]["status"]) == ("end", "done"), text
 
@@ -165,4 +165,4 @@ def test_without_hpctrain_the_script_says_so(slurm, project):
     job = submit(slurm, project, "slurm/train.sbatch", **bare)
     state, code, text = wait_for_end(slurm, project, job)
     assert (state, code) == ("FAILED", 2), text
-    assert "has no hpctrain: activate its environment before sbatch" in text
+    assert "has no hpctrain: activate its environment before sbatch" in text, text

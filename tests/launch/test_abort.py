@@ -1,6 +1,7 @@
 """A failing rank ends all ranks within seconds, its own message first, however it was started."""
 
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -50,16 +51,16 @@ def test_all_ranks_end_and_the_traceback_is_printed_once(launcher, tmp_path, who
 def test_after_the_topology_is_closed_the_hook_is_gone(launcher, tmp_path):
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""
-        import sys
+        import faulthandler, sys
         from mpi4py import MPI
         from hpctrain.topology import Topology
         before = sys.excepthook
         with Topology.build(MPI.COMM_WORLD):
-            assert sys.excepthook is not before
+            assert sys.excepthook is not before and faulthandler.is_enabled()
             with Topology.build(MPI.COMM_SELF):
                 pass
             assert sys.excepthook is not before
-        assert sys.excepthook is before
+        assert sys.excepthook is before and not faulthandler.is_enabled()
         print("gone")
         """)
     )
@@ -71,6 +72,17 @@ def test_after_the_topology_is_closed_the_hook_is_gone(launcher, tmp_path):
 def test_a_killed_rank_ends_the_job(launcher, tmp_path):
     ended, seconds = start(launcher, tmp_path, [1], "import os; os.kill(os.getpid(), 9)")
     assert ended.status == 137, ended.text
+    assert seconds < 20
+
+
+def test_a_rank_that_crashes_says_where_in_python(launcher, tmp_path):
+    """A segmentation fault in compiled code, a user's say: MPI alone prints addresses."""
+    ended, seconds = start(launcher, tmp_path, [1], "import ctypes; ctypes.string_at(0)")
+    assert ended.status == 139, ended.text
+    assert "Fatal Python error: Segmentation fault" in ended.err
+    assert re.search(r'mine\.py", line \d+ in <module>', ended.err), ended.text
+    assert ended.err.index("Fatal Python error") < ended.err.index("Process received signal")
+    assert "process rank 1" in ended.text
     assert seconds < 20
 
 
