@@ -319,3 +319,56 @@ class Returning(nn.Module):
         x = torch.tanh(self.begin(x))
         again = self.same(x)
         return self.last(self.inner(x) * 0.3 + again * 0.7 + x * 0.1)
+
+
+class Given(nn.Module):
+    """Gives what it got, or a view of it, where nobody sees that; changes in place what it gets."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x):
+        if x.isnan().any().item():
+            raise ValueError("not a number")
+        if self.way == "changes":
+            return x.mul_(0.5)
+        return x.view_as(x) if self.way == "view" else x
+
+
+class Skipping(nn.Module):
+    """Four parts; what the first makes is used by some of the others, in one of several ways."""
+
+    def __init__(self, in_features: int, out_features: int, way: str):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(in_features, WIDTH), Choosing(), Choosing(), Choosing()
+        self.way, self.same, self.last = way, nn.Identity(), nn.Linear(WIDTH, out_features)
+        self.given = Given("view" if way in ("view", "changed") else "same")
+        self.late = Given("changes")
+
+    def forward(self, x):
+        first = self.a(x)
+        wide = torch.tanh(first)
+        other = first
+        if self.way == "identity":
+            other = self.same(first)
+        elif self.way in ("given", "once", "view", "changed"):
+            other = self.given(first)
+        if self.way in ("straight", "identity", "given", "view", "changed"):
+            third = self.c(self.b(first)) + (self.late(other) if self.way == "changed" else other)
+            return self.last(self.d(third) + first * 0.3 + wide)
+        if self.way == "once":
+            return self.last(self.d(self.c(self.b(first))) + other)
+        if self.way == "inplace":
+            side = other = first * 0.9
+            second = self.b(first)
+            side += second
+            third = self.c(second) + side
+            side += third
+            return self.last(self.d(third) + side + other + wide + x.mean(1, keepdim=True))
+        if self.way == "tree":
+            found = {"two": [wide, first], "one": first[:, : WIDTH // 2]}
+            second = self.c(self.b(first))
+            return self.last(self.d(second + found["two"][1]) + found["one"].repeat(1, 2))
+        second = self.b(first)  # which the third part needs nothing of
+        return self.last(self.d(self.c(wide)) + second)

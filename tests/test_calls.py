@@ -197,6 +197,54 @@ def test_what_a_module_gives_back_crosses_once(world, build):
     has_bits_of_one_process(world, job, "Returning")
 
 
+def skipping(build, world, way, **settings):
+    """Its parts on a rank each, or two a rank."""
+    settings = {"micro_batches": 5, "cuts": ["b", "c", "d"], "arguments": {"way": way}, **settings}
+    if world.size == 2:
+        settings |= {"schedule": "interleaved", "micro_batches": 4}
+    return build("Skipping", world.size, module="called_models", **settings)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["straight", "identity", "once", "view", "inplace", "tree", "apart"])
+def test_a_skip_goes_straight_to_who_uses_it(world, build, way):
+    """The bits of one process, whoever uses it, under two names, changed in place on its way, or in a tree."""
+    if world.size not in (2, 4):
+        pytest.skip("four stages on two or four ranks")
+    job = skipping(build, world, way)
+    cut = job.pipeline.cut
+    assert isinstance(cut, Calls)
+    assert cut.stages == 4
+    goes = {stage: cut.part(stage, 4, True).gives for stage in range(4)}
+    expected = {
+        "straight": {1: ["a"], 3: ["tanh"]},
+        "apart": {1: ["a"], 2: ["tanh"]},
+        "once": {1: ["a"], 3: ["given"]},
+    }
+    if way in expected:
+        assert goes[0] == expected[way]
+    if way == "apart":
+        assert goes[1] == {2: [], 3: ["b"]}
+        assert cut.part(2, 4, True).needs == {0: ["tanh"], 1: []}
+    if way == "identity":  # one tensor under two names
+        assert goes[1] == {2: ["a", "same", "b"]}
+    has_bits_of_one_process(world, job, "Skipping")
+    for settings in ({"schedule": "zb-h1"}, {"recompute": "always"}) if way == "inplace" else ():
+        has_bits_of_one_process(world, skipping(build, world, way, **settings), "Skipping")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["given", "changed"])
+def test_one_tensor_that_goes_two_ways_is_refused_where_bits_would_differ(world, build, way):
+    """One process would see the change of a view, or add gradients in another order."""
+    if world.size not in (2, 4):
+        pytest.skip("four stages on two or four ranks")
+    job = skipping(build, world, way)
+    text = {"given": "a and given are one tensor", "changed": "other tensors lay in one memory with it"}[way]
+    with pytest.raises(ConfigError, match=text):
+        job.engine.step(0, job.loader.read(0), 0.0)
+
+
 @pytest.mark.mpi
 def test_without_cuts_the_error_says_to_name_them(world, build):
     if world.size != 2:

@@ -3,7 +3,7 @@
       cuts       encoder.3, decoder.0             named by the user
       followed   the model, encoder, decoder      what has a cut inside: its forward, once a mode, by torch.fx
       called     encoder.0 … 5, decoder.0 … 5     everything else, as it is: it may do what it likes
-      crosses    what later stages still use      from each stage to the next
+      crosses    what later stages still use      from each that uses it straight to the next that does
 
 What is followed is Python that runs once, with stand-ins for tensors: it may pass tensors on and compute with
 them, but nothing may hang on their numbers, shapes or types, nor on what it keeps itself.
@@ -20,13 +20,15 @@ from torch import fx, nn
 from torch.nn import functional
 
 from hpctrain.errors import ConfigError
+from hpctrain.hidden import has_hooks
 from hpctrain.pipeline.follow import GRAD, followed
 from hpctrain.pipeline.layers import Layers, full
+from hpctrain.pipeline.message import SHARES, lie_together
 from hpctrain.pipeline.operators import TAKEN, path_of
 from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, refuse_loops
 from hpctrain.pipeline.stand import IN_PLACE
 from hpctrain.pipeline.trace import Like
-from hpctrain.tensors import shapes_of
+from hpctrain.tensors import shapes_of, tensors_in
 
 VIEWS = ("T", "mT", "H", "mH", "real", "imag")
 """Attributes of a tensor that are tensors."""
@@ -68,10 +70,25 @@ class Calls(Layers):
         calls = self._followed[True].stages[stage]
         return list(dict.fromkeys(path for path in map(path_of, calls) if path))
 
+    def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Each to the next, which hears how many draws there were; to who else uses what it gives."""
+        parts = {s: self._routes(s, True) for s in range(self.stages)}
+        return {s: sorted(p.gives) for s, p in parts.items()}, {s: sorted(p.awaits) for s, p in parts.items()}
+
+    def _routes(self, stage: int, training: bool) -> Part:
+        part = Part()
+        if stage:
+            part.needs[stage - 1], part.returns[stage - 1] = [], []
+        if stage < self.stages - 1:
+            part.gives[stage + 1], part.awaits[stage + 1] = [], []
+        for name, way in self._followed[training].ways.items():
+            part.route(stage, name, way, straight=False)  # one that uses it may change it
+        return part
+
     def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
         """Make the stage's calls."""
-        part = super().part(stage, samples, training, like)
-        run, segment = part.run, self.layers[stage][1]
+        part, segment = self._routes(stage, training), self.layers[stage][1]
+        run = super().part(stage, samples, training, like).run
 
         def in_mode(env: Env, stream: int, begin: int) -> tuple[Env, int]:
             segment.training = training
@@ -84,6 +101,14 @@ class Calls(Layers):
 
     def _begin(self, env: Env) -> Any:
         return {name: env[input_of(name)] for name in self.value}
+
+    def _came(self, stage: int, env: Env) -> Any:
+        inputs = {input_of(name) for name in self.value}
+        return {name: value for name, value in env.items() if name not in inputs}
+
+    def _given(self, stage: int, value: Any, taken: list[torch.Tensor]) -> Env:
+        note_shared(self._followed[self.layers[stage][1].training].ways, stage, value, taken)
+        return value  # type: ignore[no-any-return]
 
     def _call(self, what: str, layer: nn.Module, value: Any) -> Any:
         return layer(value)  # each of its calls says what fails in it
@@ -157,13 +182,10 @@ class Followed:
         self.stages = parts_first({stage: calls[start:stop] for stage, (start, stop) in enumerate(ranges)})
         self.output = nodes[-1].args[0]
         self.given_out = nodes[-1].all_input_nodes
-        last = {a: at for at, mine in self.stages.items() for node in mine for a in node.all_input_nodes}
-        last |= dict.fromkeys(self.given_out, max(self.stages))
-        made = {node: at for at, mine in self.stages.items() for node in mine}
-        made |= {node: 0 for node in nodes if node.op == "placeholder"}
+        self.ways = self._ways([node for node in nodes if node.op == "placeholder"])
+        """By value: the stages that it goes to: where it is made, then from each that uses it to the next."""
         self.crosses = {
-            at: [node.name for node, home in made.items() if home <= at < last.get(node, home)]
-            for at in self.stages
+            at: [name for name, way in self.ways.items() if way[0] <= at < way[-1]] for at in self.stages
         }
         """By stage: what later ones still use."""
         self._gone = {at: self._ends(mine, self.crosses[at]) for at, mine in self.stages.items()}
@@ -173,6 +195,33 @@ class Followed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Followed":
         return self  # it has no numbers of its own
+
+    def _ways(self, given: list[fx.Node]) -> dict[str, list[int]]:
+        home = dict.fromkeys(given, 0)
+        home |= {node: stage for stage, calls in self.stages.items() for node in calls}
+        users: dict[fx.Node, set[int]] = {node: set() for node in home}
+        for node in home.keys() & {*self.given_out}:
+            users[node].add(max(self.stages))
+        for node, at in home.items():
+            for a in home.keys() & {*node.all_input_nodes}:
+                users[a].add(at)
+        first = dict[fx.Node, fx.Node]()
+        together: dict[fx.Node, set[int]] = {}
+        for node, own in users.items():  # what is one tensor goes one way: its gradients add in order then
+            first[node] = first.get(self._same(node), node)
+            together.setdefault(first[node], set()).update(own)
+        ways = dict[str, list[int]]()
+        for node, own in users.items():
+            behind = sorted(at for at in together[first[node]] if home[node] < at <= max(own, default=0))
+            if behind:
+                ways[node.name] = [home[node], *behind]
+        return ways
+
+    def _same(self, node: fx.Node) -> Any:
+        """Give what a call gives back as it is, if that is known: it changes it, or is nn.Identity. Local."""
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        identity = type(module) is nn.Identity and not has_hooks(module)
+        return node.args[0] if (identity or in_place(node)) and node.args else None
 
     def _ends(self, calls: list[fx.Node], kept: list[str]) -> dict[fx.Node, list[str]]:
         """Say behind which call each value is wanted no more."""
@@ -185,7 +234,7 @@ class Followed:
     def run(self, owner: nn.Module, stage: int, given: Env) -> Any:
         """Make a stage's calls, with modules and tensors of `owner`. Local.
 
-        `given`: what the stage before gave, or the model's inputs.
+        `given`: what came from stages before, or the model's inputs; what of it later stages use is given on.
         """
         env = dict(given) if stage else {name: given[of] for name, of in self.placeholders.items()}
         fresh: dict[str, Any] = {}
@@ -227,7 +276,7 @@ class Followed:
                 )
         if stage == max(self.stages):
             return fx.node.map_arg(self.output, value)
-        return {name: env[name] for name in self.crosses[stage]}
+        return {name: env[name] for name in self.crosses[stage] if name in env}
 
     def _tensor(self, owner: nn.Module, name: str) -> Any:
         try:
@@ -243,6 +292,30 @@ class Followed:
         if node.meta.get(TAKEN):
             return getattr(functional, node.meta[TAKEN])(*arguments, **named)
         return node.target(*arguments, **named)  # type: ignore[operator]
+
+
+def note_shared(ways: dict[str, list[int]], stage: int, found: Env, taken: list[torch.Tensor]) -> None:
+    """Note on what leaves a stage in several directions that it lies in one memory. Local.
+
+    `ways` as `Followed` has them; `taken` is what came. Raises ConfigError for one tensor under two names
+    whose gradients would come back in another order than in one process.
+    """
+    goes = {name: way[way.index(stage) + 1 :] for name, way in ways.items() if name in found}
+    leaves = [
+        (name, leaf) for name in goes for leaf in tensors_in(found[name]) if leaf.layout == torch.strided
+    ]
+    noted = [leaf for leaf in taken if getattr(leaf, SHARES, False)]
+    for name, leaf in leaves if noted or len({way[0] for way in goes.values()}) > 1 else ():
+        others = [(other, one) for other, one in leaves if goes[other][0] != goes[name][0]]
+        if any(lie_together(leaf, one) for one in [*noted, *(one for _, one in others)]):
+            setattr(leaf, SHARES, True)
+        for other, one in others:
+            if one is leaf and leaf.requires_grad and goes[name][0] < goes[other][0] and len(goes[name]) > 1:
+                raise ConfigError(
+                    f"parallel.cuts: {name} and {other} are one tensor, which stages {goes[name]} and "
+                    f"{goes[other]} use by these names: its gradients would add up in another order than in "
+                    f"one process; let the module that gives what it got give x.view_as(x), or cut elsewhere"
+                )
 
 
 def parts_first(stages: dict[int, list[fx.Node]]) -> dict[int, list[fx.Node]]:

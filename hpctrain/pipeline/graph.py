@@ -273,21 +273,8 @@ class Graph:
                 wanted.setdefault(name, set()).add(last)
         part = Part()
         for name, stages in wanted.items():
-            if stage in stages and home[name] < stage:
-                part.needs.setdefault(home[name], []).append(name)
-            if home[name] == INPUT:
-                continue
-            chain = [home[name], *sorted(other for other in stages if other > home[name])]
-            if stage not in chain:
-                continue
-            if home[name] == stage:
-                for other in chain[1:]:
-                    part.gives.setdefault(other, []).append(name)
-            at = chain.index(stage)
-            if at + 1 < len(chain):
-                part.awaits.setdefault(chain[at + 1], []).append(name)
-            if at:
-                part.returns.setdefault(chain[at - 1], []).append(name)
+            way = [home[name], *sorted(other for other in stages if other > home[name])]
+            part.route(stage, name, way, straight=True)
         mine = [node for node in traced.nodes if traced.stage[node.name] == stage]
         numbers, count = {}, 0
         for node in traced.nodes:

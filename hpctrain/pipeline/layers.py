@@ -208,11 +208,11 @@ class Layers:
         drawing = self._drawing[stage, training]
 
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
-            value = self._begin(env) if stage == 0 else env[f"value {stage - 1}"]
+            value = self._begin(env) if stage == 0 else self._came(stage, env)
             if changes and stage:
-                value = changed_once(torch.clone, value)
+                value = changed_once(cloned, value)
             taken = tensors_in(value) if stage else []
-            shared = len(taken) > 1 and any(getattr(leaf, SHARES, False) for leaf in tensors_in(env))
+            shared = any(getattr(leaf, SHARES, False) for leaf in taken)
             versions = [leaf._version for leaf in taken]
             first = self._looked[stage, training] < FORWARDS
             counted = first and drawing.counts
@@ -237,10 +237,10 @@ class Layers:
             if shared and versions != [leaf._version for leaf in taken]:
                 raise ConfigError(
                     f"stage {stage} (layers {shown[0]} to {shown[-1]}) changes in place what it got, "
-                    f"and several tensors that layer {self.shown[start - 1]} gives lie in one memory, "
-                    f"which they do not at this end: change nothing there, or cut elsewhere (parallel.cuts)"
+                    f"and other tensors lay in one memory with it where it comes from, which they do not at "
+                    f"this end: change nothing there, or cut elsewhere (parallel.cuts)"
                 )
-            return {"output" if last else f"value {stage}": value}, counting.count
+            return {"output": value} if last else self._given(stage, value, taken), counting.count
 
         before = {stage - 1: [f"value {stage - 1}"]} if stage else {}
         behind = {} if last else {stage + 1: [f"value {stage}"]}
@@ -249,6 +249,14 @@ class Layers:
     def _begin(self, env: Env) -> Any:
         """Give what the first layer gets."""
         return next(iter(env.values()))
+
+    def _came(self, stage: int, env: Env) -> Any:
+        """Give what a later stage's first layer gets, of what came."""
+        return env[f"value {stage - 1}"]
+
+    def _given(self, stage: int, value: Any, taken: list[torch.Tensor]) -> Env:
+        """Name what a stage's last layer gave, when the first had taken these."""
+        return {f"value {stage}": value}
 
     def _call(self, what: str, layer: nn.Module, value: Any) -> Any:
         """Call a layer, and say which one it was that failed."""
@@ -259,6 +267,14 @@ class Layers:
             raise
         gave(what.__str__, found)
         return found
+
+
+def cloned(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy what came, with the note that others share its memory where it comes from. Local."""
+    found = tensor.clone()
+    if hasattr(tensor, SHARES):
+        setattr(found, SHARES, True)
+    return found
 
 
 def full(layer: str, own: str) -> str:

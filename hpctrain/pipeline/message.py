@@ -36,7 +36,7 @@ CROSSING = (
 MOST_KNOWN = 256
 MOST_PLACES = 1 << 22
 SHARES = "_shares_memory_with_others"
-"""Attribute of a tensor that came: where it was sent from, others of the message lie in its memory, too."""
+"""Attribute of a tensor that crosses: where it is sent from, others that cross lie in its memory, too."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,8 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
                 laid = laid.to("cpu").resolve_conj().resolve_neg()
             flat, gaps = memory_of(laid)
             behind = laid.data_ptr() % LINE
-            shares = any(lie_together(leaf, other) for other in leaves if other is not leaf)
+            shares = getattr(leaf, SHARES, False)
+            shares = shares or any(lie_together(leaf, other) for other in leaves if other is not leaf)
             kind, shape, grad = name_of(leaf.dtype), tuple(leaf.shape), leaf.requires_grad
             listed.append(("t", kind, shape, laid.stride(), grad, behind, gaps, shares))
             parts.append(Raw(flat.data_ptr(), flat.nbytes, flat))

@@ -40,6 +40,26 @@ class Part:
     run: Callable[[Env, int, int], tuple[Env, int]] = lambda env, stream, start: (env, start)
     """(values, stream, draws so far) to (values to give; the model's output under "output"), draws so far."""
 
+    def route(self, stage: int, name: str, way: list[int], straight: bool) -> None:
+        """Enter what this stage has to do with a value: its producer (or INPUT), then who uses it, in order.
+
+        `straight`: all users get it from the producer, which is right if none changes it; else each from the
+        one before. Local.
+        """
+        if stage not in way:
+            return
+        before, behind = way[: way.index(stage)], way[way.index(stage) + 1 :]
+        if before:
+            self.needs.setdefault(before[0 if straight else -1], []).append(name)
+        if way[0] == INPUT:
+            return
+        if before:
+            self.returns.setdefault(before[-1], []).append(name)
+        if behind:
+            self.awaits.setdefault(behind[0], []).append(name)
+        for other in behind[:1] if not straight else () if before else behind:
+            self.gives.setdefault(other, []).append(name)
+
 
 class Cut(Protocol):
     """A model in stages. All is local, but for `place` with scales."""

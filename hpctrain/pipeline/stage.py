@@ -202,9 +202,8 @@ class Stage:
     def receive_gradient(self, v: int, part: Part) -> None:
         """Take the gradients of what was sent, and of what later stages use too."""
         kept, failures = self.kept[v], list[Exception]()
-        values = {**kept.found}
-        for given in kept.received.values():
-            values.update(given)
+        values = {name: value for given in kept.received.values() for name, value in given.items()}
+        values |= kept.found  # what came and goes on may have been changed here
         for source, names in sorted(part.awaits.items(), reverse=True):
             try:
                 found, _ = self.transport.receive(*self.of(source, BACKWARD), v)
