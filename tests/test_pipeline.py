@@ -336,7 +336,7 @@ def test_tensors_of_one_memory_may_cross_but_not_be_changed(world, build, cuts):
         has_bits_of_one_process(world, job, "parts_row")
         return
     with pytest.raises(
-        ConfigError, match=r"stage 1 \(layers 2 to 3\) changes in place .* layer 1 gives lie in one"
+        ConfigError, match=r"stage 1 \(layers 2 to 3\) changes in place .* other tensors lay in one memory"
     ):
         job.engine.step(0, job.loader.read(0))
 
