@@ -11,13 +11,7 @@ and for an embedding only the rows that were looked up are added, place[i] ← p
 autograd makes a whole table of mostly zeros. Convolutions and norms have no kernel that writes
 where it is told: theirs are added, which is little beside their own work, and autograd does it.
 
-In a pipeline what linear layers and convolutions compute for their weights may wait, so that the gradient
-that another stage waits for leaves first. Products of few rows wait longer, for those of other micro-batches:
-
-      layer by layer    place ← place + g₀ᵀ·x₀    place ← place + g₁ᵀ·x₁    place ← place + g₂ᵀ·x₂
-
-so all but the first find the place in the caches, and the sum has the same order. They may also become one
-product (`fast`): the place is passed over once for all of them, but the sum has another order.
+What is computed so may wait (`waiting.py`).
 
 The user's module is not touched: while the forward runs, others stand in `torch.nn.functional`, which take
 each call of `functions.py`'s layers whose weight has a place. Everything that could tell the difference
@@ -25,11 +19,9 @@ takes autograd's own way: hooks on the weight, gradients of gradients, `torch.au
 the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,20 +30,13 @@ from hpctrain import products
 from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
 from hpctrain.modes import Replaced, watched
 from hpctrain.products import LaidWeights
-from hpctrain.tensors import storages
+from hpctrain.waiting import Order, WaitingGradients
 
 SMALLEST = 2**17
 """Elements: below it a call of ours costs more than the passes over memory that it saves (measured)."""
 
 SMALLEST_FILTER = 1024
 """The same for convolutions, whose work is many times that of a product with their weight."""
-
-MERGED_ROWS = 512
-"""Rows of a product that is long enough: merging more gains nothing."""
-
-WAITING_SHARE, TOGETHER = 0.25, 3
-"""Of a weight's memory, what waits for its gradient may take as much; and how many products it must be, at
-least: of two, one pass over the memory is saved, and other stages may wait for that (measured)."""
 
 WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
@@ -73,7 +58,7 @@ CALLED = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 """Functions of `torch.nn.functional` whose calls are seen."""
 
 
-class Places(Protocol):
+class Places(Order, Protocol):
     """Where weight gradients go."""
 
     def place(self, parameter: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
@@ -82,61 +67,25 @@ class Places(Protocol):
     def filled(self, parameter: torch.Tensor) -> None:
         """Note that a gradient has been added in its place."""
 
-    def later(self, *parameters: torch.Tensor) -> bool:
-        """Tell whether gradients may be computed after their backward; if so they are waited for."""
-
     def left(self, *parameters: torch.Tensor, waits: bool) -> bool:
         """Tell whether autograd may bring a layer's gradients, in the same order of the sum; it will then.
 
         `waits`: they would rather be computed later, if they may.
         """
 
-    def caught_up(self, parameter: torch.Tensor) -> None:
-        """Note that no gradient of the parameter waits any more."""
 
-    def taken_back(self, parameter: torch.Tensor) -> None:
-        """The same within a backward, which may bring more of them."""
-
-
-class Waiting(NamedTuple):
-    """Weight gradients of a micro-batch that wait to be computed."""
-
-    micro_batch: int
-    parameters: list[nn.Parameter]
-    work: Work
-    versions: tuple[int, int]
-    """Changes in place of the work's tensors, which nobody may change while it waits."""
-    tried: bool
-    """Whether it is computed by now, and waits to see if somebody does."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of a product; of what is none, more than any."""
-        return self.work.g.size(0) if isinstance(self.work, Product) else sys.maxsize
-
-
-class StraightIntoPlace:
+class StraightIntoPlace(WaitingGradients):
     """`forward` is entered for the forward, `accumulating` for the backward that fills the places."""
 
     def __init__(self, module: nn.Module, places: Places, fast: bool = False) -> None:
         """Take what gives places; `fast`: products that wait may become one, in another order of sums."""
-        self._places, self.fast = places, fast
+        super().__init__(places, fast)
+        self._places: Places = places
         self.laid, self.by_onednn = LaidWeights(), False
         """Weights laid for a step's products; whether oneDNN may compute them, asked at each forward."""
         self._active, self._micro_batch, self._whole = False, -1, False
-        self._waiting: dict[int, list[Waiting]] = {}
-        """By the weight's id, in the order of the backward passes."""
         self.terms: dict[nn.Parameter, torch.Tensor] | None = None
         """Sums of |g|ᵀ·|x| of each weight's products, if someone wants them: `verify` does."""
-        self._owed = Counter[int]()
-        """How many gradients of a parameter wait, by its id: layers of several weights may share a bias."""
-        self._steps = 0
-        self._never_later: set[int] = set()
-        """Weights whose gradients never wait: those of embeddings, where the order of the sum would be
-        another, and of layers whose tensors were changed in place meanwhile."""
-        self._at_once: set[int] = set()
-        """Weights whose gradients wait only in the micro-batches that come `behind`."""
-        self._behind: Container[int] = ()
         self._forward_of = -1
         self._called: set[int] = set()
         """Weights and biases of convolutions that were called in this forward."""
@@ -150,13 +99,6 @@ class StraightIntoPlace:
         """Modes that are on when a forward begins."""
         takers: list[Callable[..., Any]] = [self._linear, self._embedding, *3 * [self._convolution]]
         self._taking = Replaced(dict(zip(CALLED, takers, strict=True)))
-
-    def at_once(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Let what these add to their gradients wait only in the last micro-batches, those `behind`. Local.
-
-        For them a split backward is dear: there it is repaid, as the other stages wait for the last one.
-        """
-        self._at_once.update(map(id, parameters))
 
     def forward(self, micro_batch: int = -1) -> AbstractContextManager[None]:
         """Give what watches the calls of a forward; it costs nothing where no layer could gain. Local.
@@ -191,102 +133,8 @@ class StraightIntoPlace:
         `waits`: this rank waits for another's activations first; `behind`: the micro-batches whose weight
         gradients are computed when all gradients that others wait for have left.
         """
-        self._behind = behind
-        self._steps += 1
-        self._waiting.clear()
-        self._owed.clear()
+        self.nothing_waits(behind)
         self.laid.begin(micro_batches, waits)
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Memory that what waits for `weights_of` holds."""
-        works = (entry.work for waiting in self._waiting.values() for entry in waiting)
-        return sum(storages(tensor for work in works for tensor in (work.g, work.x)).values())
-
-    @property
-    def together_bytes(self) -> int:
-        """Memory that products which wait now may hold at most, waiting for other micro-batches'."""
-        waiting = (due[0].parameters[0] for due in self._waiting.values() if self._waits_on(due))
-        return sum(int(WAITING_SHARE * weight.nbytes) for weight in waiting)
-
-    @torch.no_grad()
-    def weights_of(self, micro_batch: int, last: bool) -> None:
-        """Compute the products that wait for a micro-batch or one before it; with `last` all. Local.
-
-        Those of a weight wait for one another where they are short: one after the other they find its
-        gradient in the caches. With `fast` they wait until they are long enough together, and become one.
-        """
-        for at, waiting in list(self._waiting.items()):
-            due = waiting
-            if not last and waiting[-1].micro_batch > micro_batch:
-                due = [entry for entry in waiting if entry.micro_batch <= micro_batch]
-            if not due or (not last and self._waits_on(due)):
-                continue
-            for one in self._compute_all(at, len(due)):
-                self._places.caught_up(one)
-
-    @torch.no_grad()
-    def catch_up(self, parameter: torch.Tensor) -> None:
-        """Compute what waits for a parameter, before anything else joins its gradient. Local."""
-        for at, waiting in list(self._waiting.items()):
-            if any(one is parameter for entry in waiting for one in entry.parameters):
-                for one in self._compute_all(at, len(waiting)):
-                    if one is parameter:
-                        self._places.taken_back(one)
-                    else:
-                        self._places.caught_up(one)
-
-    def _compute_all(self, at: int, count: int) -> list[nn.Parameter]:
-        """Compute the first works that wait for a weight, by its id; give for what none waits any more."""
-        due, rest = self._waiting[at][:count], self._waiting[at][count:]
-        if rest:
-            self._waiting[at] = rest
-        else:
-            del self._waiting[at]
-        for entry in due:
-            self._look(entry)
-        due = [entry for entry in due if not entry.tried]
-        works = [entry.work for entry in due if isinstance(entry.work, Product)]
-        if self.fast and len(works) > 1:
-            merged = Product(torch.cat([p.g for p in works]), torch.cat([p.x for p in works]))
-            self._compute(due[0].parameters, merged)
-        else:
-            for entry in due:
-                self._compute(entry.parameters, entry.work)
-        self._owed.subtract(id(one) for entry in due for one in entry.parameters)
-        every = {id(one): one for entry in due for one in entry.parameters}
-        return [one for at, one in every.items() if not self._owed[at]]
-
-    def _look(self, entry: Waiting) -> None:
-        """See that nobody has changed what waited; a weight for which someone has never waits again. Local.
-
-        Raises RuntimeError where it is not computed yet.
-        """
-        if changes_of(entry.work) == entry.versions:
-            return
-        self._never_later.add(id(entry.parameters[0]))
-        if not entry.tried:
-            raise RuntimeError(
-                f"what a layer with a weight of shape {tuple(entry.parameters[0].shape)} was given, or the "
-                f"gradient of what it gave, was changed in place behind its backward, as it was not in the "
-                f"first step; in stages its weight gradient is computed later: change a copy"
-            )
-
-    def _waits_on(self, due: Sequence[Waiting]) -> bool:
-        """Whether products of a weight that are due rather wait for more of them. Local."""
-        rows = sum(entry.rows for entry in due)
-        if self.fast:
-            return rows < MERGED_ROWS
-        weight = due[0].parameters[0]
-        return rows < rows_together(weight) and is_short(due[-1].work, weight)
-
-    def _may_wait(self, parameters: Iterable[torch.Tensor], micro_batch: int) -> bool:
-        """Whether what parameters get from a micro-batch may wait, as far as it is known here. Local."""
-        ids = [*map(id, parameters)]
-        barred = not self._never_later.isdisjoint(ids) or (
-            micro_batch not in self._behind and not self._at_once.isdisjoint(ids)
-        )
-        return micro_batch >= 0 and not barred
 
     def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether a convolution's gradients are left to torch: calling ours costs some percent. Local.
@@ -295,7 +143,7 @@ class StraightIntoPlace:
         """
         ids = {id(one) for one in (weight, bias) if one is not None}
         parameters = [one for one in (weight, bias) if one is not None and one.requires_grad]
-        waits = self._may_wait(parameters, self._forward_of)
+        waits = self.may_wait(parameters, self._forward_of)
         first = self._called.isdisjoint(ids)
         self._called |= ids
         return first and self._places.left(*parameters, waits=waits)
@@ -386,26 +234,9 @@ class StraightIntoPlace:
         for parameter in parameters:
             if not self.fills(parameter, dtype):
                 return False
-        waits = self._may_wait(parameters, self._micro_batch)
-        if waits and self._whole:  # of one weight none goes past another
-            waits = id(parameters[0]) in self._waiting or is_short(work, parameters[0])
-        later = waits and self._places.later(*parameters)
-        if not later:
-            if parameters[0] in self:
-                self.catch_up(parameters[0])
+        if not self._wait(parameters, work, self._micro_batch, self._whole):
             self._compute(parameters, work, now=True)
-        if later or (waits and self._steps == 1):
-            own = work.alone()
-            entry = Waiting(self._micro_batch, parameters, own, changes_of(own), not later)
-            self._waiting.setdefault(id(parameters[0]), []).append(entry)
-            self._owed.update(id(one) for one in parameters if later)
-            if self._whole and not self._waits_on(self._waiting[id(parameters[0])]):
-                self.catch_up(parameters[0])  # else one of many uses in a backward held them all
         return True
-
-    def __contains__(self, parameter: torch.Tensor) -> bool:
-        """Whether something waits for a parameter's gradient. Local."""
-        return self._owed[id(parameter)] > 0
 
     def _compute(self, parameters: list[nn.Parameter], work: Work, now: bool = False) -> None:
         if isinstance(work, Product):
@@ -454,30 +285,6 @@ def seen(module: nn.Module) -> dict[int, torch.Tensor]:
     smallest = {True: SMALLEST_FILTER, False: SMALLEST}
     found = (w for w in weights if isinstance(w, torch.Tensor) and w.is_leaf and w.is_floating_point())
     return {id(w): w for w in found if w.numel() >= smallest[w.ndim > 2]}
-
-
-def changes_of(work: Work) -> tuple[int, int]:
-    """Count the changes in place of what a weight gradient is computed of. Local."""
-    return work.g._version, work.x._version
-
-
-def is_short(work: Work, weight: torch.Tensor) -> bool:
-    """Whether what adds to a weight's gradient gains by waiting for that of other micro-batches. Pure.
-
-    Not where it would hold much more memory than its own: that of a tensor of which it has a few rows.
-    """
-    if not isinstance(work, Product) or TOGETHER * work.g.size(0) > rows_together(weight):
-        return False
-    return all(t.untyped_storage().nbytes() <= 2 * t.nbytes for t in work)
-
-
-def rows_together(weight: torch.Tensor) -> float:
-    """Give how many rows of products wait for a weight's gradient before they are computed. Pure.
-
-    >>> rows_together(torch.empty(1024, 1024))
-    128.0
-    """
-    return WAITING_SHARE * weight.numel() / max(1, sum(weight.shape))
 
 
 def plain(x: Any, weight: torch.Tensor, layouts: Container[Any] = USUAL, bias: Any = None) -> bool:

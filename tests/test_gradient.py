@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hpctrain import gradient, products
+from hpctrain import gradient, products, waiting
 from hpctrain.averaging.across import Bucket
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.space import deal
@@ -376,7 +376,7 @@ def row():
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-def waiting(batches, merges, after):
+def postponed(batches, merges, after):
     """Gradients whose products wait; `after` micro-batch v those of some are computed."""
     module = make(row)
     owner = Owner(module)
@@ -396,7 +396,7 @@ def waiting(batches, merges, after):
 def test_products_that_wait_give_the_same_bits():
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(4)]
     expected_places, _ = run(make(row), batches)
-    found = list(waiting(batches, False, {1: [0], 3: [1, 2, 3]}))
+    found = list(postponed(batches, False, {1: [0], 3: [1, 2, 3]}))
     counts, (_, owner, _, module) = [count for _, _, count, _ in found], found[-1]
     assert counts == [0, 3, 0, 9], "three weights, a product each of a micro-batch"
     assert len(owner.caught) == 3
@@ -406,12 +406,12 @@ def test_products_that_wait_give_the_same_bits():
 
 def test_short_products_wait_for_one_another_and_give_the_same_bits(monkeypatch):
     """Four of 7 rows are enough for the first weight, 5 x 6; of the others two would be, and none waits."""
-    monkeypatch.setattr(gradient, "WAITING_SHARE", 8.0)
-    enough = [gradient.rows_together(layer.weight) for layer in make(row)[::2]]
+    monkeypatch.setattr(waiting, "WAITING_SHARE", 8.0)
+    enough = [waiting.rows_together(layer.weight) for layer in make(row)[::2]]
     assert enough == [240 / 11, 160 / 9, 64 / 6]
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(7)]
     expected_places, _ = run(make(row), batches)
-    found = list(waiting(batches, False, {v: [v] for v in range(7)}))
+    found = list(postponed(batches, False, {v: [v] for v in range(7)}))
     counts, (_, owner, _, module) = [count for _, _, count, _ in found], found[-1]
     assert counts == [2, 2, 2, 6, 2, 2, 5]
     assert len(owner.caught) == 2 * 7 + 2
@@ -448,7 +448,7 @@ def test_of_a_whole_backward_short_products_wait_and_none_goes_past_another(monk
 
     What waits is computed with the first that is long, or as soon as it is enough.
     """
-    monkeypatch.setattr(gradient, "rows_together", lambda weight: 20.0)
+    monkeypatch.setattr(waiting, "rows_together", lambda weight: 20.0)
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(3)]
     for work, waits in ((Twice, [2, 2, 0]), (lambda: nn.Linear(6, 6, bias=False), [0, 0, 0])):
         expected_places, _ = run(make(work), batches)
@@ -473,7 +473,7 @@ class First(nn.Module):
 
 
 def test_a_product_that_holds_a_large_tensor_does_not_wait(monkeypatch):
-    monkeypatch.setattr(gradient, "rows_together", lambda weight: 20.0)
+    monkeypatch.setattr(waiting, "rows_together", lambda weight: 20.0)
     module = make(First)
     straight = StraightIntoPlace(module, Owner(module))
     for tokens, waits in ((2, True), (3, False)):
@@ -502,7 +502,7 @@ class LaterLookedUp(nn.Module):
 
 @pytest.mark.parametrize("what", ["looked up", "at once"])
 def test_nothing_goes_past_what_waits(what, monkeypatch):
-    monkeypatch.setattr(gradient, "rows_together", lambda weight: 100.0)
+    monkeypatch.setattr(waiting, "rows_together", lambda weight: 100.0)
     kind = LaterLookedUp if what == "looked up" else lambda: nn.Linear(6, 20, bias=False)
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(5)]
     expected_places, _ = run(make(kind), batches)
@@ -518,7 +518,7 @@ def test_nothing_goes_past_what_waits(what, monkeypatch):
 @pytest.mark.parametrize("of", ["x", "g"])
 def test_what_waits_may_not_be_changed(of, monkeypatch):
     """The first step, in which nothing waits, sees who does that; later it is refused."""
-    monkeypatch.setattr(gradient, "rows_together", lambda weight: 100.0)
+    monkeypatch.setattr(waiting, "rows_together", lambda weight: 100.0)
     module, batch = make(lambda: nn.Linear(6, 6, bias=False)), torch.ones(3, 6)
     owner = Owner(module)
     straight = StraightIntoPlace(module, owner)
@@ -549,8 +549,8 @@ def test_merged_products_are_one(monkeypatch):
     """Up to the rounding of 28 terms in another order."""
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(4)]
     expected_places, _ = run(make(row), batches)
-    monkeypatch.setattr(gradient, "MERGED_ROWS", 14)
-    found = list(waiting(batches, True, {v: [v] for v in range(4)}))
+    monkeypatch.setattr(waiting, "MERGED_ROWS", 14)
+    found = list(postponed(batches, True, {v: [v] for v in range(4)}))
     counts, (_, owner, _, module) = [count for _, _, count, _ in found], found[-1]
     assert counts == [0, 3, 0, 3], "two micro-batches each are long enough"
     for name, parameter in module.named_parameters():

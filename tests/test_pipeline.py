@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from hpctrain import assemble, gradient, portion, products
+from hpctrain import assemble, gradient, portion, products, waiting
 from hpctrain.averaging import links
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.node import Node
@@ -435,8 +435,8 @@ def test_what_is_dear_to_split_waits_behind_the_last_gradient(
 @pytest.mark.parametrize("model", ["plain_row", "Skips", "Tied"])
 def test_short_products_wait_for_one_another(world, build, waits, model, schedule, monkeypatch):
     """Whole backward passes too let them; those of a weight are computed one after the other, to the same bits."""
-    monkeypatch.setattr(gradient, "rows_together", lambda weight: 5)  # of 1 or 2 rows each
-    monkeypatch.setattr(gradient, "TOGETHER", 1)
+    monkeypatch.setattr(waiting, "rows_together", lambda weight: 5)  # of 1 or 2 rows each
+    monkeypatch.setattr(waiting, "TOGETHER", 1)
     computed, real = [], gradient.StraightIntoPlace._compute
 
     def noting(self, parameters, work, now=False):
@@ -468,8 +468,8 @@ def test_what_waits_is_computed_as_it_was_and_in_its_turn(world, build, waits, m
         pytest.skip("two or three stages")
     if model == "moves_row" and schedule in ("gpipe", "interleaved"):
         pytest.skip("torch refuses that a forward changes what the backward of another needs")
-    monkeypatch.setattr(gradient, "rows_together", lambda weight: 1000)
-    monkeypatch.setattr(gradient, "TOGETHER", 1)
+    monkeypatch.setattr(waiting, "rows_together", lambda weight: 1000)
+    monkeypatch.setattr(waiting, "TOGETHER", 1)
     cuts = {} if schedule == "interleaved" else {"cuts": ["2", "3"][: world.size - 1]}
     rounds = Optimizer("torch.optim.SGD", {"lr": 1.0})  # a rounding of a gradient is one of a weight
     job = build(model, world.size, micro_batches=5, schedule=schedule, optimizer=rounds, **cuts)
