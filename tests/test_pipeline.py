@@ -420,8 +420,8 @@ def test_what_is_dear_to_split_waits_behind_the_last_gradient(
     """In as many micro-batches as have their weight gradients there; none on the first stage, for which none waits."""
     if world.size not in layouts(world.size):
         pytest.skip("as many stages as ranks, two at least")
-    waited, real = set(), gradient.Waiting
-    monkeypatch.setattr(gradient, "Waiting", lambda v, *rest: waited.add(v) or real(v, *rest))
+    waited, real = set(), waiting.Entry
+    monkeypatch.setattr(waiting, "Entry", lambda v, *rest: waited.add(v) or real(v, *rest))
     cuts = {2: ["2"], 3: ["2", "3"], 4: ["2", "3", "5"]}[world.size]  # each stage has what may wait
     job = build("convolved_row", world.size, micro_batches=5, schedule=schedule, cuts=cuts)
     job.engine.straight.at_once(job.engine.module.parameters())
