@@ -321,6 +321,18 @@ class Returning(nn.Module):
         return self.last(self.inner(x) * 0.3 + again * 0.7 + x * 0.1)
 
 
+class Stored(nn.Module):
+    """Gives a dictionary, or changes one that it gets."""
+
+    def forward(self, x, found=None):
+        if x.isnan().any().item():
+            raise ValueError("not a number")
+        if found is None:
+            return {"value": torch.tanh(x), "none": None}
+        found["value"] = found["value"] + x
+        return 0.9 * x
+
+
 class Given(nn.Module):
     """Gives what it got, or a view of it, where nobody sees that; changes in place what it gets."""
 
@@ -344,7 +356,9 @@ class Skipping(nn.Module):
         self.a, self.b, self.c, self.d = nn.Linear(in_features, WIDTH), Choosing(), Choosing(), Choosing()
         self.way, self.same, self.last = way, nn.Identity(), nn.Linear(WIDTH, out_features)
         self.given = Given("view" if way in ("view", "changed") else "same")
-        self.late = Given("changes")
+        self.late, self.stored, self.store = Given("changes"), Stored(), Stored()
+        self.twice, self.relu = nn.Sequential(nn.Identity(), nn.Identity()), nn.ReLU(inplace=True)
+        self.register_buffer("mean", torch.linspace(-0.1, 0.1, WIDTH))
 
     def forward(self, x):
         first = self.a(x)
@@ -370,5 +384,48 @@ class Skipping(nn.Module):
             found = {"two": [wide, first], "one": first[:, : WIDTH // 2]}
             second = self.c(self.b(first))
             return self.last(self.d(second + found["two"][1]) + found["one"].repeat(1, 2))
+        if self.way == "parts":  # taken twice, and nothing gives what it got
+            found = self.stored(first)
+            second = self.b(found["value"]) + found["value"]
+            return self.last(self.d(self.c(second) * found["value"]) + found["value"])
+        if self.way == "set":
+            found = self.stored(first)
+            second = self.b(found["value"])
+            found["value"] = found["value"] * 0.5 + second
+            found["new"] = 0.5 * second
+            return self.last(self.d(self.c(second)) + found["value"] + found["new"])
+        if self.way == "stores":
+            found = self.stored(first)
+            second = self.store(self.b(first), found)
+            return self.last(self.d(self.c(second)) + found["value"])
+        if self.way == "shape":
+            side = first * 0.9
+            second = self.b(first)
+            side.unsqueeze_(1)
+            third = self.d(self.c(second))
+            return self.last(third + side.squeeze(1) + side.shape[1])
+        if self.way == "relu":
+            side = first * 0.9
+            second = self.b(first)
+            same = self.relu(side)
+            return self.last(self.d(self.c(second) + same) + side)
+        if self.way == "names":
+            side = first * 0.9
+            same = self.twice(side)
+            second = self.b(first)
+            second = second + same
+            same += second
+            return self.last(self.d(self.c(second)) + side)
+        if self.way == "slice":
+            part = first[:, 1:20]
+            third = self.d(self.c(self.b(first)))
+            third += 1.0
+            return self.last(third + part.sum() + part.expand(3, -1, -1).sum())
+        if self.way == "buffer":
+            mean = self.mean.detach()
+            second = self.c(self.b(first)) + mean
+            with torch.no_grad():
+                mean.mul_(0.9)
+            return self.last(self.d(second))
         second = self.b(first)  # which the third part needs nothing of
         return self.last(self.d(self.c(wide)) + second)

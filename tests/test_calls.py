@@ -197,6 +197,9 @@ def test_what_a_module_gives_back_crosses_once(world, build):
     has_bits_of_one_process(world, job, "Returning")
 
 
+PARTED = ("parts", "set", "stores", "shape", "names", "relu", "slice")
+
+
 def skipping(build, world, way, **settings):
     """Its parts on a rank each, or two a rank."""
     settings = {"micro_batches": 5, "cuts": ["b", "c", "d"], "arguments": {"way": way}, **settings}
@@ -206,7 +209,7 @@ def skipping(build, world, way, **settings):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("way", ["straight", "identity", "once", "view", "inplace", "tree", "apart"])
+@pytest.mark.parametrize("way", ["straight", "identity", "view", "inplace", "tree", "apart", *PARTED])
 def test_a_skip_goes_straight_to_who_uses_it(world, build, way):
     """The bits of one process, whoever uses it, under two names, changed in place on its way, or in a tree."""
     if world.size not in (2, 4):
@@ -219,7 +222,6 @@ def test_a_skip_goes_straight_to_who_uses_it(world, build, way):
     expected = {
         "straight": {1: ["a"], 3: ["tanh"]},
         "apart": {1: ["a"], 2: ["tanh"]},
-        "once": {1: ["a"], 3: ["given"]},
     }
     if way in expected:
         assert goes[0] == expected[way]
@@ -229,18 +231,21 @@ def test_a_skip_goes_straight_to_who_uses_it(world, build, way):
     if way == "identity":  # one tensor under two names
         assert goes[1] == {2: ["a", "same", "b"]}
     has_bits_of_one_process(world, job, "Skipping")
-    for settings in ({"schedule": "zb-h1"}, {"recompute": "always"}) if way == "inplace" else ():
+    for settings in ({"schedule": "zb-h1"}, {"recompute": "always"}) if way in ("inplace", "names") else ():
         has_bits_of_one_process(world, skipping(build, world, way, **settings), "Skipping")
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("way", ["given", "changed"])
-def test_one_tensor_that_goes_two_ways_is_refused_where_bits_would_differ(world, build, way):
+@pytest.mark.parametrize("recompute", ["never", "always"])
+@pytest.mark.parametrize("way", ["given", "once", "changed", "buffer"])
+def test_one_tensor_that_goes_two_ways_is_refused_where_bits_would_differ(world, build, way, recompute):
     """One process would see the change of a view, or add gradients in another order."""
     if world.size not in (2, 4):
         pytest.skip("four stages on two or four ranks")
-    job = skipping(build, world, way)
-    text = {"given": "a and given are one tensor", "changed": "other tensors lay in one memory with it"}[way]
+    job = skipping(build, world, way, recompute=recompute)
+    one = "are one tensor, which goes to stage 1 by the one name and to stage "
+    lay = "other tensors lay in one memory with it"
+    text = {"given": one + "2", "once": one + "3", "changed": lay, "buffer": lay}[way]
     with pytest.raises(ConfigError, match=text):
         job.engine.step(0, job.loader.read(0), 0.0)
 

@@ -9,7 +9,6 @@ What is followed is Python that runs once, with stand-ins for tensors: it may pa
 them, but nothing may hang on their numbers, shapes or types, nor on what it keeps itself.
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
@@ -18,20 +17,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import has_hooks
 from hpctrain.pipeline.follow import GRAD, followed
 from hpctrain.pipeline.layers import Layers, full
-from hpctrain.pipeline.message import SHARES, lie_together
 from hpctrain.pipeline.operators import TAKEN, path_of
 from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, refuse_loops
-from hpctrain.pipeline.stand import IN_PLACE
 from hpctrain.pipeline.trace import Like
-from hpctrain.tensors import shapes_of, tensors_in
-
-VIEWS = ("T", "mT", "H", "mH", "real", "imag")
-"""Attributes of a tensor that are tensors."""
+from hpctrain.pipeline.ways import in_place, note_shared, parts_first, ways_of
+from hpctrain.tensors import shapes_of
 
 
 class Calls(Layers):
@@ -104,10 +99,13 @@ class Calls(Layers):
 
     def _came(self, stage: int, env: Env) -> Any:
         inputs = {input_of(name) for name in self.value}
-        return {name: value for name, value in env.items() if name not in inputs}
+        came = {name: value for name, value in env.items() if name not in inputs}
+        return _pytree.tree_map(lambda leaf: leaf, came)  # containers of its own, which it may change
 
     def _given(self, stage: int, value: Any, taken: list[torch.Tensor]) -> Env:
-        note_shared(self._followed[self.layers[stage][1].training].ways, stage, value, taken)
+        segment = self.layers[stage][1]
+        own = {tensor.untyped_storage().data_ptr() for tensor in [*segment.parameters(), *segment.buffers()]}
+        note_shared(self._followed[segment.training].ways, stage, value, taken, own)
         return value  # type: ignore[no-any-return]
 
     def _call(self, what: str, layer: nn.Module, value: Any) -> Any:
@@ -182,7 +180,8 @@ class Followed:
         self.stages = parts_first({stage: calls[start:stop] for stage, (start, stop) in enumerate(ranges)})
         self.output = nodes[-1].args[0]
         self.given_out = nodes[-1].all_input_nodes
-        self.ways = self._ways([node for node in nodes if node.op == "placeholder"])
+        given = [node for node in nodes if node.op == "placeholder"]
+        self.ways = ways_of(self.stages, given, self.given_out, root)
         """By value: the stages that it goes to: where it is made, then from each that uses it to the next."""
         self.crosses = {
             at: [name for name, way in self.ways.items() if way[0] <= at < way[-1]] for at in self.stages
@@ -195,33 +194,6 @@ class Followed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Followed":
         return self  # it has no numbers of its own
-
-    def _ways(self, given: list[fx.Node]) -> dict[str, list[int]]:
-        home = dict.fromkeys(given, 0)
-        home |= {node: stage for stage, calls in self.stages.items() for node in calls}
-        users: dict[fx.Node, set[int]] = {node: set() for node in home}
-        for node in home.keys() & {*self.given_out}:
-            users[node].add(max(self.stages))
-        for node, at in home.items():
-            for a in home.keys() & {*node.all_input_nodes}:
-                users[a].add(at)
-        first = dict[fx.Node, fx.Node]()
-        together: dict[fx.Node, set[int]] = {}
-        for node, own in users.items():  # what is one tensor goes one way: its gradients add in order then
-            first[node] = first.get(self._same(node), node)
-            together.setdefault(first[node], set()).update(own)
-        ways = dict[str, list[int]]()
-        for node, own in users.items():
-            behind = sorted(at for at in together[first[node]] if home[node] < at <= max(own, default=0))
-            if behind:
-                ways[node.name] = [home[node], *behind]
-        return ways
-
-    def _same(self, node: fx.Node) -> Any:
-        """Give what a call gives back as it is, if that is known: it changes it, or is nn.Identity. Local."""
-        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        identity = type(module) is nn.Identity and not has_hooks(module)
-        return node.args[0] if (identity or in_place(node)) and node.args else None
 
     def _ends(self, calls: list[fx.Node], kept: list[str]) -> dict[fx.Node, list[str]]:
         """Say behind which call each value is wanted no more."""
@@ -294,42 +266,6 @@ class Followed:
         return node.target(*arguments, **named)  # type: ignore[operator]
 
 
-def note_shared(ways: dict[str, list[int]], stage: int, found: Env, taken: list[torch.Tensor]) -> None:
-    """Note on what leaves a stage in several directions that it lies in one memory. Local.
-
-    `ways` as `Followed` has them; `taken` is what came. Raises ConfigError for one tensor under two names
-    whose gradients would come back in another order than in one process.
-    """
-    goes = {name: way[way.index(stage) + 1 :] for name, way in ways.items() if name in found}
-    leaves = [
-        (name, leaf) for name in goes for leaf in tensors_in(found[name]) if leaf.layout == torch.strided
-    ]
-    noted = [leaf for leaf in taken if getattr(leaf, SHARES, False)]
-    for name, leaf in leaves if noted or len({way[0] for way in goes.values()}) > 1 else ():
-        others = [(other, one) for other, one in leaves if goes[other][0] != goes[name][0]]
-        if any(lie_together(leaf, one) for one in [*noted, *(one for _, one in others)]):
-            setattr(leaf, SHARES, True)
-        for other, one in others:
-            if one is leaf and leaf.requires_grad and goes[name][0] < goes[other][0] and len(goes[name]) > 1:
-                raise ConfigError(
-                    f"parallel.cuts: {name} and {other} are one tensor, which stages {goes[name]} and "
-                    f"{goes[other]} use by these names: its gradients would add up in another order than in "
-                    f"one process; let the module that gives what it got give x.view_as(x), or cut elsewhere"
-                )
-
-
-def parts_first(stages: dict[int, list[fx.Node]]) -> dict[int, list[fx.Node]]:
-    """Let parts of a value (an attribute, a key's) be taken where it is made: they cross then. Pure."""
-    home = {node: stage for stage, calls in stages.items() for node in calls}
-    for node in [*home]:
-        keyed = node.target is operator.getitem and isinstance(node.args[1], str)
-        named = node.target is getattr and node.args[1] not in VIEWS
-        of = node.args[0] if keyed or named else None
-        if isinstance(of, fx.Node) and of.op != "get_attr":
-            home[node] = home.get(of, 0)
-    return {at: [node for node in home if home[node] == at] for at in stages}
-
-
 def own_names(module: nn.Module, cuts: Sequence[str]) -> list[str]:
     """Give the first of a module's names where it has several; others as they are. Local."""
     every = dict(module.named_modules(remove_duplicate=False))
@@ -345,17 +281,6 @@ def targets(calls: list[fx.Node]) -> list[str]:
 def grads(on: bool) -> AbstractContextManager[Any]:
     """Switch gradients as they were when a call was followed. Local."""
     return nullcontext() if torch.is_grad_enabled() == on else torch.set_grad_enabled(on)
-
-
-def in_place(node: fx.Node) -> bool:
-    """Whether a call changes what it gets, by its name. Pure."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    own = node.target is operator.setitem or (name in IN_PLACE and node.target is getattr(operator, name))
-    return own or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def place_of(owner: nn.Module, node: fx.Node) -> str:

@@ -16,7 +16,7 @@ from hpctrain.hidden import has_hooks, hidden, registered
 from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.fit import HOLES
-from hpctrain.pipeline.message import SHARES
+from hpctrain.pipeline.message import SHARES, copied
 from hpctrain.pipeline.part import Env, Part, begins, gave
 from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.rows import Row, rows_of, run_all
@@ -210,10 +210,10 @@ class Layers:
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
             value = self._begin(env) if stage == 0 else self._came(stage, env)
             if changes and stage:
-                value = changed_once(cloned, value)
+                value = changed_once(copied, value)
             taken = tensors_in(value) if stage else []
-            shared = any(getattr(leaf, SHARES, False) for leaf in taken)
-            versions = [leaf._version for leaf in taken]
+            shared = [leaf for leaf in taken if getattr(leaf, SHARES, False)]
+            versions = [leaf._version for leaf in shared]
             first = self._looked[stage, training] < FORWARDS
             counted = first and drawing.counts
             self._looked[stage, training] += first
@@ -234,7 +234,7 @@ class Layers:
                             f"torch.cond, or an operator of its own), so they would be others than in one "
                             f"process: draw by torch's functions, outside of branches"
                         )
-            if shared and versions != [leaf._version for leaf in taken]:
+            if versions != [leaf._version for leaf in shared]:
                 raise ConfigError(
                     f"stage {stage} (layers {shown[0]} to {shown[-1]}) changes in place what it got, "
                     f"and other tensors lay in one memory with it where it comes from, which they do not at "
@@ -267,14 +267,6 @@ class Layers:
             raise
         gave(what.__str__, found)
         return found
-
-
-def cloned(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy what came, with the note that others share its memory where it comes from. Local."""
-    found = tensor.clone()
-    if hasattr(tensor, SHARES):
-        setattr(found, SHARES, True)
-    return found
 
 
 def full(layer: str, own: str) -> str:

@@ -231,6 +231,34 @@ def with_gaps(flat: torch.Tensor, shape: Sequence[int], strides: Sequence[int], 
     return room
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy what came, as it lies: kernels add in that order. Its gradient goes through as it is. Local.
+
+    What repeats itself in memory can't be changed in place, and stays.
+    """
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+        return tensor
+    found: torch.Tensor = _Copied.apply(tensor)  # type: ignore[no-untyped-call]
+    if hasattr(tensor, SHARES):
+        setattr(found, SHARES, True)
+    return found
+
+
+class _Copied(torch.autograd.Function):
+    """A tensor that lies as another does, gaps included."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        start = x.data_ptr() % LINE // x.element_size()
+        room = x.new_empty(start + span(x.shape, x.stride()))
+        found = x.new_empty(0).set_(room.untyped_storage(), start, x.shape, x.stride())
+        return found.copy_(x)  # no view, so it may be changed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 @lru_cache(maxsize=64)
 def name_of(dtype: torch.dtype) -> str:
     """Give a dtype's name in torch. Pure.

@@ -313,4 +313,7 @@ def same(one: Any, other: Any) -> bool:
 
 def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     """Give the same numbers without what made them, still to be differentiated."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    found = tensor.detach().requires_grad_(tensor.requires_grad)
+    if hasattr(tensor, SHARES):
+        setattr(found, SHARES, True)
+    return found
