@@ -3,7 +3,7 @@
       made on 0, used on 1 and 3     0 → 1 → 3, gradients back the same way: added in the order of one process
 
 Who uses a value may change it, so the next one gets it from there. One tensor may have several names: those
-that are known for one (a part taken twice, what is changed in place, nn.Identity) go together. Names that
+that are known for one (a tuple and its parts, what is changed in place, nn.Identity) go together. Names that
 turn out to be one tensor, or to lie in one memory, may have parted: what would give other bits is refused.
 """
 
@@ -22,6 +22,8 @@ from hpctrain.tensors import tensors_in
 
 VIEWS = ("T", "mT", "H", "mH", "real", "imag")
 """Attributes of a tensor that are tensors."""
+PLAIN = ("shape", "ndim", "dtype", "device", "layout", "requires_grad")
+"""Attributes of a tensor that have nothing of it."""
 
 
 def ways_of(
@@ -40,13 +42,10 @@ def ways_of(
         for a in home.keys() & {*node.all_input_nodes}:
             users[a].add(at)
     first = dict[fx.Node, fx.Node]()
-    parts = dict[tuple[Any, ...], fx.Node]()
     together: dict[fx.Node, set[int]] = {}
     for node, own in users.items():
-        same = node.args[0] if gives_back(node, root) else None
-        if is_part(node):
-            same = parts.setdefault((node.target, *node.args), node)
-        first[node] = first.get(same, node)  # type: ignore[arg-type]
+        same: Any = node.args[0] if gives_back(node, root) else None
+        first[node] = first.get(same, node)
         together.setdefault(first[node], set()).update(own)
     ways = dict[str, list[int]]()
     for node, own in users.items():
@@ -96,9 +95,13 @@ def in_place(node: fx.Node) -> bool:
 
 
 def gives_back(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a call is known to give back the first thing that it gets. Local."""
+    """Whether a call is known to give back the first thing that it gets, or a part of it. Local."""
     if not node.args:
         return False
+    if is_part(node):
+        return node.args[1] not in PLAIN
+    if node.target is operator.getitem and isinstance(node.args[1], int):
+        return True
     return in_place(node) or (node.op == "call_module" and passes_on(root.get_submodule(str(node.target))))
 
 
