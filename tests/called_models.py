@@ -421,6 +421,12 @@ class Skipping(nn.Module):
             third = self.d(self.c(self.b(first)))
             third += 1.0
             return self.last(third + part.sum() + part.expand(3, -1, -1).sum())
+        if self.way == "anew":
+            side = first * 0.9
+            part = side.view(-1, WIDTH)
+            side += 1.0
+            second = self.b(side) + side
+            return self.last(self.d(self.c(second) * part) * side)
         if self.way == "buffer":
             mean = self.mean.detach()
             second = self.c(self.b(first)) + mean

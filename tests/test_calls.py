@@ -237,7 +237,7 @@ def test_a_skip_goes_straight_to_who_uses_it(world, build, way):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("recompute", ["never", "always"])
-@pytest.mark.parametrize("way", ["given", "once", "changed", "buffer"])
+@pytest.mark.parametrize("way", ["given", "once", "changed", "buffer", "anew"])
 def test_one_tensor_that_goes_two_ways_is_refused_where_bits_would_differ(world, build, way, recompute):
     """One process would see the change of a view, or add gradients in another order."""
     if world.size not in (2, 4):
@@ -245,7 +245,9 @@ def test_one_tensor_that_goes_two_ways_is_refused_where_bits_would_differ(world,
     job = skipping(build, world, way, recompute=recompute)
     one = "are one tensor, which goes to stage 1 by the one name and to stage "
     lay = "other tensors lay in one memory with it"
-    text = {"given": one + "2", "once": one + "3", "changed": lay, "buffer": lay}[way]
+    text = {"given": one + "2", "once": one + "3", "changed": lay, "buffer": lay, "anew": "take it behind"}[
+        way
+    ]
     with pytest.raises(ConfigError, match=text):
         job.engine.step(0, job.loader.read(0), 0.0)
 

@@ -122,8 +122,8 @@ def note_shared(
     """Note on what leaves a stage that others lie in its memory, who don't go with it. Local.
 
     `taken` is what came, `own` the addresses of the memory of the stage's weights and buffers. Raises
-    ConfigError for one tensor under two names that part here: its gradients would come back in another order
-    than in one process.
+    ConfigError for one tensor under two names that part here, and for a view whose base was changed behind it:
+    their gradients would come back in another order than in one process.
     """
     goes = {name: ways[name][ways[name].index(stage) + 1] for name in ways.keys() & found.keys()}
     leaves = [
@@ -141,7 +141,18 @@ def note_shared(
                     f"the other: gradients would add up in another order than in one process; let the module "
                     f"that gives what it got give x.view_as(x), or cut elsewhere"
                 )
+        if taken_anew(leaf) and any(one is not leaf and lie_together(leaf, one) for _, one in leaves):
+            raise ConfigError(
+                f"parallel.cuts: {name}, as the forward around the cuts calls it, is a view of what was changed "
+                f"in place after it was taken, and later stages use both: gradients would add up in another "
+                f"order than in one process; take it behind the change, or cut elsewhere"
+            )
         beside = [one for other, one in leaves if goes[other] != goes[name]] if parted else []
         together = any(lie_together(leaf, one) for one in [*noted, *beside])
         if together or leaf.untyped_storage().data_ptr() in own:
             setattr(leaf, SHARES, True)
+
+
+def taken_anew(tensor: torch.Tensor) -> bool:
+    """Whether torch takes a view anew where it is used next, as its base has changed in place. Local."""
+    return tensor._base is not None and type(tensor.grad_fn).__name__ == "AsStridedBackward0"
