@@ -122,8 +122,8 @@ def note_shared(
     """Note on what leaves a stage that others lie in its memory, who don't go with it. Local.
 
     `taken` is what came, `own` the addresses of the memory of the stage's weights and buffers. Raises
-    ConfigError for one tensor under two names that part here, and for a view whose base was changed behind it:
-    their gradients would come back in another order than in one process.
+    ConfigError for one tensor under two names that part here, and for a view whose base was changed behind
+    it: gradients would come back in another order than in one process.
     """
     goes = {name: ways[name][ways[name].index(stage) + 1] for name in ways.keys() & found.keys()}
     leaves = [
@@ -143,8 +143,8 @@ def note_shared(
                 )
         if taken_anew(leaf) and any(one is not leaf and lie_together(leaf, one) for _, one in leaves):
             raise ConfigError(
-                f"parallel.cuts: {name}, as the forward around the cuts calls it, is a view of what was changed "
-                f"in place after it was taken, and later stages use both: gradients would add up in another "
+                f"parallel.cuts: {name}, as the forward around the cuts calls it, is a view of what was "
+                f"changed in place after it was taken, and later stages use both: gradients would add up in another "
                 f"order than in one process; take it behind the change, or cut elsewhere"
             )
         beside = [one for other, one in leaves if goes[other] != goes[name]] if parted else []
