@@ -144,8 +144,8 @@ def note_shared(
         if taken_anew(leaf) and any(one is not leaf and lie_together(leaf, one) for _, one in leaves):
             raise ConfigError(
                 f"parallel.cuts: {name}, as the forward around the cuts calls it, is a view of what was "
-                f"changed in place after it was taken, and later stages use both: gradients would add up in another "
-                f"order than in one process; take it behind the change, or cut elsewhere"
+                f"changed in place after it was taken, and later stages use both: gradients would add up in "
+                f"another order than in one process; take it behind the change, or cut elsewhere"
             )
         beside = [one for other, one in leaves if goes[other] != goes[name]] if parted else []
         together = any(lie_together(leaf, one) for one in [*noted, *beside])
