@@ -125,7 +125,7 @@ def note_shared(
     ConfigError for one tensor under two names that part here, and for a view whose base was changed behind
     it: gradients would come back in another order than in one process.
     """
-    goes = {name: ways[name][ways[name].index(stage) + 1] for name in ways.keys() & found.keys()}
+    goes = {name: ways[name][ways[name].index(stage) + 1] for name in found if name in ways}
     leaves = [
         (name, leaf) for name in goes for leaf in tensors_in(found[name]) if leaf.layout == torch.strided
     ]
