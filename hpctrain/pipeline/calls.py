@@ -23,7 +23,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.pipeline.follow import GRAD, followed
 from hpctrain.pipeline.layers import Layers, full
 from hpctrain.pipeline.operators import TAKEN, path_of
-from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, refuse_loops
+from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, links_of, refuse_loops
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.ways import in_place, note_shared, parts_first, ways_of
 from hpctrain.tensors import shapes_of
@@ -67,8 +67,7 @@ class Calls(Layers):
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Each to the next, which hears how many draws there were; to who else uses what it gives."""
-        parts = {s: self._routes(s, True) for s in range(self.stages)}
-        return {s: sorted(p.gives) for s, p in parts.items()}, {s: sorted(p.awaits) for s, p in parts.items()}
+        return links_of({s: self._routes(s, True) for s in range(self.stages)})
 
     def _routes(self, stage: int, training: bool) -> Part:
         part = Part()
@@ -104,8 +103,7 @@ class Calls(Layers):
 
     def _given(self, stage: int, value: Any, taken: list[torch.Tensor]) -> Env:
         segment = self.layers[stage][1]
-        own = {tensor.untyped_storage().data_ptr() for tensor in [*segment.parameters(), *segment.buffers()]}
-        note_shared(self._followed[segment.training].ways, stage, value, taken, own)
+        note_shared(self._followed[segment.training].ways, stage, value, taken, segment)
         return value  # type: ignore[no-any-return]
 
     def _call(self, what: str, layer: nn.Module, value: Any) -> Any:

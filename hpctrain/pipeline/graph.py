@@ -22,7 +22,7 @@ from hpctrain.gradient import seen
 from hpctrain.log import LOGGER
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidden, path_of, roots
-from hpctrain.pipeline.part import INPUT, Part, begins, refuse_loops
+from hpctrain.pipeline.part import INPUT, Part, begins, links_of, refuse_loops
 from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner, place_of
 from hpctrain.pipeline.trace import OTHERWISE, Like, Traced, Writer
@@ -105,8 +105,7 @@ class Graph:
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Who gives values to whom, and waits for whose gradients."""
-        parts = {s: self.part(s, self.samples, True) for s in range(self.stages)}
-        return {s: sorted(p.gives) for s, p in parts.items()}, {s: sorted(p.awaits) for s, p in parts.items()}
+        return links_of({s: self.part(s, self.samples, True) for s in range(self.stages)})
 
     def adopt(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take the tensors of this rank's stage, by name, in the place of the whole model's. Local."""

@@ -238,10 +238,14 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     """
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         return tensor
-    found: torch.Tensor = _Copied.apply(tensor)  # type: ignore[no-untyped-call]
+    return marked_as(tensor, _Copied.apply(tensor))  # type: ignore[no-untyped-call]
+
+
+def marked_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Let what stands for a tensor that came have its mark of shared memory, if it has one. Local."""
     if hasattr(tensor, SHARES):
-        setattr(found, SHARES, True)
-    return found
+        setattr(other, SHARES, True)
+    return other
 
 
 class _Copied(torch.autograd.Function):

@@ -61,6 +61,11 @@ class Part:
             self.gives.setdefault(other, []).append(name)
 
 
+def links_of(parts: dict[int, Part]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """List by stage who gets values from it, and whose gradients it waits for. Pure."""
+    return {s: sorted(p.gives) for s, p in parts.items()}, {s: sorted(p.awaits) for s, p in parts.items()}
+
+
 class Cut(Protocol):
     """A model in stages. All is local, but for `place` with scales."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.message import SHARES, pack
+from hpctrain.pipeline.message import marked_as, pack
 from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
 from hpctrain.pipeline.trace import Like
@@ -58,8 +58,7 @@ class Kept:
             return leaf
         caught: list[torch.Tensor] = []
         value: torch.Tensor = _Begin.apply(leaf, caught)  # type: ignore[no-untyped-call]
-        if hasattr(leaf, SHARES):
-            setattr(value, SHARES, True)
+        marked_as(leaf, value)
         self.returned[id(value)] = caught
         return value
 
@@ -313,7 +312,4 @@ def same(one: Any, other: Any) -> bool:
 
 def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     """Give the same numbers without what made them, still to be differentiated."""
-    found = tensor.detach().requires_grad_(tensor.requires_grad)
-    if hasattr(tensor, SHARES):
-        setattr(found, SHARES, True)
-    return found
+    return marked_as(tensor, tensor.detach().requires_grad_(tensor.requires_grad))

@@ -45,7 +45,7 @@ def ways_of(
     together: dict[fx.Node, set[int]] = {}
     for node, own in users.items():
         same: Any = node.args[0] if gives_back(node, root) else None
-        first[node] = first.get(same, node)
+        first[node] = first.get(same, node) if isinstance(same, fx.Node) else node
         together.setdefault(first[node], set()).update(own)
     ways = dict[str, list[int]]()
     for node, own in users.items():
@@ -117,19 +117,22 @@ def passes_on(module: nn.Module) -> bool:
 
 
 def note_shared(
-    ways: dict[str, list[int]], stage: int, found: Env, taken: list[torch.Tensor], own: set[int]
+    ways: dict[str, list[int]], stage: int, found: Env, taken: list[torch.Tensor], owner: nn.Module
 ) -> None:
     """Note on what leaves a stage that others lie in its memory, who don't go with it. Local.
 
-    `taken` is what came, `own` the addresses of the memory of the stage's weights and buffers. Raises
-    ConfigError for one tensor under two names that part here, and for a view whose base was changed behind
-    it: gradients would come back in another order than in one process.
+    `taken` is what came, `owner` has the stage's weights and buffers. Raises ConfigError for one tensor under
+    two names that part here, and for a view whose base was changed behind it: gradients would come back in
+    another order than in one process.
     """
     goes = {name: ways[name][ways[name].index(stage) + 1] for name in found if name in ways}
     leaves = [
         (name, leaf) for name in goes for leaf in tensors_in(found[name]) if leaf.layout == torch.strided
     ]
     noted = [leaf for leaf in taken if getattr(leaf, SHARES, False)]
+    maybe_held = any(leaf._base is not None or leaf.grad_fn is None for _, leaf in leaves)
+    held = [*owner.parameters(), *owner.buffers()] if maybe_held else []
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
     parted = len({*goes.values()}) > 1
     for name, leaf in leaves:
         others = [(other, one) for other, one in leaves if goes[other] > goes[name]] if parted else []
