@@ -1,4 +1,4 @@
-"""Models built without memory: the plain constructor's bits, whatever it does to its weights."""
+"""Models built without memory: weights by seed and name, whatever a constructor does to them."""
 
 import resource
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain import hidden
 from hpctrain.config import ClassPath
@@ -14,6 +15,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.models import build as models
 from hpctrain.models import deferred
 from hpctrain.models.deferred import Deferred
+from hpctrain.models.lines import named_key
 
 
 class Own(nn.Module):
@@ -38,7 +40,7 @@ class Own(nn.Module):
         self.register_buffer("mask", torch.tril(torch.ones(20, 20)))
         self.register_buffer("chosen", torch.bernoulli(torch.full((40,), 0.5)))
         self.rates = [float(r) for r in torch.linspace(0, 1, 40)]
-        self.more = nn.Linear(3, 3) if self.w[0, 0] > -100 else None
+        self.more = nn.Linear(3, 3) if self.w.shape[0] > 3 else None
         self.table = {"scale": torch.rand(50), "name": "plain attributes are made whole"}
 
 
@@ -56,26 +58,63 @@ def normed():
     return weight_norm(nn.Linear(20, 20))
 
 
-def of(make, small=1):
+DRAWS = {
+    Own: [
+        "w", "e.weight", "e.bias", "dropped", "t.bias", "w", "e.weight", None, "chosen", "more.weight",
+        "more.bias", ".table.0",
+    ],
+    row: [
+        "0.weight", "0.bias", "1.weight", "1.bias", "2.weight",
+        *(f"3.{kind}_{way}_l{layer}" for layer in (0, 1) for kind in ("weight", "bias") for way in ("ih", "hh")),
+    ],
+    attention: [
+        "layers.0.self_attn.out_proj.weight", "dropped", "layers.0.self_attn.in_proj_weight",
+        "layers.0.linear1.weight", "layers.0.linear1.bias", "layers.0.linear2.weight", "layers.0.linear2.bias",
+    ],
+    normed: ["parametrizations.weight.original0", "bias"],
+}  # fmt: skip
+"""What each draw of a constructor is for, in its order; None for one of a generator of its own."""
+
+
+class Seeded(TorchDispatchMode):
+    """Sets the generator for each draw, as a constructor runs as ever."""
+
+    def __init__(self, names, seed):
+        super().__init__()
+        self.names, self.seed, self.count = names, seed, {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            name = self.names.pop(0)
+            if name is not None:
+                number = self.count[name] = self.count.get(name, -1) + 1
+                torch.manual_seed(named_key(self.seed, name, number))
+        return function(*arguments, **(named or {}))
+
+
+def of(make):
+    with Seeded([*DRAWS[make]], 3) as seeded:
+        plain = make()
+    assert not seeded.names
     torch.manual_seed(3)
-    plain = make()
-    end = torch.random.get_rng_state()
-    torch.manual_seed(3)
-    written = Deferred()
+    written = Deferred(3)
     with written:
         module = make()
-    assert torch.equal(end, torch.random.get_rng_state())
+    written.complete(module)
     return plain, module, written
+
+
+def test_a_key_is_of_seed_name_and_number():
+    assert len({named_key(s, n, k) for s in (0, 1) for n in ("a", "b", "0.a") for k in (0, 1)}) == 12
+    assert named_key(0, "0.weight", 0) == 3333910756554346723
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("make", [Own, row, attention, normed])
 @pytest.mark.parametrize("small", [0, 16, 4096])
-def test_every_tensor_has_the_bits_of_the_plain_constructor(monkeypatch, make, small):
+def test_every_tensor_has_the_numbers_of_its_name(monkeypatch, make, small):
     monkeypatch.setattr(deferred, "SMALL", small)
     plain, module, written = of(make)
-    assert bool(written.lines) == (small < 4096)
-    written.complete(module)
     written.materialise(module, [*module.parameters(), *module.buffers()], "cpu")
     expected, found = plain.state_dict(), module.state_dict()
     assert list(expected) == list(found)
@@ -202,7 +241,8 @@ def test_buffers_that_are_assigned_are_made_without_memory_too():
     assert reason == ""
     assert isinstance(module.table, FakeTensor)
     written.materialise(module, [module.table, module.kept], "cpu")
-    plain, _, _ = of(buffered)
+    with Seeded(["weight", "bias", "table", "kept"], 3):
+        plain = buffered()
     for name, persistent in (("table", False), ("kept", True)):
         found = getattr(module, name)
         assert torch.equal(found, getattr(plain, name))
@@ -228,3 +268,140 @@ def test_what_cannot_run_without_memory_is_built_whole():
     assert isinstance(deferred.MAKES, staticmethod)
     with pytest.raises(ConfigError, match="no such width"):
         models.without_memory(ClassPath("test_deferred.failing", {}), 3)
+
+
+def whole(name, seed=3, **arguments):
+    """Give a model of this module's, built whole."""
+    return models.build(ClassPath(f"test_deferred.{name}", arguments), seed)
+
+
+class Named(nn.Module):
+    """Two layers, and others before and between them."""
+
+    def __init__(self, more=False):
+        super().__init__()
+        if more:
+            self.front, self.small = nn.Linear(90, 90), nn.Parameter(torch.rand(3))
+        self.first = nn.Linear(80, 80)
+        if more:
+            self.drawn = torch.rand(5).tolist()
+        self.second = nn.Linear(80, 3)
+        if more:
+            nn.init.normal_(self.front.weight)
+
+
+def test_a_layer_in_front_changes_no_other_ones_weights():
+    one, other = whole("Named").state_dict(), whole("Named", more=True).state_dict()
+    assert len(other) == len(one) + 3
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Counted(TorchDispatchMode):
+    """Counts the random numbers that are drawn."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        drawn = torch.Tag.nondeterministic_seeded in function.tags
+        if drawn and arguments[0].device.type != "meta" and not isinstance(arguments[0], FakeTensor):
+            self.count += arguments[0].numel()
+        return function(*arguments, **(named or {}))
+
+
+def large():
+    return nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(10)))
+
+
+def test_nobody_draws_the_numbers_of_others():
+    with Counted() as counted:
+        module, written, _ = models.without_memory(ClassPath("test_deferred.large", {}), 3)
+        assert counted.count == 0
+        written.materialise(module, [module[4].weight], "cpu")
+    assert counted.count == 100 * 100
+    assert torch.equal(module[4].weight, whole("large")[4].weight)
+
+
+def truncating(std=1.0, size=100, a=-2.0):
+    layer = nn.Linear(size, size)
+    nn.init.trunc_normal_(layer.weight, std=std, a=a)
+    return layer
+
+
+@pytest.mark.parametrize("size", [10, 100])
+@pytest.mark.parametrize("a", [-2.0, 1.5])
+def test_a_truncated_normal_distribution_is_torchs(size, a):
+    """It is drawn by rejection: it looks at its numbers."""
+    found = whole("truncating", size=size, a=a).weight.detach()
+    expected = torch.empty(size, size)
+    torch.manual_seed(named_key(3, "weight", 1))
+    nn.init.trunc_normal_(expected, a=a)
+    assert torch.equal(found, expected)
+    assert a <= float(found.min())
+    assert float(found.max()) <= 2
+    module, _, _ = models.without_memory(ClassPath("test_deferred.truncating", {}), 3)
+    assert isinstance(module.weight, FakeTensor)
+    assert nn.init._no_grad_trunc_normal_ is deferred.TRUNCATES
+
+
+class Looking(nn.Module):
+    """Looks at its numbers in all ways."""
+
+    def __init__(self, size=5):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Parameter(torch.randn(size)) for _ in range(5))
+        self.item, self.list = float(self.a[0]), self.b[:3].tolist()
+        self.numpy = self.c.detach().numpy().copy() if size < 100 else None
+        self.above = self.d.detach()[self.d.detach() > 0] if size < 100 else None
+        with torch.no_grad():
+            self.a[1:].mul_(2)
+
+    def agrees(self):
+        whole = self.numpy is None or (
+            self.numpy.tolist() == self.c.tolist() and torch.equal(self.above, self.d[self.d > 0])
+        )
+        return whole and self.item == float(self.a[0]) and self.list == self.b[:3].tolist()
+
+
+def test_what_a_constructor_looks_at_stays_what_it_saw():
+    module, _, reason = models.without_memory(ClassPath("test_deferred.Looking", {}), 3)
+    assert (reason, module.agrees()) == ("", True)
+    torch.manual_seed(named_key(3, "e", 0))
+    assert torch.equal(module.e, torch.randn(5))
+
+
+class Seeding(nn.Module):
+    """Sets the generator itself, small weights and large ones."""
+
+    def __init__(self, size=5):
+        super().__init__()
+        self.before = nn.Parameter(torch.randn(size))
+        with torch.random.fork_rng():
+            torch.manual_seed(17)
+            self.a, self.b = nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(size))
+        self.behind = nn.Parameter(torch.randn(size))
+
+
+@pytest.mark.parametrize("size", [5, 5000])
+def test_what_a_constructor_seeds_itself_has_those_numbers(size):
+    found = whole("Seeding", size=size)
+    torch.manual_seed(17)
+    assert torch.equal(found.a, torch.randn(size))
+    assert torch.equal(found.b, torch.randn(size))
+    for name in ("before", "behind"):
+        torch.manual_seed(named_key(3, name, 0))
+        assert torch.equal(getattr(found, name), torch.randn(size))
+
+
+def changed_unseen():
+    layer = nn.Linear(5, 5)
+    layer.weight.detach().numpy()[0, 0] = 7
+    return layer
+
+
+def test_small_weights_that_numpy_changes_are_built_as_ever():
+    module, written, reason = models.without_memory(ClassPath("test_deferred.changed_unseen", {}), 3)
+    assert written is None
+    assert "in a way that torch does not see" in reason
+    torch.manual_seed(3)
+    assert torch.equal(module.weight[1:], nn.Linear(5, 5).weight[1:])
+    assert float(module.weight[0, 0]) == 7
