@@ -172,12 +172,6 @@ def check_invariant(config: Config, replicas: int) -> None:
     """Check what the same bits on any layout ask for. Local."""
     if not config.averaging.invariant:
         return
-    if config.parallel.virtual > 1:
-        raise ConfigError(
-            "parallel.schedule = interleaved runs several micro-batches' backward passes on a rank by turns, "
-            "and averaging.invariant = true sums them one by one: leave one of them out; 1f1b, gpipe and "
-            "zb-h1 have the bits"
-        )
     if config.parallel.gradients == "fast":
         raise ConfigError(
             "parallel.gradients = fast adds micro-batches in an order that depends on the stages, and "

@@ -78,11 +78,13 @@ class StagedEngine(Engine):
         self._spans: list[Span] | None = None
         self._joining: dict[int, tuple[float, float]] = {}
         """Loss and weight of micro-batches whose weight gradients wait."""
-        self._without: list[int] = []
-        """Micro-batches without samples that have not joined yet."""
+        self._without: list[list[int]] = []
+        """Micro-batches without samples that have not joined yet, by virtual stage."""
         self.pipeline.cut.beside("the loss", getattr(self.loss, "loss", self.loss))
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
+        if self.pipeline.virtual > 1:
+            self.averager.divide(self.parameters)
         for training in (False, True):
             self.switch(training)
 
@@ -132,7 +134,7 @@ class StagedEngine(Engine):
         mine = [v for v, owner in enumerate(self.averager.owners) if owner == self.topology.replica]
         working = [v for v in mine if sizes[v]]
         self._last_backward = working[-1] if working else -1
-        self._without = [v for v in mine if not sizes[v]]
+        self._without = [[v for v in mine if not sizes[v]] for _ in pipeline.stages]
         self._joining.clear()
         self._losses.clear()  # of a step that failed
         for stage in pipeline.stages:
@@ -154,7 +156,7 @@ class StagedEngine(Engine):
             return failure or error
         # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
         splits = any(isinstance(i, BackwardInput) for i in every)
-        self._splits = splits and self.averager.growing is None
+        self._splits = splits and self.averager.sums is None
         for instruction in every:
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             part = parts[stage, v]
@@ -182,7 +184,8 @@ class StagedEngine(Engine):
             if self._spans is not None and isinstance(instruction, PASSES):
                 self._spans.append(Span(stage.stage, instruction, began, time.perf_counter()))
         if failure is None:
-            self._join_without(len(sizes))
+            for virtual in reversed(range(len(pipeline.stages))):
+                self._join_without(virtual, len(sizes))
         pipeline.collect(self.averager.add)
         pipeline.transport.finish()
         pipeline.transport.watch.doing()
@@ -205,11 +208,12 @@ class StagedEngine(Engine):
                 stage.receive_gradient(v, part)
             case Backward() | BackwardInput():
                 whole = not isinstance(instruction, BackwardInput) or not self._splits
+                self._join_without(instruction.virtual, v)  # before its gradients come
                 self._backward_staged(instruction, number, stage, part, whole)
                 if stage.stage == 0:
                     stage.forget(v)
             case BackwardWeight():
-                if v in self._joining:
+                if self._splits:
                     self._weights(instruction)
             case SendGradient():
                 stage.send_gradient(v, part)
@@ -282,7 +286,7 @@ class StagedEngine(Engine):
         drawn = range(kept.start, kept.draws)
         looks = None if self._stepped or self._told_of_draws else DrawsAgain(kept.stream, drawn)
         with (
-            self.straight.accumulating(v if self.averager.growing is None else -1, whole),
+            self.straight.accumulating(v if self.averager.sums is None else -1, whole),
             looks or again(kept.stream, drawn),
             self.averager.running.unseen(),  # what the backward computes again
         ):
@@ -325,15 +329,20 @@ class StagedEngine(Engine):
 
     def _join(self, instruction: Instruction) -> None:
         """Note that a micro-batch is done here, with the last of its backward passes. Local."""
-        v = instruction.micro_batch
-        if not instruction.virtual:
-            self._join_without(v)
+        v, virtual = instruction.micro_batch, instruction.virtual
+        if virtual:
+            self.averager.joined_part(v, virtual)
+        else:
             self.averager.joined(v, *self._joining.pop(v))
 
-    def _join_without(self, before: int) -> None:
+    def _join_without(self, virtual: int, before: int) -> None:
         """Note that micro-batches without samples are done, in their turn: those before one. Local."""
-        while self._without and self._without[0] < before:
-            self.averager.joined(self._without.pop(0), 0.0, 0.0)
+        left = self._without[virtual]
+        while left and left[0] < before:
+            if virtual:
+                self.averager.joined_part(left.pop(0), virtual)
+            else:
+                self.averager.joined(left.pop(0), 0.0, 0.0)
 
     def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
         """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""

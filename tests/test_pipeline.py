@@ -765,8 +765,6 @@ def test_interleaved_recomputes_fails_and_refuses(world, build):
             job = build("breaking_row", 2, arguments={"at": 0, "backward": True}, schedule="interleaved")
             with pytest.raises(HpctrainError, match="trouble in a layer"):
                 job.engine.step(0, job.loader.read(0))
-        with pytest.raises(ConfigError, match="interleaved runs several micro-batches' backward passes"):
-            build("plain_row", stages, micro_batches=6, schedule="interleaved", invariant=True)
         with pytest.raises(ConfigError, match="has 8 layers .*, too few for"):
             build("plain_row", stages, schedule="interleaved", virtual_stages=5)
 
@@ -1371,10 +1369,14 @@ def test_what_our_own_ways_do_not_see_has_the_bits_of_one_process(world, build, 
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("model", ["Row", "Skips"])
-def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, model):
-    for stages, schedule in [(1, "1f1b"), *((s, n) for s in layouts(world.size) for n in ("1f1b", "zb-h1"))]:
-        job = build(model, stages, micro_batches=6, invariant=True, schedule=schedule)
+@pytest.mark.parametrize(("model", "batch"), [("Row", 8), ("Skips", 8), ("plain_row", 4)])
+def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, model, batch):
+    """With a batch of 4 two of the 6 micro-batches have no samples."""
+    schedules = "1f1b", "zb-h1", "interleaved"
+    for stages, schedule in [(1, "1f1b"), *((s, n) for s in layouts(world.size) for n in schedules)]:
+        if schedule == "interleaved" and stages > 2 and model == "Row":
+            continue  # it has too few layers
+        job = build(model, stages, micro_batches=6, invariant=True, schedule=schedule, batch=batch)
         losses = run(job, 4, clip=0.05)
         expected, state = alone_like(job, 4, clip=0.05)
         assert losses == expected

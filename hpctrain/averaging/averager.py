@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hpctrain.averaging import build, sentinel
-from hpctrain.averaging import tree as trees
 from hpctrain.averaging.buffers import Buffers
 from hpctrain.averaging.medium import BLOCK, Sink
 from hpctrain.averaging.node import Node
 from hpctrain.averaging.norm import Norm
 from hpctrain.averaging.overlap import Overlap
+from hpctrain.averaging.partial import PartialSums
 from hpctrain.averaging.places import Places
 from hpctrain.averaging.result import FLAGS, TIMES, Flags, Result, Times
 from hpctrain.averaging.running import RunningStatistics
@@ -80,7 +80,6 @@ class Averager:
         self.named = named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         groups = {id(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.spaces = deal(named, groups, shelf_bytes)
-        self.growing = trees.Growing(len(self.owners)) if self.config.invariant else None
         smalls = len(FLAGS) + 2 * len(self.owners) + len(named) + len(TIMES) * comm.size
         shards = build.shards(optimizer, self.spaces, sharded)
         self.medium = build.medium(
@@ -94,6 +93,8 @@ class Averager:
         self._settle()
         self.stepper = build.stepper(optimizer, self.spaces, self.weights, self.medium, self.sharded)
         self.places = Places(named, self.spaces)
+        sums = PartialSums(len(self.owners), self.spaces, self.medium.slots, self.places)
+        self.sums = sums if self.config.invariant else None
         self.overlap = self._choose_overlap()
         self._losses = np.zeros((2, len(self.owners)))
         self._coming: list[int] = []
@@ -128,7 +129,7 @@ class Averager:
     def _choose_overlap(self) -> Overlap | None:
         """Between nodes gradients are sent while backward goes on, unless a tree adds micro-batches first."""
         medium = self.medium
-        if not isinstance(medium, Node) or medium.place.nodes == 1 or self.growing:
+        if not isinstance(medium, Node) or medium.place.nodes == 1 or self.sums:
             return None
         self.places.watch(medium.buckets)
         return Overlap(medium, self.places)
@@ -183,8 +184,8 @@ class Averager:
         self.buffers.begin()
         self._coming = list(micro_batches)
         self.running.micro_batch = self._coming[0] if self._coming else 0
-        if self.growing:
-            self.growing.stack = []
+        if self.sums:
+            self.sums.begin(self._coming)
         if self.overlap:
             self.overlap.begin()
         self.places.begin()
@@ -228,8 +229,18 @@ class Averager:
             place.add_(gradient)
         self.places.filled(parameter)
 
+    def divide(self, parts: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Say which parameters belong to which part of the backward, where those take turns. Local."""
+        if self.sums:
+            self.sums.divide(parts)
+
+    def joined_part(self, micro_batch: int, part: int) -> None:
+        """Note that a part of a micro-batch's backward is done, which takes its place in the tree. Local."""
+        if self.sums:
+            self.sums.take(micro_batch, part)
+
     def joined(self, micro_batch: int, loss: float, weight: float) -> None:
-        """Note that a micro-batch is done: its summed loss and weight. Local.
+        """Note that a micro-batch is done, with its last part, 0: its summed loss and weight. Local.
 
         In invariant mode its gradient takes its place in the tree; empty ones join too.
         """
@@ -238,15 +249,7 @@ class Averager:
         self.running.micro_batch = self._coming[0] if self._coming else 0
         if len(self._coming) == 1:
             self.last_backward()
-        if self.growing is None:
-            return
-        self.places.complete()
-        for left, right in self.growing.push(micro_batch):
-            for into, of in zip(self.medium.slots[left], self.medium.slots[right]):
-                into.add_(of)
-        if self._coming:
-            free = self.growing.free()
-            self.places.point(free, self.medium.slots[free])
+        self.joined_part(micro_batch, 0)
 
     def step(self, clip: float = 0.0, lr: Iterable[float] | None = None) -> Result:
         """Sum over the replicas, clip the mean gradient to the norm `clip` (0: not), update.

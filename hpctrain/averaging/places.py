@@ -37,7 +37,7 @@ class Places:
         """What stands as each parameter's `.grad`: the view, which counts by itself what is added to it."""
         self._counts = [0] * len(self.named)
         """What it had counted when it was looked at last."""
-        self._slot = -1
+        self._slot = [-1] * len(self.named)
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self.ready, p))  # type: ignore[no-untyped-call]
             for p in self.named.values()
@@ -118,16 +118,24 @@ class Places:
         """Note that other ranks add to the gradients of these behind the last backward. Local."""
         self._shared |= {self._index[id(p)] for p in parameters if id(p) in self._index}
 
-    def point(self, slot: int, flats: list[torch.Tensor]) -> None:
-        """Let gradients go to a slot's memory; what lies there is old. Local."""
-        if slot != self._slot:
-            for space, flat in zip(self.spaces, flats):
-                for seat in space.seats:
-                    self._views[seat.index] = seat.view(flat)
-            self._slot = slot
-        self._fresh = [True] * len(self.named)
-        for parameter in self.named.values():
-            parameter.grad = None
+    def point(
+        self, slot: int, flats: list[torch.Tensor], parameters: Iterable[nn.Parameter] | None = None
+    ) -> None:
+        """Let gradients, of all or of some, go to a slot's memory; what lies there is old. Local."""
+        indices = set(self._indices(parameters))
+        for space, flat in zip(self.spaces, flats):
+            for seat in space.seats:
+                if seat.index in indices and self._slot[seat.index] != slot:
+                    self._views[seat.index], self._slot[seat.index] = seat.view(flat), slot
+        every = list(self.named.values())
+        for index in indices:
+            self._fresh[index], every[index].grad = True, None
+
+    def _indices(self, parameters: Iterable[nn.Parameter] | None) -> Iterable[int]:
+        """Number parameters; all of them if None."""
+        if parameters is None:
+            return range(len(self.named))
+        return [self._index[id(p)] for p in parameters if id(p) in self._index]
 
     def keep(self) -> None:
         """Say that what lies in the memory is to be kept: it is no old gradient. Local."""
@@ -255,10 +263,10 @@ class Places:
                 f"torch.utils.checkpoint? then with use_reentrant=False"
             )
 
-    def complete(self) -> None:
-        """Zero the gradients that nothing has joined: their memory holds those of an earlier step. Local."""
-        for index, fresh in enumerate(self._fresh):
-            if fresh:
+    def complete(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Zero the gradients, of all or some, that nothing has joined: there are old ones. Local."""
+        for index in self._indices(parameters):
+            if self._fresh[index]:
                 self._clear(index)
 
     def _clear(self, index: int) -> None:

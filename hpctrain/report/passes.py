@@ -85,7 +85,7 @@ def others(job: Job, measured: Simulation) -> dict[str, float]:
     mine, found = micro_batches(measured), {}
     for name in SCHEDULES:
         virtual = job.config.parallel.virtual_stages if name in SEVERAL else 1
-        fits = choice.pieces >= virtual * ranks and not (job.config.averaging.invariant or choice.shared)
+        fits = choice.pieces >= virtual * ranks and not choice.shared
         if name == job.schedule or (virtual > 1 and not fits):
             continue
         works = [lengths_of(usual, range(r, job.pipeline.cut.stages, ranks), virtual) for r in range(ranks)]
