@@ -779,8 +779,9 @@ def test_a_stage_makes_its_own_weights_alone(world, build, monkeypatch, model):
     materialise = deferred.Deferred.materialise
 
     def counting(self, module, wanted, device):
+        wanted = list(wanted)
         made.extend(wanted)
-        return materialise(self, module, made, device)
+        return materialise(self, module, wanted, device)
 
     monkeypatch.setattr(deferred, "SMALL", 0)
     monkeypatch.setattr(deferred.Deferred, "materialise", counting)
