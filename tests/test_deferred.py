@@ -1,5 +1,6 @@
 """Models built without memory: weights by seed and name, whatever a constructor does to them."""
 
+import copy
 import resource
 
 import pytest
@@ -16,6 +17,11 @@ from hpctrain.models import build as models
 from hpctrain.models import deferred
 from hpctrain.models.deferred import Deferred
 from hpctrain.models.lines import named_key
+
+
+@pytest.fixture(autouse=True)
+def every_model_is_large(monkeypatch):
+    monkeypatch.setattr(deferred, "AS_EVER", 0)
 
 
 class Own(nn.Module):
@@ -405,3 +411,113 @@ def test_small_weights_that_numpy_changes_are_built_as_ever():
     torch.manual_seed(3)
     assert torch.equal(module.weight[1:], nn.Linear(5, 5).weight[1:])
     assert float(module.weight[0, 0]) == 7
+
+
+def converted(to):
+    """Each conversion gives a parameter another memory."""
+    return nn.Conv2d(4, 4, 3).to(**to)
+
+
+@pytest.mark.parametrize(
+    "to", [{"dtype": torch.float64}, {"memory_format": torch.channels_last}, {"dtype": torch.bfloat16}]
+)
+def test_conversions_are_those_of_the_same_numbers(to):
+    module, _, reason = models.without_memory(ClassPath("test_deferred.converted", {"to": to}), 3)
+    assert reason == ""
+    expected = whole("converted", to={}).to(**to)
+    for found, wanted in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+        assert found.stride() == wanted.stride()
+
+
+def with_copy(size=5):
+    layer = nn.Linear(size, size)
+    layer.register_buffer("drawn", torch.rand(size, size))
+    return nn.ModuleList([layer, copy.deepcopy(layer)])
+
+
+@pytest.mark.parametrize("size", [5, 100])
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_copy_has_the_numbers_of_what_it_copies(size):
+    module, written, reason = models.without_memory(ClassPath("test_deferred.with_copy", {"size": size}), 3)
+    assert reason == ""
+    written.materialise(module, [*module.parameters(), *module.buffers()], "cpu")
+    one, other = (each.state_dict() for each in module)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    torch.manual_seed(named_key(3, "0.drawn", 0))
+    assert torch.equal(one["drawn"], torch.rand(size, size))
+
+
+class Halves(nn.Module):
+    def __init__(self, size=100):
+        super().__init__()
+        both = torch.randn(2 * size, size)
+        self.register_buffer("one", both[:size])
+        self.register_buffer("every", both)
+
+
+@pytest.mark.parametrize("size", [5, 100])
+def test_views_of_one_memory_stay_views_of_it(size):
+    layer = nn.Sequential(Halves(size), nn.Linear(2, 2))
+    assert layer[0].one.data_ptr() == layer[0].every.data_ptr()
+    found = whole("viewed", size=size)[0]
+    found.every.zero_()
+    assert not found.one.any()
+
+
+def viewed(size):
+    return nn.Sequential(Halves(size), nn.Linear(2, 2))
+
+
+class Tried(nn.Module):
+    """Runs a forward, to know a size; its BatchNorm moves on."""
+
+    def __init__(self):
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv2d(3, 20, 9), nn.BatchNorm2d(20), nn.Flatten())
+        with torch.no_grad():
+            self.head = nn.Linear(self.front(torch.ones(2, 3, 10, 10)).shape[1], 2)
+
+
+@pytest.mark.parametrize("small", [0, 16, 4096, 10**6])
+def test_a_forward_in_the_constructor_moves_statistics(monkeypatch, small):
+    monkeypatch.setattr(deferred, "SMALL", small)
+    found = whole("Tried")
+    with torch.no_grad():
+        mean = found.front[0](torch.ones(2, 3, 10, 10)).mean((0, 2, 3))
+    assert found.head.in_features == 80
+    torch.testing.assert_close(found.front[1].running_mean, 0.1 * mean)  # another order of the same sum
+    assert int(found.front[1].num_batches_tracked) == 1
+
+
+def with_sparse():
+    layer = nn.Linear(5, 5)
+    layer.register_buffer("sparse", torch.rand(5, 5).to_sparse())
+    return layer
+
+
+def of_a_vector():
+    """A small parameter becomes part of a large one's memory."""
+    layer = nn.Linear(100, 100)
+    nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(layer.parameters()), layer.parameters())
+    return layer
+
+
+@pytest.mark.parametrize(("name", "why"), [("with_sparse", "sparse"), ("of_a_vector", "part of another")])
+def test_what_could_not_be_made_is_built_as_ever(name, why):
+    module, written, reason = models.without_memory(ClassPath(f"test_deferred.{name}", {}), 3)
+    assert written is None
+    assert why in reason
+    torch.manual_seed(3)
+    plain = globals()[name]()
+    assert torch.equal(module.weight, plain.weight)
+
+
+def test_only_a_large_model_is_built_without_memory(monkeypatch):
+    """What is made as ever is counted; the rest is shapes."""
+    monkeypatch.setattr(deferred, "AS_EVER", 55_000)
+    module, written, _ = models.without_memory(ClassPath("test_deferred.large", {}), 3)
+    assert [isinstance(p, FakeTensor) for p in module.parameters()] == [False] * 5 + [True] * 5
+    written.materialise(module, module.parameters(), "cpu")
+    monkeypatch.setattr(deferred, "AS_EVER", 0)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), whole("large").parameters()))

@@ -1,7 +1,7 @@
 """A model that is built without memory: its weights come into being where, and if, they are wanted.
 
-While the constructor runs, large tensors are shapes only, and what would have been done to them is
-written down (`models/lines.py`); so is what is done to small ones from their first random number on.
+While the constructor of a large model runs, tensors are shapes only, and what would have been done to them
+is written down (`models/lines.py`); so is what is done to real ones from their first random number on.
 Afterwards each random number gets the name of the parameter that it is for, and weights are made:
 
       uniform_(m0)  is for "0.weight"   ──►   generator at (seed, "0.weight", 0), uniform_(m0)
@@ -10,7 +10,10 @@ So a weight has the same bits whoever makes it and whichever others are made, an
 others. What a constructor looks at stays as it was seen, as does what it has seeded itself.
 """
 
+import math
 from collections.abc import Container, Iterable, Iterator
+from copy import deepcopy
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,8 +28,12 @@ from hpctrain.hidden import ON_BUFFERS, notes_on, plain, registered
 from hpctrain.models.lines import UNNAMED, Line, Lines, View, drawing
 from hpctrain.tensors import storage_of, tensors_in
 
+AS_EVER = 2**24
+"""Numbers of a model that are made as ever: most models are, which costs nothing; of more,"""
 SMALL = 4096
-"""Elements: tensors up to this size are made as ever, so constructors may look at them."""
+"""tensors of more than these are shapes. Constructors may look at others in any way."""
+_FILLS = {"uniform_", "normal_", "trunc_normal_", "random_", "exponential_"}
+"""Operators that need nothing of what was there."""
 _LOOKS = {"tolist", "numpy", "__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__"}
 """Methods that read a tensor by no operator."""
 
@@ -41,15 +48,26 @@ class Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
 class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Entered while a constructor runs; afterwards gives the tensors that are wanted."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say no: nothing is compiled inside of a constructor, and to load torch._dynamo takes a second."""
+        return False
+
     def __init__(self, seed: int = 0) -> None:
         """Start with nothing written down; the seed is what the generator is set to."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.shapes = Shapes(allow_non_fake_inputs=True)
+        self._made = 0
+        """Numbers, so far."""
         self.seed = torch.Generator().manual_seed(seed).initial_seed()
         self.lines = Lines(seed)
-        self._kept: dict[int, torch.Tensor] = {}
-        """A tensor of each memory: while it is kept no other memory has its number."""
+        self._kept: dict[int, Any] = {}
+        """Each memory: while it is kept no other one has its number."""
         self._looked = Looked(self)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """What makes tensors without memory: it takes a second to load, and most models need none."""
+        return Shapes(allow_non_fake_inputs=True)
 
     def __enter__(self) -> "Deferred":
         """Begin to write down."""
@@ -93,12 +111,15 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether a call that gets no deferred tensor makes a large one on the CPU."""
         if any(found.alias_info is not None for found in function._schema.returns):
             return False  # a view, or written in place
+        if self._made + most((arguments, named)) <= AS_EVER:
+            return False
         try:
             with self.shapes:
                 found = function(*arguments, **named)
         except Exception:
             return False  # its shape depends on numbers, or it fails: as ever
-        return any(t.numel() > SMALL and t.device.type == "cpu" for t in tensors_in(found))
+        large = [t.numel() for t in tensors_in(found) if t.numel() > SMALL and t.device.type == "cpu"]
+        return bool(large) and self._made + sum(large) > AS_EVER
 
     def _writes_real(self, function: Any, arguments: Any, named: Any) -> bool:
         return any(not isinstance(t, FakeTensor) for t in changed(function, arguments, named))
@@ -109,24 +130,32 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         draws = torch.Tag.nondeterministic_seeded in function.tags
         known = [storage_of(t) for t in given if storage_of(t) in self.lines]
         if not (draws or known) or any(t.device.type != "cpu" or not storage_of(t) for t in given):
-            return function(*real, **real_named)
+            return self._count(function, function(*real, **real_named))
         if _looks(function):
             self.lines.settle(known)
         for tensor in changed(function, arguments, named):
             if storage_of(tensor) not in self.lines:
-                self._begin(tensor)
+                self._begin(tensor, function)
         own, generator = self._source(function, named)
         with drawing(None if own is None else self.lines.key(len(self.lines.lines)), None):
             found = function(*real, **real_named)
         self._write_down(function, arguments, named, found, own, generator)
+        return self._count(function, found)
+
+    def _count(self, function: Any, found: Any) -> Any:
+        """Note how much has been made as ever."""
+        if all(given.alias_info is None for given in function._schema.returns):
+            self._made += sum(t.numel() for t in tensors_in(found))
         return found
 
-    def _begin(self, tensor: torch.Tensor) -> None:
-        """Write down what a small tensor's memory holds."""
-        memory = storage_of(tensor)
-        self._kept[memory] = tensor
-        now = as_bytes(tensor).clone()
-        self.lines.append(Line(now.clone, (), {}, frozenset(), (memory,), frozenset({memory})))
+    def _begin(self, tensor: torch.Tensor, function: Any) -> None:
+        """Write down what a real tensor's memory holds, unless the operator fills it with random numbers."""
+        memory, kept = storage_of(tensor), tensor.untyped_storage()
+        self._kept[memory] = kept
+        fills = function._opname in _FILLS and tensor.nbytes == kept.nbytes()
+        now = torch.empty(0) if fills else as_bytes(kept).clone()
+        begin = partial(torch.empty, kept.nbytes(), dtype=torch.uint8) if fills else now.clone
+        self.lines.append(Line(begin, (), {}, frozenset(), (memory,), frozenset({memory})))
 
     def _source(self, function: Any, named: Any) -> tuple[int | None, Any]:
         """Give a call's key, or a generator that the constructor has set, and its state."""
@@ -153,12 +182,14 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, arguments: Any, named: Any, found: Any, key: Any, generator: Any
     ) -> None:
         outputs = _pytree.tree_leaves(found)
+        if not all(map(storage_of, tensors_in((arguments, named, found)))):
+            raise NotImplementedError("it makes a sparse tensor of random numbers, or a large one")
         memories = tuple(storage_of(t) if isinstance(t, torch.Tensor) else None for t in outputs)
         fresh = {m for m in memories if m is not None and m not in self._kept}
         written = {storage_of(t) for t in changed(function, arguments, named)}
         for tensor in outputs:
             if isinstance(tensor, torch.Tensor):
-                self._kept.setdefault(storage_of(tensor), tensor)
+                self._kept.setdefault(storage_of(tensor), tensor.untyped_storage())
         if not (fresh or written):
             return  # another view of the same memory
         reads = set[int]()
@@ -187,20 +218,22 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = registered(module)
         for tensor in [*module.parameters(), *module.buffers()]:
             name, notes = names[id(tensor)], notes_on(tensor)
+            if tensor.device.type == "meta" and not isinstance(tensor, FakeTensor):
+                raise NotImplementedError(f"the data of {name} is part of another tensor")
             if hooked(tensor):  # it may hold tensors of the constructor
                 raise NotImplementedError(f"there is a hook on the gradient of {name}")
             if isinstance(tensor, nn.Buffer):
                 notes = {key: noted for key, noted in notes.items() if key not in ON_BUFFERS}
             if tensors_in(notes) or (notes and not isinstance(tensor, nn.Parameter)):
                 raise NotImplementedError(f"{next(iter(notes))} is noted on {name}")
-        small = {m: t for m, t in self._kept.items() if m in self.lines and not isinstance(t, FakeTensor)}
+        small = {m: kept for m, kept in self._kept.items() if m in self.lines and kept.device.type == "cpu"}
         for memory, made in self.lines.again({*small}).items():
-            if not torch.equal(as_bytes(made), as_bytes(small[memory])):
+            if not torch.equal(as_bytes(made.untyped_storage()), as_bytes(small[memory])):
                 raise NotImplementedError("it changes random numbers in a way that torch does not see")
         for name, tensor in named_tensors(module):
             self.lines.call(name, storage_of(tensor))
         for memory, made in self.lines.again({*small}).items():
-            as_bytes(small[memory]).copy_(as_bytes(made))
+            as_bytes(small[memory]).copy_(as_bytes(made.untyped_storage()))
         for owner, name, value in plain(module):
             if any(isinstance(leaf, FakeTensor) for leaf in _pytree.tree_leaves(value)):
                 vars(owner)[name] = self._real(value, names)
@@ -220,10 +253,9 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def materialise(self, module: nn.Module, wanted: Iterable[torch.Tensor], device: str) -> None:
         """Put real tensors into the module for those that are wanted; the others stay as they are. Local."""
         made: dict[int, Any] = {}
-        for tensor in wanted:
-            if id(tensor) in made:
-                continue
-            value = self._real(tensor.detach() if isinstance(tensor, FakeTensor) else tensor)
+        every = list({id(tensor): tensor for tensor in wanted}.values())
+        plain_ones = [tensor.detach() if isinstance(tensor, FakeTensor) else tensor for tensor in every]
+        for tensor, value in zip(every, self._real(plain_ones)):
             if isinstance(tensor, FakeTensor) or value.device != torch.device(device):
                 value = value.detach().to(device)
                 if isinstance(tensor, nn.Parameter):
@@ -255,12 +287,25 @@ class Looked(TorchFunctionMode):
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         """Note the tensors that are looked at."""
-        if getattr(function, "__name__", "") in _LOOKS:
-            real = [
-                t for t in tensors_in(arguments) if not isinstance(t, FakeTensor)
-            ]  # others have operators
-            self.deferred.lines.settle(map(storage_of, real))
+        tensor, lines = next(iter(arguments), None), self.deferred.lines
+        if getattr(function, "__name__", "") not in _LOOKS or not isinstance(tensor, torch.Tensor):
+            return function(*arguments, **(named or {}))
+        if (
+            not isinstance(tensor, FakeTensor) and storage_of(tensor) in lines
+        ):  # of others there are operators
+            if function is torch.Tensor.__deepcopy__ and type(tensor) is torch.Tensor:
+                return copied(tensor, arguments[1])
+            lines.settle([storage_of(tensor)])
         return function(*arguments, **(named or {}))
+
+
+def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """Copy as copy.deepcopy does, by an operator, which can be written down. Local."""
+    if id(tensor) not in memo:
+        found = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        vars(found).update(deepcopy(vars(tensor), memo))
+        memo[id(tensor)] = found
+    return memo[id(tensor)]  # type: ignore[no-any-return]
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -273,9 +318,28 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{names[id(owner)]}.{name}.{at}", tensor
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Give all of a tensor's memory. Local."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+def most(tree: Any) -> float:
+    """Give at least as many numbers as an operator makes of its arguments. Pure.
+
+    >>> most(([30, 30], {})), most((0, 1e5, 0.5)), most((torch.ones(5), torch.ones(5), 1.0))
+    (900, 200000.0, 5.0)
+    >>> most((torch.ones(5), 7)), most(([torch.ones(5), torch.ones(7)],))
+    (35, 35)
+    """
+    leaves = _pytree.tree_leaves(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    numbers = [abs(leaf) for leaf in leaves if type(leaf) in (int, float) and leaf]
+    if not tensors:  # as arange makes
+        return math.prod(max(1.0, n, 1 / n if type(n) is float else 0) for n in numbers)
+    sizes = {t.shape for t in tensors if t.numel() > 1}
+    if len(sizes) < 2 and not any(type(n) is int for n in numbers):
+        return float(max(t.numel() for t in tensors))
+    return math.prod(max(1.0, n) for n in [*(t.numel() for t in tensors), *numbers])
+
+
+def as_bytes(memory: torch.UntypedStorage) -> torch.Tensor:
+    """See a memory as bytes. Local."""
+    return torch.empty(0, dtype=torch.uint8).set_(memory)
 
 
 def _looks(function: Any) -> bool:
@@ -330,4 +394,6 @@ def changed(function: Any, arguments: Any, named: Any) -> Iterator[torch.Tensor]
     for at, declared in enumerate(function._schema.arguments):
         if declared.alias_info is not None and declared.alias_info.is_write:
             value = arguments[at] if at < len(arguments) else named.get(declared.name)
-            yield from (t for t in _pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+            yield from tensors_in(value)
+    if function is torch.ops.aten.native_batch_norm.default and arguments[5]:  # it does not say so
+        yield from tensors_in(arguments[3:5])
