@@ -14,7 +14,7 @@ from hpctrain import hidden
 from hpctrain.config import ClassPath
 from hpctrain.errors import ConfigError
 from hpctrain.models import build as models
-from hpctrain.models import deferred
+from hpctrain.models import deferred, untold
 from hpctrain.models.deferred import Deferred
 from hpctrain.models.lines import named_key
 
@@ -270,8 +270,8 @@ def test_what_cannot_run_without_memory_is_built_whole():
         assert written is None
         assert why in reason
     assert type(module.weight) is Kind
-    assert vars(nn.Parameter)["__new__"] is deferred.MAKES
-    assert isinstance(deferred.MAKES, staticmethod)
+    assert vars(nn.Parameter)["__new__"] is untold.MAKES
+    assert isinstance(untold.MAKES, staticmethod)
     with pytest.raises(ConfigError, match="no such width"):
         models.without_memory(ClassPath("test_deferred.failing", {}), 3)
 
@@ -346,7 +346,7 @@ def test_a_truncated_normal_distribution_is_torchs(size, a):
     assert float(found.max()) <= 2
     module, _, _ = models.without_memory(ClassPath("test_deferred.truncating", {}), 3)
     assert isinstance(module.weight, FakeTensor)
-    assert nn.init._no_grad_trunc_normal_ is deferred.TRUNCATES
+    assert nn.init._no_grad_trunc_normal_ is untold.TRUNCATES
 
 
 class Looking(nn.Module):

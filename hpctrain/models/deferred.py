@@ -10,32 +10,28 @@ So a weight has the same bits whoever makes it and whichever others are made, an
 others. What a constructor looks at stays as it was seen, as does what it has seeded itself.
 """
 
-import math
 from collections.abc import Container, Iterable, Iterator
-from copy import deepcopy
+from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain.gradient import hooked
 from hpctrain.hidden import ON_BUFFERS, notes_on, plain, registered
 from hpctrain.models.lines import UNNAMED, Line, Lines, View, drawing
+from hpctrain.models.schema import FILLS, changed, looks, most
+from hpctrain.models.untold import told
 from hpctrain.tensors import storage_of, tensors_in
 
 AS_EVER = 2**24
 """Numbers of a model that are made as ever: most models are, which costs nothing; of more,"""
 SMALL = 4096
 """tensors of more than these are shapes. Constructors may look at others in any way."""
-_FILLS = {"uniform_", "normal_", "trunc_normal_", "random_", "exponential_"}
-"""Operators that need nothing of what was there."""
-_LOOKS = {"tolist", "numpy", "__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__"}
-"""Methods that read a tensor by no operator."""
 
 
 class Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -62,7 +58,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lines = Lines(seed)
         self._kept: dict[int, Any] = {}
         """Each memory: while it is kept no other one has its number."""
-        self._looked = Looked(self)
+        self._told = ExitStack()
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -71,18 +67,14 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> "Deferred":
         """Begin to write down."""
-        nn.Parameter.__new__ = plain_parameters_only  # type: ignore[method-assign, assignment]
-        nn.init._no_grad_trunc_normal_ = truncated
-        self._looked.__enter__()  # type: ignore[no-untyped-call]
+        self._told.enter_context(told(self.lines))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *of: Any) -> None:
         """Write down no more."""
         super().__exit__(*of)  # type: ignore[no-untyped-call]
-        self._looked.__exit__(*of)  # type: ignore[no-untyped-call]
-        nn.Parameter.__new__ = MAKES  # type: ignore[method-assign]
-        nn.init._no_grad_trunc_normal_ = TRUNCATES
+        self._told.close()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -131,7 +123,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = [storage_of(t) for t in given if storage_of(t) in self.lines]
         if not (draws or known) or any(t.device.type != "cpu" or not storage_of(t) for t in given):
             return self._count(function, function(*real, **real_named))
-        if _looks(function):
+        if looks(function):
             self.lines.settle(known)
         for tensor in changed(function, arguments, named):
             if storage_of(tensor) not in self.lines:
@@ -152,7 +144,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Write down what a real tensor's memory holds, unless the operator fills it with random numbers."""
         memory, kept = storage_of(tensor), tensor.untyped_storage()
         self._kept[memory] = kept
-        fills = function._opname in _FILLS and tensor.nbytes == kept.nbytes()
+        fills = function._opname in FILLS and tensor.nbytes == kept.nbytes()
         now = torch.empty(0) if fills else as_bytes(kept).clone()
         begin = partial(torch.empty, kept.nbytes(), dtype=torch.uint8) if fills else now.clone
         self.lines.append(Line(begin, (), {}, frozenset(), (memory,), frozenset({memory})))
@@ -275,39 +267,6 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 vars(owner)[name] = _pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), value)
 
 
-class Looked(TorchFunctionMode):
-    """Entered while a constructor runs: what it looks at by no operator keeps the numbers that it saw."""
-
-    def __init__(self, deferred: Deferred) -> None:
-        """Take what writes down."""
-        super().__init__()
-        self.deferred = deferred
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
-    ) -> Any:
-        """Note the tensors that are looked at."""
-        tensor, lines = next(iter(arguments), None), self.deferred.lines
-        if getattr(function, "__name__", "") not in _LOOKS or not isinstance(tensor, torch.Tensor):
-            return function(*arguments, **(named or {}))
-        if (
-            not isinstance(tensor, FakeTensor) and storage_of(tensor) in lines
-        ):  # of others there are operators
-            if function is torch.Tensor.__deepcopy__ and type(tensor) is torch.Tensor:
-                return copied(tensor, arguments[1])
-            lines.settle([storage_of(tensor)])
-        return function(*arguments, **(named or {}))
-
-
-def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-    """Copy as copy.deepcopy does, by an operator, which can be written down. Local."""
-    if id(tensor) not in memo:
-        found = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        vars(found).update(deepcopy(vars(tensor), memo))
-        memo[id(tensor)] = found
-    return memo[id(tensor)]  # type: ignore[no-any-return]
-
-
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Give parameters, then buffers, then what stands in plain attributes, each with its name. Local."""
     yield from module.named_parameters()
@@ -318,82 +277,6 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{names[id(owner)]}.{name}.{at}", tensor
 
 
-def most(tree: Any) -> float:
-    """Give at least as many numbers as an operator makes of its arguments. Pure.
-
-    >>> most(([30, 30], {})), most((0, 1e5, 0.5)), most((torch.ones(5), torch.ones(5), 1.0))
-    (900, 200000.0, 5.0)
-    >>> most((torch.ones(5), 7)), most(([torch.ones(5), torch.ones(7)],))
-    (35, 35)
-    """
-    leaves = _pytree.tree_leaves(tree)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    numbers = [abs(leaf) for leaf in leaves if type(leaf) in (int, float) and leaf]
-    if not tensors:  # as arange makes
-        return math.prod(max(1.0, n, 1 / n if type(n) is float else 0) for n in numbers)
-    sizes = {t.shape for t in tensors if t.numel() > 1}
-    if len(sizes) < 2 and not any(type(n) is int for n in numbers):
-        return float(max(t.numel() for t in tensors))
-    return math.prod(max(1.0, n) for n in [*(t.numel() for t in tensors), *numbers])
-
-
 def as_bytes(memory: torch.UntypedStorage) -> torch.Tensor:
     """See a memory as bytes. Local."""
     return torch.empty(0, dtype=torch.uint8).set_(memory)
-
-
-def _looks(function: Any) -> bool:
-    """Whether an operator says something of its tensors' numbers. Pure."""
-    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-    return bool(tags & {*function.tags}) or any(
-        "Tensor" not in str(found.type) for found in function._schema.returns
-    )
-
-
-MAKES = vars(nn.Parameter)["__new__"]
-"""As torch has it."""
-
-
-def plain_parameters_only(kind: type, *arguments: Any, **named: Any) -> Any:
-    """Make a parameter, if it is of no kind of its own, which a tensor without memory would not show."""
-    if kind is not nn.Parameter:
-        raise NotImplementedError(f"{kind.__qualname__} is a kind of nn.Parameter of its own")
-    return MAKES(kind, *arguments, **named)
-
-
-TRUNCATES = nn.init._no_grad_trunc_normal_
-"""As torch has it: it looks at what it has drawn, to draw again."""
-
-
-@torch.library.custom_op(
-    "hpctrain::trunc_normal_", mutates_args=("tensor",), tags=(torch.Tag.nondeterministic_seeded,)
-)
-def trunc_normal_(tensor: torch.Tensor, mean: float, std: float, a: float, b: float) -> None:
-    """Do it as one operator, which is written down as one line. Local."""
-    TRUNCATES(tensor, mean, std, a, b)
-
-
-@trunc_normal_.register_fake
-def _(tensor: torch.Tensor, mean: float, std: float, a: float, b: float) -> None:
-    """Nothing is to be drawn where there is no memory."""
-
-
-def truncated(
-    tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
-) -> Any:
-    """Draw what torch does; a generator of the constructor's own is moved on by looking. Local."""
-    if generator is not None:
-        return TRUNCATES(tensor, mean, std, a, b, generator)
-    with torch.no_grad():
-        trunc_normal_(tensor, float(mean), float(std), float(a), float(b))
-    return tensor
-
-
-def changed(function: Any, arguments: Any, named: Any) -> Iterator[torch.Tensor]:
-    """Give the tensors that an operator writes to."""
-    for at, declared in enumerate(function._schema.arguments):
-        if declared.alias_info is not None and declared.alias_info.is_write:
-            value = arguments[at] if at < len(arguments) else named.get(declared.name)
-            yield from tensors_in(value)
-    if function is torch.ops.aten.native_batch_norm.default and arguments[5]:  # it does not say so
-        yield from tensors_in(arguments[3:5])
