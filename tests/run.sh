@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-export PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis MPLCONFIGDIR="$PWD/.cache/matplotlib"
+unset PYTHONDONTWRITEBYTECODE # hundreds of ranks would compile the package, each again
+export HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis MPLCONFIGDIR="$PWD/.cache/matplotlib"
 models=$(dirname "$(dirname "$(command -v python)")")/models # made by make
 export COVERAGE_FILE="$PWD/.coverage"
 mkdir -p "$MPLCONFIGDIR"
