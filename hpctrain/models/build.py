@@ -76,35 +76,24 @@ def tupled(value: Any) -> Any:
 def without_memory(spec: ClassPath, seed: int) -> tuple[nn.Module, Deferred | None, str]:
     """Build the module with large tensors as shapes, and what makes those that are wanted. Local.
 
-    Their random numbers are keyed by (seed, name). A constructor that can't be run so is run as ever: they
-    are drawn one after another, nothing is left to be made, and the text says why.
+    Their numbers are those of `build`. A constructor that can't be run so is run as ever; then
+    there is nothing to be made, and the text says why.
     """
-    deferred = Deferred(seed)
+    deferred = Deferred()
     try:
         with deferred, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by its copying
-            module = constructed(spec, seed)
+            module = build(spec, seed)
         deferred.complete(module)
         return module, deferred, ""
     except Exception as error:
-        module = constructed(spec, seed)  # its own faults show again
+        module = build(spec, seed)  # its own faults show again
         cause = error.__cause__ or error
         return module, None, f"{type(cause).__name__}: {cause}"
 
 
 def build(spec: ClassPath, seed: int) -> nn.Module:
-    """Build the whole module on the CPU; its weights depend on the seed and their names alone. Local.
-
-    Raises ConfigError for what is no model.
-    """
-    module, deferred, _ = without_memory(spec, seed)
-    if deferred:
-        deferred.materialise(module, [*module.parameters(), *module.buffers()], "cpu")
-    return module
-
-
-def constructed(spec: ClassPath, seed: int) -> nn.Module:
-    """Run the constructor, with all generators at the seed. Local.
+    """Build the module on the CPU; its weights depend on the seed alone. Local.
 
     A list of modules is what an nn.Sequential of them is. Raises ConfigError for what is no model.
     """

@@ -46,7 +46,6 @@ def config_for(shared_tmp, world):
 def test_a_model_of_others_in_stages_equals_one_process(world, config_for, name, monkeypatch, caplog):
     """Nearly all weights are made stage by stage: the constructors run without memory."""
     monkeypatch.setattr(deferred, "SMALL", 64)
-    monkeypatch.setattr(deferred, "AS_EVER", 0)
     config = config_for(name)
     with Topology.build(world, config.parallel.stages, threads=1) as topology:
         job = assemble.build(config, topology)
