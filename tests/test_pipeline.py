@@ -783,7 +783,6 @@ def test_a_stage_makes_its_own_weights_alone(world, build, monkeypatch, model):
         made.extend(wanted)
         return materialise(self, module, wanted, device)
 
-    monkeypatch.setattr(deferred, "AS_EVER", 0)
     monkeypatch.setattr(deferred, "SMALL", 0)
     monkeypatch.setattr(deferred.Deferred, "materialise", counting)
     if world.size not in layouts(world.size, model):

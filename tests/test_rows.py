@@ -188,7 +188,9 @@ def test_a_trial_takes_no_more_memory_than_is_counted(width, shape, length, gain
     before = resident("VmRSS")
     assert rows.wins(row, shape, True)
     taken = resident("VmHWM") - before
-    assert taken < HOLES * row.bytes_of_trial(size, works) < 4 * taken
+    assert (
+        taken < HOLES * row.bytes_of_trial(size, works) < 8 * taken
+    )  # what the heap had still is not taken anew
 
 
 def resident(which):
