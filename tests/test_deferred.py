@@ -274,24 +274,6 @@ def test_a_forward_in_the_constructor_moves_statistics(monkeypatch, small):
         assert torch.equal(value, found.state_dict()[name]), name
 
 
-class Swapped(nn.Module):
-    """Gives parameters other memory; what they had goes, and its number may be another's."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(100, 100) for _ in range(4))
-        for layer in self.layers:
-            layer.weight.data = torch.randn(100, 100)
-        self.behind = nn.ParameterList(torch.randn(100, 100) for _ in range(4))
-
-
-def test_memory_that_a_parameter_has_left_is_not_taken_for_anothers():
-    found, plain, reason = made("Swapped")
-    assert reason == ""
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, found.state_dict()[name]), name
-
-
 def with_sparse():
     layer = nn.Linear(5, 5)
     layer.register_buffer("sparse", torch.eye(100).to_sparse())

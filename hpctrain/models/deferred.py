@@ -85,8 +85,8 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.shapes = Shapes(allow_non_fake_inputs=True)
         self.lines: list[Line] = []
-        self._kept: dict[int, Any] = {}
-        """Each memory: while it is kept no other one has its number."""
+        self._kept: dict[int, torch.Tensor] = {}
+        """A tensor of each memory: while it is kept no other memory has its number."""
 
     def __enter__(self) -> "Deferred":
         """Begin to write down."""
@@ -161,7 +161,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = {storage_of(t) for t in changed(function, arguments, named)}
         for tensor in outputs:
             if isinstance(tensor, FakeTensor):
-                self._kept.setdefault(storage_of(tensor), tensor.untyped_storage())
+                self._kept.setdefault(storage_of(tensor), tensor)
         if not (fresh or written):
             return  # another view of the same memory
         reads = set[int]()
