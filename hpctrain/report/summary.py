@@ -167,7 +167,16 @@ def write_sample(job: Job, run: RunFolder) -> None:
     write_whole(run.path / "sample.txt", found)
     LOGGER.info("a sample, also in %s:", run.path / "sample.txt")
     for line in found.splitlines():
-        LOGGER.info("    %s", "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line))
+        LOGGER.info("    %s", printable(line))
+
+
+def printable(line: str) -> str:
+    """Give a line without characters that a terminal obeys. Pure.
+
+    >>> printable("def\\tf:\\x1b")
+    'def     f:\ufffd'
+    """
+    return "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs())
 
 
 def end(job: Job, run: RunFolder, reason: str, found: Metrics, baselines: dict[str, Metrics]) -> None:
