@@ -330,19 +330,20 @@ class StagedEngine(Engine):
     def _join(self, instruction: Instruction) -> None:
         """Note that a micro-batch is done here, with the last of its backward passes. Local."""
         v, virtual = instruction.micro_batch, instruction.virtual
-        if virtual:
-            self.averager.joined_part(v, virtual)
-        else:
-            self.averager.joined(v, *self._joining.pop(v))
+        self._joined(v, virtual, *((0.0, 0.0) if virtual else self._joining.pop(v)))
 
     def _join_without(self, virtual: int, before: int) -> None:
         """Note that micro-batches without samples are done, in their turn: those before one. Local."""
         left = self._without[virtual]
         while left and left[0] < before:
-            if virtual:
-                self.averager.joined_part(left.pop(0), virtual)
-            else:
-                self.averager.joined(left.pop(0), 0.0, 0.0)
+            self._joined(left.pop(0), virtual, 0.0, 0.0)
+
+    def _joined(self, v: int, virtual: int, loss: float, weight: float) -> None:
+        """Let a virtual stage's gradients of a micro-batch join; 0, the last one, tells its loss. Local."""
+        if virtual:
+            self.averager.joined_part(v, virtual)
+        else:
+            self.averager.joined(v, loss, weight)
 
     def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
         """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""
