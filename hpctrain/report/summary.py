@@ -171,10 +171,10 @@ def write_sample(job: Job, run: RunFolder) -> None:
 
 
 def printable(line: str) -> str:
-    """Give a line without characters that a terminal obeys. Pure.
+    r"""Give a line without characters that a terminal obeys. Pure.
 
-    >>> printable("def\\tf:\\x1b")
-    'def     f:\ufffd'
+    >>> printable("def\tf:\x1b") == "def     f:\ufffd"
+    True
     """
     return "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs())
 
