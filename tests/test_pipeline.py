@@ -163,9 +163,9 @@ def test_a_schedule_of_its_own_choice_has_the_bits_of_one_process(world, build, 
     monkeypatch.setattr(profile, "yardstick", lambda: 1.0)
     monkeypatch.setattr(weigh, "SPLIT_WORTH", 1.1)
     job = build("broad_row" if world.size == 2 else "plain_row", world.size, micro_batches=2, schedule="auto")
-    # the last is split in the last micro-batches alone: zb-h1 is the shortest on three stages, by the simulation
+    # the last is split in the last micro-batches alone: zb-h2 is the shortest on three stages, by the simulation
     splits = work.weight_gradient == 1.0 or (work.joint > 0.0 and world.size == 3)
-    expected = "zb-h1" if splits else "interleaved"
+    expected = "zb-h2" if splits else "interleaved"
     assert (job.schedule, len(job.pipeline.stages)) == (expected, 1 + (expected == "interleaved"))
     assert job.config.parallel.schedule == "auto"  # a resume with other stages chooses anew
     has_bits_of_one_process(world, job, "plain_row")
@@ -219,7 +219,7 @@ def test_a_micro_batch_too_small_for_batchnorm_is_named(world, build, caplog):
 
 @pytest.mark.mpi
 @lays_weights
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "interleaved"])
 def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule, monkeypatch):
     """Whose weights are taken as they stand."""
     if world.size not in layouts(world.size) or (schedule == "interleaved" and world.size > 2):
@@ -278,7 +278,7 @@ def test_layers_may_do_what_operators_cannot_say(world, build, model):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "interleaved"])
 @pytest.mark.parametrize("model", ["plain_row", "tied_row"])
 def test_averaging_between_nodes_begins_while_stages_still_work(
     world, build, waits, monkeypatch, model, schedule
@@ -415,9 +415,16 @@ def test_convolutions_have_the_bits_of_one_process(world, build, waits, schedule
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("schedule", "late"), [("1f1b", [0, 1, 1, 1]), ("zb-h1", [0, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("schedule", "counts"),
+    [
+        ("1f1b", {n: [0, 1, 1, 1] for n in (2, 3, 4)}),
+        ("zb-h1", {n: [0, 2, 3, 4] for n in (2, 3, 4)}),
+        ("zb-h2", {2: [0, 3], 3: [0, 3, 5], 4: [0, 1, 3, 5]}),
+    ],
+)
 def test_what_is_dear_to_split_waits_behind_the_last_gradient(
-    world, build, waits, schedule, late, monkeypatch
+    world, build, waits, schedule, counts, monkeypatch
 ):
     """In as many micro-batches as have their weight gradients there; none on the first stage, for which none waits."""
     if world.size not in layouts(world.size):
@@ -429,7 +436,7 @@ def test_what_is_dear_to_split_waits_behind_the_last_gradient(
     job.engine.straight.at_once(job.engine.module.parameters())
     waited.clear()  # of measuring
     has_bits_of_one_process(world, job, "convolved_row")
-    assert waited == set(range(5 - late[job.topology.stage], 5))
+    assert waited == set(range(5 - counts[world.size][job.topology.stage], 5))
 
 
 @pytest.mark.mpi
@@ -596,7 +603,7 @@ def test_each_layer_runs_forward_once_a_micro_batch(world, build, model, schedul
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "interleaved"])
 def test_micro_batches_without_samples_are_not_in_the_program(world, build, schedule):
     """With them between, 1f1b would let its first stage wait where it has a forward to run."""
     if world.size not in layouts(world.size):
@@ -798,18 +805,22 @@ def test_a_stage_makes_its_own_weights_alone(world, build, monkeypatch, model):
 @pytest.mark.parametrize(
     ("model", "schedule"),
     [
-        *((m, s) for m in ("plain_row", "Skips", "Wide", "Tied", "tied_row") for s in ("1f1b", "zb-h1")),
+        *(
+            (m, s)
+            for m in ("plain_row", "Skips", "Wide", "Tied", "tied_row")
+            for s in ("1f1b", "zb-h1", "zb-h2")
+        ),
         ("Wide", "gpipe"),
         ("mixed_row", "zb-h1"),
     ],
 )
 def test_weight_gradients_that_wait_keep_the_bits(world, build, waits, model, schedule):
-    """Every schedule, with all linear layers straight into place; those of stage 0 wait in zb-h1 only."""
+    """Every schedule, with all linear layers straight into place; those of stage 0 wait in zero bubbles only."""
     if world.size not in layouts(world.size, model):
         pytest.skip("as many stages as ranks, two at least")
     job = build(model, world.size, micro_batches=5, schedule=schedule)
     has_bits_of_one_process(world, job, model)
-    if job.topology.stage or schedule == "zb-h1":
+    if job.topology.stage or schedule in ("zb-h1", "zb-h2"):
         linear = [
             m for m in job.engine.module.modules() if isinstance(m, torch.nn.Linear) and m.weight is not None
         ]
@@ -863,6 +874,7 @@ def test_all_start_alike_where_no_seed_reaches(world, build):
     [
         *((m, "1f1b") for m in MODELS if m not in TIED),
         ("plain_row", "zb-h1"),
+        ("Skips", "zb-h2"),
         ("Skips", "gpipe"),
         ("again_row", "1f1b"),
     ],
@@ -1375,7 +1387,7 @@ def test_what_our_own_ways_do_not_see_has_the_bits_of_one_process(world, build, 
 @pytest.mark.parametrize(("model", "batch"), [("Row", 8), ("Skips", 8), ("plain_row", 4)])
 def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, model, batch):
     """With a batch of 4 two of the 6 micro-batches have no samples."""
-    schedules = "1f1b", "zb-h1", "interleaved"
+    schedules = "1f1b", "zb-h1", "zb-h2", "interleaved"
     for stages, schedule in [(1, "1f1b"), *((s, n) for s in layouts(world.size) for n in schedules)]:
         if schedule == "interleaved" and stages > 2 and model == "Row":
             continue  # it has too few layers
@@ -1573,6 +1585,7 @@ def test_a_gradient_that_is_not_finite_ends_on_all_stages(world, build, schedule
     [
         ("plain_row", "1f1b"),
         ("plain_row", "zb-h1"),
+        ("plain_row", "zb-h2"),
         ("plain_row", "interleaved"),
         ("Skips", "zb-h1"),
         ("Tied", "1f1b"),

@@ -58,13 +58,13 @@ def test_laws(name, ranks, count):
         assert found.bubble == 0
         return
     gaps = ranks - 1
-    if name in ("gpipe", "1f1b", "zb-h1") or (name == "interleaved" and count % ranks == 0):
+    if name in ("gpipe", "1f1b", "zb-h1", "zb-h2") or (name == "interleaved" and count % ranks == 0):
         bubble = simulate(programs(name, ranks, count), unsplit).bubble
         assert bubble == pytest.approx(gaps / (virtual * count + gaps))
     gpipe = simulate(programs("gpipe", ranks, count), halved)
     assert found.seconds <= virtual * gpipe.seconds
-    if name == "zb-h1":
-        assert found.kept == [min(count, ranks)] * ranks
+    if name in ("zb-h1", "zb-h2"):
+        assert found.kept == [min(count, ranks if name == "zb-h1" else 2 * ranks - 1)] * ranks
         if count >= 2 * ranks - 1:  # p - 1 gaps of F + I - W
             assert found.bubble == pytest.approx(gaps / (3 * count + gaps))
     elif name in ("gpipe", "1f1b"):
@@ -125,6 +125,25 @@ def test_utilisation_of_four_stages():
     assert 1 - simulate(programs("zb-h1", 4, 8), halved).bubble == pytest.approx(24 / 27)
     assert 1 - simulate(programs("1f1b", 4, 8), halved).bubble == pytest.approx(24 / 30)
     assert 1 - simulate(programs("1f1b", 4, 8), unsplit).bubble == pytest.approx(24 / 33)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_twice_the_micro_batches_leave_the_gaps_of_the_start_alone(ranks):
+    """With an I longer than F and W, where zb-h1 waits for it; and where a pass takes longer now and then."""
+
+    def longer(stage, instruction):
+        return {Forward: 1.3, BackwardInput: 1.65, BackwardWeight: 1.0}.get(type(instruction), 2.65)
+
+    def held_up(stage, instruction):
+        return longer(stage, instruction) * (1.2 if (instruction.micro_batch + stage) % 2 else 0.8)
+
+    count, gaps = 4 * ranks, ranks - 1
+    found = {name: simulate(programs(name, ranks, count), longer) for name in ("zb-h1", "zb-h2")}
+    assert found["zb-h2"].seconds == pytest.approx(count * 3.95 + gaps * 1.3)
+    assert found["zb-h1"].seconds == pytest.approx(count * 3.95 + gaps * (1.3 + 1.65 - 1.0))
+    least = count * 3.95 + gaps * 1.3
+    lost = {n: simulate(programs(n, ranks, count), held_up).seconds - least for n in found}
+    assert lost["zb-h2"] < 0.5 * lost["zb-h1"]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

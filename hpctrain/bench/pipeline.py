@@ -41,6 +41,7 @@ CONTENDERS = {
     "ours": "1F1B, one stage a rank",
     "ours_gpipe": "GPipe",
     "ours_zb": "ZB-H1: a backward in halves, weight gradients where a rank would wait",
+    "ours_zb2": "ZB-H2: the same with twice the micro-batches on their way",
     "ours_fast": "ZB-H1 with weight gradients of several micro-batches merged (parallel.gradients = fast)",
     "ours_1f1b_fast": "1F1B with the same",
     "ours_gpipe_fast": "GPipe with the same",
@@ -61,6 +62,7 @@ CONTENDERS = {
     "bubble": "alone ÷ p times (m+p-1)/m: even stages, free messages, cores that do not disturb one another",
     "simulated_1f1b": "the simulator's 1F1B, messages taking no time",
     "simulated_zb": "… ZB-H1",
+    "simulated_zb2": "… ZB-H2",
     "simulated_interleaved": "… interleaved",
 }
 ROUNDS = 9
@@ -126,6 +128,7 @@ def our_steps(
         "ours": our_step(topology, case, x, y, "1f1b"),
         "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
         "ours_zb": our_step(topology, case, x, y, "zb-h1"),
+        "ours_zb2": our_step(topology, case, x, y, "zb-h2"),
         "ours_fast": our_step(topology, case, x, y, "zb-h1", fast=True),
         "ours_1f1b_fast": our_step(topology, case, x, y, "1f1b", fast=True),
         "ours_gpipe_fast": our_step(topology, case, x, y, "gpipe", fast=True),
@@ -166,7 +169,8 @@ def dear_to_split(topology: Topology, case: Case, x: torch.Tensor) -> set[str]:
 def simulated(topology: Topology, case: Case) -> dict[str, list[float]]:
     """Say what the simulator expects where layers sleep, and the work of a stage. Collective."""
     found, stretch = {}, emulated.stretched(topology.comms.world)
-    for ours, schedule in (("1f1b", "1f1b"), ("zb", "zb-h1"), ("interleaved", "interleaved")):
+    schedules = {"1f1b": "1f1b", "zb": "zb-h1", "zb2": "zb-h2", "interleaved": "interleaved"}
+    for ours, schedule in schedules.items():
         if schedule not in SEVERAL or case.halves(topology.stages):
             expected = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
             found[f"simulated_{ours}"] = expected.seconds

@@ -21,6 +21,12 @@ one micro-batch; 4 stages (rows), micro-batches 0 1 2 3, time to the right, B = 
     .  .  F0 F1 .  I0 F2 I1 F3 I2 W0 I3 W1 W2 W3
     .  .  .  F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3
 
+    zero_bubble_2
+    F0 F1 F2 F3 .  .  .  I0 W0 I1 W1 I2 W2 I3 W3
+    .  F0 F1 F2 F3 .  I0 W0 I1 W1 I2 W2 I3 W3
+    .  .  F0 F1 F2 I0 F3 I1 W0 I2 W1 I3 W2 W3
+    .  .  .  F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3
+
     interleaved, 2 ranks with two virtual stages each: 0 and 2, 1 and 3, the second ones' passes marked '
     F0  F1  F0' F1' F2  I0' W0' F3  I1' W1' F2' B0  B0  F3' B1  B1  .   I2' W2' .   I3' W3' B2  B2  B3  B3
     .   F0  F1  F0' I0' W0' F1' I1' W1' F2  I0  W0  F3  I1  W1  F2' I2' W2' F3' I3' W3' I2  W2  I3  W3
@@ -29,7 +35,10 @@ p stages, m micro-batches: gpipe and one_f_one_b leave a stage idle for p - 1 fo
 of inputs. Where a backward can't be split and is as long as a forward, that is (p-1)/(m+p-1) of the time.
 gpipe (Huang et al. 2019) keeps m micro-batches' activations, one_f_one_b (Narayanan et al. 2019) at most p.
 zero_bubble (ZB-H1 of Qi et al. 2023) fills the gaps of one_f_one_b with weight gradients, which nobody
-waits for, and keeps at most p too: p - 1 gaps of length F + I - W are left a stage. interleaved (Narayanan
+waits for, and keeps at most p too: p - 1 gaps of length F + I - W are left a stage. zero_bubble_2 (ZB-H2 of
+the same) keeps at most 2p - 1: with more of them, p - 1 gaps of length F are left where an I is hardly longer
+than F or W, and a pass that takes longer than the others holds up no other stage. (Theirs fills those gaps,
+too, by an optimizer's step that is taken back where a gradient proves wrong.) interleaved (Narayanan
 et al. 2021) lets each micro-batch go round the ranks k times, through virtual stages of 1/k the length:
 1f1b's gaps are 1/k as long, for k times the messages and more activations; it wants m to be a multiple
 of p. All run the backward passes of a (virtual) stage in the order of the micro-batches, as one process
@@ -134,7 +143,12 @@ def one_f_one_b(
     >>> [str(i) for i in one_f_one_b(0, 2, [0, 1, 2])]
     ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']
     """
-    ahead = min(stages - stage - 1, len(micro_batches))
+    yield from in_turn(stages - stage - 1, micro_batches)
+
+
+def in_turn(ahead: int, micro_batches: Sequence[int]) -> Iterator[Instruction]:
+    """Run so many forwards, then one forward and one backward in turn, then the backwards that are left."""
+    ahead = min(ahead, len(micro_batches))
     for micro_batch in micro_batches[:ahead]:
         yield Forward(micro_batch)
     for at, micro_batch in enumerate(micro_batches[ahead:]):
@@ -147,16 +161,37 @@ def one_f_one_b(
 def zero_bubble(
     stage: int, stages: int, micro_batches: Sequence[int], virtual: int = 1
 ) -> Iterator[Instruction]:
-    """Run one_f_one_b's passes; weight gradients of `stage` micro-batches wait, and fill its gaps.
+    """Run one_f_one_b's passes; weight gradients of up to `stage` micro-batches wait, and fill its gaps.
 
     So every stage keeps as many micro-batches as the first one of one_f_one_b does.
 
     >>> [str(i) for i in zero_bubble(1, 2, [0, 1, 2])]
     ['F0', 'I0', 'F1', 'I1', 'W0', 'F2', 'I2', 'W1', 'W2']
     """
-    waiting: list[int] = []
-    forwards = len(micro_batches)
-    for instruction in one_f_one_b(stage, stages, micro_batches):
+    yield from late(in_turn(stages - stage - 1, micro_batches), stage, stage == stages - 1)
+
+
+def zero_bubble_2(
+    stage: int, stages: int, micro_batches: Sequence[int], virtual: int = 1
+) -> Iterator[Instruction]:
+    """Run twice as many forwards ahead as zero_bubble, and let twice as many weight gradients wait.
+
+    Every stage keeps up to 2 x stages - 1 micro-batches: none waits for another one's pass of this moment.
+
+    >>> [str(i) for i in zero_bubble_2(0, 2, [0, 1, 2])]
+    ['F0', 'F1', 'F2', 'I0', 'W0', 'I1', 'W1', 'I2', 'W2']
+    """
+    yield from late(in_turn(2 * (stages - stage - 1), micro_batches), 2 * stage, stage == stages - 1)
+
+
+def late(passes: Iterable[Instruction], most: int, last: bool) -> Iterator[Instruction]:
+    """Halve the backwards of a stage; weight gradients of up to `most` micro-batches wait, and fill its gaps.
+
+    Those are where no forward is left to run, and gradients come from another stage: not on the `last` one.
+    """
+    passes, waiting = [*passes], list[int]()
+    forwards = sum(isinstance(instruction, Forward) for instruction in passes)
+    for instruction in passes:
         v = instruction.micro_batch
         if isinstance(instruction, Forward):
             forwards -= 1
@@ -164,8 +199,8 @@ def zero_bubble(
             continue
         yield BackwardInput(v)
         waiting.append(v)
-        cooling = not forwards and stage < stages - 1
-        if waiting and (cooling or len(waiting) > stage):
+        cooling = not forwards and not last
+        if cooling or len(waiting) > most:
             yield BackwardWeight(waiting.pop(0))
     for v in waiting:
         yield BackwardWeight(v)
@@ -199,14 +234,16 @@ SCHEDULES: dict[str, Schedule] = {
     "1f1b": one_f_one_b,
     "gpipe": gpipe,
     "zb-h1": zero_bubble,
+    "zb-h2": zero_bubble_2,
     "interleaved": interleaved,
 }
 """By the name in `parallel.schedule`. The laws in tests/test_schedule.py run on every entry."""
 SEVERAL = ("interleaved",)
 """Those that run several stages on each rank."""
-CHOSEN = {"1f1b": 1.0, "zb-h1": 1.01, "interleaved": 1.1}
-"""What auto chooses from by measured times, and by how much each must beat those before it: zb-h1 keeps more
-micro-batches on later stages, interleaved has more messages (gpipe has nothing that 1f1b has not)."""
+CHOSEN = {"1f1b": 1.0, "zb-h2": 1.01, "zb-h1": 1.01, "interleaved": 1.1}
+"""What auto chooses from by measured times, and by how much each must beat those before it: zb-h2 and zb-h1
+keep more micro-batches, interleaved has more messages (gpipe has nothing that 1f1b has not). zb-h2 comes
+first: as long in the simulation, it is shorter where passes of one kind take now longer, now shorter."""
 
 
 def forward_only(

@@ -50,7 +50,7 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8", *FEW)
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
-    ours = {"ours", "ours_gpipe", "ours_zb", "ours_interleaved", "ours_plain", "ours_autograd"}
+    ours = {"ours", "ours_gpipe", "ours_zb", "ours_zb2", "ours_interleaved", "ours_plain", "ours_autograd"}
     ours |= {"ours_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"}
     torchs = {f"torch_{peer}" for peer in ("1f1b", "gpipe", "zb", "interleaved", "zbv", "dualpipev")}
     seconds = row["seconds"]
@@ -68,8 +68,8 @@ def test_stages_that_sleep_are_measured_beside_the_simulator(launcher):
     assert sleeping.status == 0, sleeping.text
     (row,) = json.loads(sleeping.out)["rows"]
     seconds = row["seconds"]
-    simulated = {"simulated_1f1b", "simulated_zb", "simulated_interleaved"}
-    measured = {"ours", "ours_zb", "ours_interleaved", "torch_1f1b", "torch_interleaved", "work"}
+    simulated = {"simulated_1f1b", "simulated_zb", "simulated_zb2", "simulated_interleaved"}
+    measured = {"ours", "ours_zb", "ours_zb2", "ours_interleaved", "torch_1f1b", "torch_interleaved", "work"}
     assert set(seconds) == measured | simulated
     # ideal lengths, so not a timed test: 8 x 3 passes of 30 ms, 6 and 3 of them idle, sleeps of 15 ms at least
     assert seconds["work"] < seconds["simulated_zb"] < seconds["simulated_1f1b"]
