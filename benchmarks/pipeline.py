@@ -16,7 +16,7 @@ from averaging import measured, mpirun, table
 HOSTS = Path(__file__).parent.parent / "tests" / "cluster" / "vhosts.sh"
 CASES = ("mlp m=8", "mlp m=16", "mlp m=32", "transformer m=8", "cnn m=8", "cnn channels_last m=8")
 SHORT = ("mlp m=8", "cnn m=8")
-PEERS = ("ours_zb", "ours_interleaved", "ours_plain", "ours_autograd")
+PEERS = ("ours_zb", "ours_zb2", "ours_interleaved", "ours_plain", "ours_autograd")
 PEERS += ("torch_1f1b", "torch_gpipe", "torch_zb", "torch_dualpipev", "limit")
 
 
@@ -56,7 +56,7 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     for axis, (place, rows) in zip(axes[0], found.items()):
         for at, name in enumerate(PEERS):
             mine = [(x, row["ratio"][name]) for x, row in enumerate(rows) if name in row["ratio"]]
-            axis.bar([x + 0.09 * (at - 4) for x, _ in mine], [y for _, y in mine], 0.09, label=name)
+            axis.bar([x + 0.085 * (at - 4.5) for x, _ in mine], [y for _, y in mine], 0.085, label=name)
         axis.axhline(1.0, color="black", lw=0.8)
         axis.set(title=place, xticks=range(len(rows)), ylabel="time ÷ ours (1F1B)")
         axis.set_xticklabels([row["case"] for row in rows], rotation=30, ha="right")
