@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import socket
 import statistics
 import sys
@@ -29,6 +30,8 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Time each contender once a round, in turn; seconds until the last rank is done. Collective.
 
+    Each round has another order, the same on all ranks: what one leaves in the caches is not always found by
+    the same one.
     What takes microseconds is repeated, and the mean taken: ranks leave a barrier apart. On one
     node the ranks' clock is one: time runs from the first rank's start to the last one's end, so
     that a rank which has to wait for its core is seen to wait, whether it communicates or not.
@@ -41,8 +44,10 @@ def alternate(
             comm.Barrier()
             work()
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, work in contenders.items():
+    for round_ in range(rounds):
+        turns = list(contenders.items())
+        random.Random(round_).shuffle(turns)
+        for name, work in turns:
             comm.Barrier()
             began = time.perf_counter()
             for _ in range(repeats):
