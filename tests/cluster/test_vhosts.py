@@ -139,7 +139,7 @@ def test_a_slow_network_moves_the_cut_to_where_little_crosses_it(vhosts, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("hosts", "stages", "schedule"), [("h0:2,h1:1,h2:1", 4, "1f1b"), ("h0:2,h1:1,h2:1", 2, "interleaved")]
+    ("hosts", "stages", "schedule"), [("h0:2,h1:1,h2:1", 4, "zb-h2"), ("h0:2,h1:1,h2:1", 2, "interleaved")]
 )
 def test_stages_lie_across_hosts_and_equal_one_process(vhosts, hosts, stages, schedule):
     """The default recipe's U-Net, whose skips cross the link; replicas of the last stages too, two a rank."""
