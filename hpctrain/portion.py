@@ -102,10 +102,10 @@ def build(
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)
-            schedule = pieces.choice.schedule or schedules(config, synced)[0]
+            own = order.most_working(topology.replicas, count, config.train.batch)
+            schedule = pieces.choice.schedule or schedules(config, synced, own)[0]
             if config.parallel.schedule == "auto" and trains and not pieces.choice.schedule:
                 LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
-            own = order.most_working(topology.replicas, count, config.train.batch)
             kept = most_kept(schedule, topology, pieces, own)
             say(topology, pieces, schedule, own)
             share, optimizer = share_of(config, topology, module, deferred, pieces)

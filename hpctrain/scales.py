@@ -64,7 +64,7 @@ def scales_of(
         return Limits(usual, largest, share)
 
     plans = []
-    for schedule in schedules(config, synced):
+    for schedule in schedules(config, synced, own):
         virtual = config.parallel.virtual_stages if schedule in SEVERAL else 1
         dry = simulate.check(schedule, topology.stages, range(own), virtual=virtual)
         plans.append(Plan(schedule, virtual, dry.lives, CHOSEN.get(schedule, 1.0)))
@@ -100,9 +100,10 @@ def wires_of(topology: Topology) -> list[Wire]:
     return [Wire(latency, 1.0 / bandwidth) if far else Wire() for far in spans]
 
 
-def schedules(config: Config, synced: bool) -> list[str]:
-    """List the schedules to choose from. Pure.
+def schedules(config: Config, synced: bool, micro_batches: int) -> list[str]:
+    """List the schedules to choose from, for so many micro-batches of a replica. Pure.
 
+    zb-h2 wants as many as it keeps, else its stages have nothing more to do meanwhile.
     Fast gradients have other bits by each, so their schedule is fixed. With SyncBatchNorm a replica has one
     micro-batch, with `invariant` no backward is split.
     """
@@ -112,7 +113,8 @@ def schedules(config: Config, synced: bool) -> list[str]:
         return ["1f1b"]
     if config.parallel.gradients == "fast":
         return ["zb-h1"]
-    return [*CHOSEN]
+    enough = micro_batches >= 2 * config.parallel.stages - 1
+    return [name for name in CHOSEN if name != "zb-h2" or enough]
 
 
 def splits(config: Config) -> str:

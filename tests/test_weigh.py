@@ -24,6 +24,7 @@ from hpctrain.pipeline.choice import Plan, Scales, Wire
 from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.profile import Held, Limits, Work
 from hpctrain.pipeline.schedule import CHOSEN, Backward, BackwardInput, BackwardWeight, programs
+from hpctrain.pipeline.simulate import check
 from hpctrain.pipeline.weigh import choose
 from hpctrain.scales import schedules
 from hpctrain.topology import Topology
@@ -119,6 +120,12 @@ def with_plans(world, ranks, micro_batches, kept, limits=None):
         for name, worth in CHOSEN.items()
     ]
     return found
+
+
+def keeping(ranks):
+    """By schedule and stage, how many micro-batches are on their way."""
+    counts = {"zb-h2": [2 * ranks - 1] * ranks, "interleaved": [ranks] * 2 * ranks}
+    return {name: counts.get(name, [ranks] * ranks) for name in CHOSEN}
 
 
 @pytest.mark.mpi
@@ -400,7 +407,7 @@ def test_the_fastest_schedule_is_chosen(world, even, solid):
     """Weight gradients fill gaps; several stages a rank shorten them where there is nothing to fill them with."""
 
     def chosen(ranks, micro_batches, work, pieces=8, kept=None, shared=False, limits=None):
-        kept = kept or {n: [ranks] * ranks * (1 + (n == "interleaved")) for n in CHOSEN}
+        kept = kept or keeping(ranks)
         asked = with_plans(world, ranks, micro_batches, kept, limits)
         return choose(ranks, [1] * pieces, [Held(10)] * pieces, [lambda: work] * pieces, asked, shared)
 
@@ -429,6 +436,29 @@ def test_the_fastest_schedule_is_chosen(world, even, solid):
     kept = {"1f1b": [1] * 4, "zb-h1": [1] * 4, "zb-h2": [1] * 4, "interleaved": [4] * 8}
     assert chosen(4, 4, whole, kept=kept, limits=[100] * 4).schedule == "1f1b"
     assert chosen(4, 4, whole, kept=kept, limits=[120] * 4).schedule == "interleaved"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("limits", "recompute", "expected", "most"),
+    [
+        ([150, 130], "never", "zb-h2", [150, 130]),
+        ([149, 130], "never", "zb-h1", [116, 106]),
+        ([150, 105], "never", "1f1b", [116, 86]),
+        ([122, 142], "always", "zb-h2", [122, 142]),
+        ([121, 142], "always", "zb-h1", [114, 114]),
+    ],
+)
+def test_what_is_on_its_way_is_counted_by_schedule(world, even, solid, limits, recompute, expected, most):
+    """As the dry run finds it: graphs, halves of backwards, and what leaves or, where forwards run again, stays."""
+    work = Work(1.0, 1.0, 1.0, 30, late=20, gives=4)
+    asked = with_plans(world, 2, 8, KEPT, limits)
+    asked.recompute = recompute
+    for plan in asked.plans:
+        plan.lives[:] = check(plan.schedule, 2, range(8), virtual=plan.virtual).lives
+    found = choose(2, [1] * 2, [Held(10)] * 2, [lambda: work] * 2, asked)
+    assert (found.schedule, found.recompute, found.warned) == (expected, recompute == "always", [])
+    assert [one.most for one in found.needs] == most
 
 
 def test_a_whole_backward_is_not_priced_as_its_halves():
@@ -499,7 +529,7 @@ def test_a_cut_follows_what_was_chosen(world, even, monkeypatch, model):
     rows = [nn.Linear(16, 16) for _ in range(8)]
     module = nn.Sequential(*rows) if model == "layers" else Rows(rows)
     monkeypatch.setattr(profile, "timed", lambda *_: Work(0.1, 0.4, 0.2, 0, joint=0.2))
-    kept = {n: [4] * 4 * (1 + (n == "interleaved")) for n in CHOSEN}
+    kept = keeping(4)
     found = split.cut(module, {"x": torch.randn(8, 16)}, False, 4, [], with_plans(world, 4, 4, kept))
     assert (found.stages, found.choice.schedule) == (8, "interleaved")
     assert [len(found.tensors(stage)) for stage in range(8)] == [2] * 8
@@ -565,6 +595,7 @@ def test_numbers_are_made_up_for_expanded_tensors():
     ("asked", "expected"),
     [
         ({}, ["1f1b", "zb-h2", "zb-h1", "interleaved"]),
+        ({"micro_batches": 6}, ["1f1b", "zb-h1", "interleaved"]),
         ({"synced": True}, ["1f1b"]),
         ({"invariant": True}, ["1f1b"]),
         ({"gradients": "fast"}, ["zb-h1"]),
@@ -577,7 +608,8 @@ def test_schedules_to_choose_from(asked, expected):
     config.averaging.invariant = asked.get("invariant", False)
     config.parallel.gradients = asked.get("gradients", "strict")
     config.parallel.schedule = asked.get("schedule", "auto")
-    assert schedules(config, asked.get("synced", False)) == expected
+    config.parallel.stages = 4
+    assert schedules(config, asked.get("synced", False), asked.get("micro_batches", 7)) == expected
 
 
 @pytest.mark.mpi
@@ -745,7 +777,7 @@ def test_slow_messages_keep_stages_few(world, even):
     """Interleaved sends as often again; over a slow network more micro-batches are on their way instead."""
 
     def chosen(seconds):
-        asked = with_plans(world, 4, 4, {n: [4] * 4 * (1 + (n == "interleaved")) for n in CHOSEN})
+        asked = with_plans(world, 4, 4, keeping(4))
         asked.wires = [Wire(seconds, 0.0)] * 4
         return choose(
             4, [1] * 8, [Held(0)] * 8, [lambda: Work(1.0, 2.0, 0.0, 0, gives=1)] * 8, asked

@@ -43,6 +43,7 @@ CONTENDERS = {
     "ours_zb": "ZB-H1: a backward in halves, weight gradients where a rank would wait",
     "ours_zb2": "ZB-H2: the same with twice the micro-batches on their way",
     "ours_fast": "ZB-H1 with weight gradients of several micro-batches merged (parallel.gradients = fast)",
+    "ours_zb2_fast": "ZB-H2 with the same",
     "ours_1f1b_fast": "1F1B with the same",
     "ours_gpipe_fast": "GPipe with the same",
     "ours_interleaved": "interleaved 1F1B, two stages a rank",
@@ -69,7 +70,7 @@ ROUNDS = 9
 
 
 AWAKE = (
-    *("ours_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"),
+    *("ours_fast", "ours_zb2_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"),
     *("ours_plain", "ours_autograd", "ours_gpipe"),
     *("torch_gpipe", "torch_zb", "torch_zbv", "torch_dualpipev"),
 )
@@ -130,6 +131,7 @@ def our_steps(
         "ours_zb": our_step(topology, case, x, y, "zb-h1"),
         "ours_zb2": our_step(topology, case, x, y, "zb-h2"),
         "ours_fast": our_step(topology, case, x, y, "zb-h1", fast=True),
+        "ours_zb2_fast": our_step(topology, case, x, y, "zb-h2", fast=True),
         "ours_1f1b_fast": our_step(topology, case, x, y, "1f1b", fast=True),
         "ours_gpipe_fast": our_step(topology, case, x, y, "gpipe", fast=True),
         "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),

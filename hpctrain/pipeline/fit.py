@@ -22,8 +22,8 @@ HOLES = 1.4
 """How many times their size tensors take in the C library's heap, for the holes between them (measured)."""
 FRESH = 2e-9
 """Seconds for a byte that a micro-batch keeps, where the kernel makes its memory each time (measured)."""
-MESSAGES = 4
-"""Messages that a stage has memory for at either end: two that leave, two that come."""
+COMING = 2
+"""Messages that come for which a stage has memory at either end."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Load:
     """Whether forward runs again for backward."""
     exact: bool
     """Whether large tensors are given back to the system one by one."""
+    messages: int
+    """How many a stage has memory for at either end."""
 
     @classmethod
     def of(
@@ -65,8 +67,10 @@ class Load:
         ranks = len(scales.ranks)
         stages = ranks * plan.virtual
         of_rank = [min(profile.speeds[rank] for rank in group) for group in scales.ranks]
-        # what was received and sent stays too where forward runs again, which is little beside a graph
         lives = [[(min(a, 1), b) for a, b in pairs] for pairs in plan.lives[:-1]]
+        depth = max(a + b for pairs in plan.lives for a, b in pairs)
+        # as many leave at once, and where forward runs again, what was received and sent stays, too
+        messages = COMING + depth * (1 + recomputes)
         return cls(
             [
                 work.seconds + recomputes * work.forward
@@ -84,6 +88,7 @@ class Load:
             1.0 if exact else HOLES,
             recomputes,
             exact,
+            messages,
         )
 
     def bytes_of(self, at: int, kept: int, late: int) -> float:
@@ -93,7 +98,7 @@ class Load:
     @property
     def ends(self) -> list[float]:
         """Bytes of messages where a stage may begin or end, before each piece and behind the last."""
-        return [0.0, *(float(MESSAGES * work.gives) for work in self.works[:-1]), 0.0]
+        return [0.0, *(float(self.messages * work.gives) for work in self.works[:-1]), 0.0]
 
     @property
     def seconds_of_messages(self) -> list[list[float]]:

@@ -34,15 +34,15 @@ one micro-batch; 4 stages (rows), micro-batches 0 1 2 3, time to the right, B = 
 p stages, m micro-batches: gpipe and one_f_one_b leave a stage idle for p - 1 forwards and p - 1 gradients
 of inputs. Where a backward can't be split and is as long as a forward, that is (p-1)/(m+p-1) of the time.
 gpipe (Huang et al. 2019) keeps m micro-batches' activations, one_f_one_b (Narayanan et al. 2019) at most p.
-zero_bubble (ZB-H1 of Qi et al. 2023) fills the gaps of one_f_one_b with weight gradients, which nobody
-waits for, and keeps at most p too: p - 1 gaps of length F + I - W are left a stage. zero_bubble_2 (ZB-H2 of
-the same) keeps at most 2p - 1: with more of them, p - 1 gaps of length F are left where an I is hardly longer
-than F or W, and a pass that takes longer than the others holds up no other stage. (Theirs fills those gaps,
-too, by an optimizer's step that is taken back where a gradient proves wrong.) interleaved (Narayanan
-et al. 2021) lets each micro-batch go round the ranks k times, through virtual stages of 1/k the length:
-1f1b's gaps are 1/k as long, for k times the messages and more activations; it wants m to be a multiple
-of p. All run the backward passes of a (virtual) stage in the order of the micro-batches, as one process
-does: gradients add up to the same bits.
+zero_bubble (ZB-H1 of Qi et al. 2023) fills the gaps of one_f_one_b with weight gradients, which nobody waits
+for, and keeps at most p too: p - 1 gaps of length F + I - W are left a stage. zero_bubble_2 (ZB-H2 of the
+same) keeps at most 2p - 1: with more of them, p - 1 gaps of length F are left where an I is no longer than
+two F or two W, and a pass that takes longer now and then holds up other stages less. (Theirs fills those
+gaps, too, by an optimizer's step that is taken back where a gradient proves wrong.) interleaved (Narayanan et
+al. 2021) lets each micro-batch go round the ranks k times, through virtual stages of 1/k the length: 1f1b's
+gaps are 1/k as long, for k times the messages and more activations; it wants m to be a multiple of p. All run
+the backward passes of a (virtual) stage in the order of the micro-batches, as one process does: gradients add
+up to the same bits.
 
 Around each pass stand its messages: activations from earlier stages before F, to later ones behind
 it; gradients the other way around B. A send is started and not waited for, a receive is.
@@ -168,7 +168,7 @@ def zero_bubble(
     >>> [str(i) for i in zero_bubble(1, 2, [0, 1, 2])]
     ['F0', 'I0', 'F1', 'I1', 'W0', 'F2', 'I2', 'W1', 'W2']
     """
-    yield from late(in_turn(stages - stage - 1, micro_batches), stage, stage == stages - 1)
+    yield from late(in_turn(stages - stage - 1, micro_batches), stage)
 
 
 def zero_bubble_2(
@@ -176,18 +176,18 @@ def zero_bubble_2(
 ) -> Iterator[Instruction]:
     """Run twice as many forwards ahead as zero_bubble, and let twice as many weight gradients wait.
 
-    Every stage keeps up to 2 x stages - 1 micro-batches: none waits for another one's pass of this moment.
+    Every stage keeps up to 2 x stages - 1 micro-batches, of which some can go on where others wait.
 
     >>> [str(i) for i in zero_bubble_2(0, 2, [0, 1, 2])]
     ['F0', 'F1', 'F2', 'I0', 'W0', 'I1', 'W1', 'I2', 'W2']
     """
-    yield from late(in_turn(2 * (stages - stage - 1), micro_batches), 2 * stage, stage == stages - 1)
+    yield from late(in_turn(2 * (stages - stage - 1), micro_batches), 2 * stage)
 
 
-def late(passes: Iterable[Instruction], most: int, last: bool) -> Iterator[Instruction]:
-    """Halve the backwards of a stage; weight gradients of up to `most` micro-batches wait, and fill its gaps.
+def late(passes: Iterable[Instruction], most: int) -> Iterator[Instruction]:
+    """Halve the backwards of a stage; weight gradients of up to `most` micro-batches wait.
 
-    Those are where no forward is left to run, and gradients come from another stage: not on the `last` one.
+    Where no forward is left to run they fill the gaps: one behind each gradient of an input.
     """
     passes, waiting = [*passes], list[int]()
     forwards = sum(isinstance(instruction, Forward) for instruction in passes)
@@ -199,8 +199,7 @@ def late(passes: Iterable[Instruction], most: int, last: bool) -> Iterator[Instr
             continue
         yield BackwardInput(v)
         waiting.append(v)
-        cooling = not forwards and not last
-        if cooling or len(waiting) > most:
+        if not forwards or len(waiting) > most:
             yield BackwardWeight(waiting.pop(0))
     for v in waiting:
         yield BackwardWeight(v)
@@ -243,7 +242,7 @@ SEVERAL = ("interleaved",)
 CHOSEN = {"1f1b": 1.0, "zb-h2": 1.01, "zb-h1": 1.01, "interleaved": 1.1}
 """What auto chooses from by measured times, and by how much each must beat those before it: zb-h2 and zb-h1
 keep more micro-batches, interleaved has more messages (gpipe has nothing that 1f1b has not). zb-h2 comes
-first: as long in the simulation, it is shorter where passes of one kind take now longer, now shorter."""
+first: no longer in the simulation, it is shorter where passes of one kind take now longer, now shorter."""
 
 
 def forward_only(

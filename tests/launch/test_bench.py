@@ -51,7 +51,7 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
     ours = {"ours", "ours_gpipe", "ours_zb", "ours_zb2", "ours_interleaved", "ours_plain", "ours_autograd"}
-    ours |= {"ours_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"}
+    ours |= {"ours_fast", "ours_zb2_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"}
     torchs = {f"torch_{peer}" for peer in ("1f1b", "gpipe", "zb", "interleaved", "zbv", "dualpipev")}
     seconds = row["seconds"]
     assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
@@ -74,5 +74,6 @@ def test_stages_that_sleep_are_measured_beside_the_simulator(launcher):
     # ideal lengths, so not a timed test: 8 x 3 passes of 30 ms, 6 and 3 of them idle, sleeps of 15 ms at least
     assert seconds["work"] < seconds["simulated_zb"] < seconds["simulated_1f1b"]
     assert seconds["simulated_zb"] / seconds["work"] == pytest.approx(27 / 24)
+    assert seconds["simulated_zb2"] / seconds["work"] == pytest.approx(27 / 24)
     assert seconds["simulated_1f1b"] / seconds["work"] == pytest.approx(30 / 24)
     assert seconds["work"] >= 24 * 0.03
