@@ -446,7 +446,7 @@ def test_the_fastest_schedule_is_chosen(world, even, solid):
         ([149, 130], "never", "zb-h1", [116, 106]),
         ([150, 105], "never", "1f1b", [116, 86]),
         ([122, 142], "always", "zb-h2", [122, 142]),
-        ([121, 142], "always", "zb-h1", [114, 114]),
+        ([121, 142], "always", "1f1b", [94, 94]),
     ],
 )
 def test_what_is_on_its_way_is_counted_by_schedule(world, even, solid, limits, recompute, expected, most):
