@@ -72,7 +72,7 @@ def choose(
             continue
         least = f" (taken if {plan.worth - 1.0:.0%} shorter)"
         simulated.append(f"{plan.schedule} {1e3 * found.seconds:.1f} ms{least}")
-        fits = bool(found.warned) <= bool(best.warned)
+        fits = not found.warned or (bool(best.warned) and spares(found, best))
         fits = fits and found.recompute <= best.recompute and found.exact <= best.exact
         if fits and found.seconds * plan.worth < best.seconds:
             best = found
@@ -88,6 +88,15 @@ def choose(
     best.works, best.pieces = profile.works, count
     best.weights = [own.trained + own.other for own in weights]
     return best
+
+
+def spares(choice: Choice, other: Choice) -> bool:
+    """Whether a choice needs no more memory than another: on its hungriest stage, and on all. Pure."""
+    sizes = [
+        (max(need.most - need.limit for need in one.needs), sum(need.most for need in one.needs))
+        for one in (choice, other)
+    ]
+    return all(a <= b for a, b in zip(*sizes, strict=True))
 
 
 def used_once(pieces: Sequence[set[T]]) -> tuple[set[T], bool]:
