@@ -163,9 +163,9 @@ def test_a_schedule_of_its_own_choice_has_the_bits_of_one_process(world, build, 
     monkeypatch.setattr(profile, "yardstick", lambda: 1.0)
     monkeypatch.setattr(weigh, "SPLIT_WORTH", 1.1)
     job = build("broad_row" if world.size == 2 else "plain_row", world.size, micro_batches=2, schedule="auto")
-    # the last is split in the last micro-batches alone: zb-h2 is the shortest on three stages, by the simulation
+    # the last is split in the last micro-batches alone: zb-h1 is the shortest on three stages, by the simulation
     splits = work.weight_gradient == 1.0 or (work.joint > 0.0 and world.size == 3)
-    expected = "zb-h2" if splits else "interleaved"
+    expected = "zb-h1" if splits else "interleaved"  # of two micro-batches, too few for zb-h2
     assert (job.schedule, len(job.pipeline.stages)) == (expected, 1 + (expected == "interleaved"))
     assert job.config.parallel.schedule == "auto"  # a resume with other stages chooses anew
     has_bits_of_one_process(world, job, "plain_row")
