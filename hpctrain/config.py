@@ -59,11 +59,11 @@ class Parallel:
     schedule: str = "auto"
     """In which order a stage runs its passes: 1f1b keeps the activations of as many micro-batches as there
     are stages, gpipe those of all; zb-h1 fills 1f1b's gaps with the weight gradients of linear layers and
-    convolutions, zb-h2 those that it leaves, by twice the micro-batches; interleaved gives each rank several
-    stages, for shorter gaps and more messages. auto simulates 1f1b, zb-h2 and zb-h1 (taken if 1 % shorter)
-    and interleaved (10 %) with measured times; it is 1f1b where nothing is measured or could gain, zb-h1 for
-    fast gradients. The results are the same bits, but for fast
-    gradients and where stages share a weight."""
+    convolutions, zb-h2 more of them, with the memory of up to twice as many micro-batches; interleaved gives
+    each rank several stages, for shorter gaps and more messages. auto simulates 1f1b, zb-h2 and zb-h1 (taken
+    if 1 % shorter) and interleaved (10 %) with measured times; it is 1f1b where nothing is measured or could
+    gain, zb-h1 for fast gradients. The results are the same bits, but for fast gradients and where stages
+    share a weight."""
     virtual_stages: int = 2
     """Stages that a rank runs if the schedule is interleaved: twice as many for half the gaps. Has most where
     micro_batches a replica are a multiple of stages."""
