@@ -1,5 +1,7 @@
 """What `bench pipeline` measures is what it says: the same gradients by each, autograd's by autograd alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from hpctrain import cli
 from hpctrain.bench import pipeline as bench
 from hpctrain.bench.autograd import Autograd
+from hpctrain.bench.measure import WARM_UP, alternate
 from hpctrain.bench.stage_cases import CASES, Case
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.topology import Topology
@@ -61,3 +64,16 @@ def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(places, found["ours"])), (
                 name
             )
+
+
+@pytest.mark.mpi
+def test_contenders_change_their_order_from_round_to_round_alike_on_all_ranks(world):
+    """Who always came behind the same other one would always find the caches as that one leaves them."""
+    turns = list[str]()
+    contenders = {name: partial(turns.append, name) for name in "abcd"}
+    times = alternate(world, contenders, 8)
+    assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abcd", 8)
+    rounds = ["".join(turns[at : at + 4]) for at in range(4 * WARM_UP, len(turns), 4)]
+    assert all(sorted(one) == [*"abcd"] for one in rounds)
+    assert len(set(rounds)) > 4
+    assert all(other == rounds for other in world.allgather(rounds))

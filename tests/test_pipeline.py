@@ -829,7 +829,8 @@ def test_weight_gradients_that_wait_keep_the_bits(world, build, waits, model, sc
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    ("model", "schedule"), [("plain_row", "zb-h1"), ("Skips", "zb-h1"), ("plain_row", "interleaved")]
+    ("model", "schedule"),
+    [("plain_row", "zb-h1"), ("Skips", "zb-h1"), ("plain_row", "zb-h2"), ("plain_row", "interleaved")],
 )
 def test_fast_gradients_are_close(world, build, waits, model, schedule, monkeypatch):
     """Products of several micro-batches become one, within the bound by which `verify` compares layouts."""
