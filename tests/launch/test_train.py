@@ -133,7 +133,7 @@ def test_sys_exit_in_the_model_on_one_rank_ends_all(launcher, small, tmp_path):
         (["train", "small.toml", "--model.class_path", "helpers.Nett"], "helpers has no Nett: did you mean Net"),
         (["train", "small.toml", "--model.init_args.wdith", "3"], "model.init_args.wdith: helpers.Dropping has no such"),
         (["train", "small.toml", "--data.targets", "z"], "part0.h5: dataset z is not in the file"),
-        (["train", "small.toml", "--parallel.schedule", "zbh1"], "parallel.schedule = 'zbh1': did you mean zb-h1?"),
+        (["train", "small.toml", "--parallel.schedule", "zbh1"], "parallel.schedule = 'zbh1': did you mean zb-h1, zb-h2?"),
         (["train", "small.toml", "--train.patience", "2"], "train.patience needs data.validation"),
         (["train", "small.toml", "--train.monitor", "rms"], "train.monitor = 'rms': legal are loss, rmse"),
         (["train", "small.toml", "--train.loss.class_path", "torch.nn.MSLoss"], "did you mean MSELoss"),
