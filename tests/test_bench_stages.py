@@ -47,7 +47,7 @@ def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
         case = Case(small, (16, 64), 8)
         torch.manual_seed(3)
         x, y = torch.randn(case.shape), torch.randn(case.shape)
-        found = {}
+        found, engines = {}, {}
         for name, (step, engine) in bench.our_steps(topology, case, x, y).items():
             assert name in bench.CONTENDERS
             entered.clear()
@@ -56,6 +56,8 @@ def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
             places = [p.grad.clone() for p in engine.module.parameters()]
             assert all(place.abs().max() > 0 for place in places)
             found[name] = places
+            engines[id(engine)] = engine
+        for engine in engines.values():
             engine.pipeline.close()
             engine.averager.close()
     for name, places in found.items():

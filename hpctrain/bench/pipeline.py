@@ -7,6 +7,7 @@ No optimizer and no averaging: they are measured by `bench step`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -114,7 +115,7 @@ def one_case(topology: Topology, name: str, rounds: int | None) -> dict[str, Any
         for limit in ("limit", "autograd_limit"):
             times[limit] = [seconds * bubble for seconds in times[limit]]
         times["bubble"] = [seconds / topology.stages * bubble for seconds in times["alone"]]
-    for _, engine in engines.values():
+    for engine in {id(engine): engine for _, engine in engines.values()}.values():
         engine.pipeline.close()
         engine.averager.close()
     size = sum(p.numel() for p in case.make().parameters())
@@ -125,21 +126,18 @@ def our_steps(
     topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor
 ) -> dict[str, tuple[Callable[[], None], StagedEngine]]:
     """Make all of ours, with their engines."""
+    by = partial(one_engine, topology, case, x, y)
     found = {
-        "ours": our_step(topology, case, x, y, "1f1b"),
-        "ours_gpipe": our_step(topology, case, x, y, "gpipe"),
-        "ours_zb": our_step(topology, case, x, y, "zb-h1"),
-        "ours_zb2": our_step(topology, case, x, y, "zb-h2"),
-        "ours_fast": our_step(topology, case, x, y, "zb-h1", fast=True),
-        "ours_zb2_fast": our_step(topology, case, x, y, "zb-h2", fast=True),
-        "ours_1f1b_fast": our_step(topology, case, x, y, "1f1b", fast=True),
-        "ours_gpipe_fast": our_step(topology, case, x, y, "gpipe", fast=True),
-        "ours_plain": our_step(topology, case, x, y, "1f1b", plain=True),
-        "ours_autograd": our_step(topology, case, x, y, "1f1b"),
+        **by({"ours": "1f1b", "ours_zb": "zb-h1", "ours_zb2": "zb-h2"}),
+        **by({"ours_gpipe": "gpipe"}),
+        **by({"ours_fast": "zb-h1", "ours_zb2_fast": "zb-h2", "ours_1f1b_fast": "1f1b"}, fast=True),
+        **by({"ours_gpipe_fast": "gpipe"}, fast=True),
+        **by({"ours_plain": "1f1b"}, plain=True),
+        **by({"ours_autograd": "1f1b"}),
     }
     if case.halves(topology.stages):
-        found["ours_interleaved"] = our_step(topology, case, x, y, "interleaved")
-        found["ours_interleaved_fast"] = our_step(topology, case, x, y, "interleaved", fast=True)
+        found |= by({"ours_interleaved": "interleaved"})
+        found |= by({"ours_interleaved_fast": "interleaved"}, fast=True)
     if not case.sleeps:
         dear = dear_to_split(topology, case, x)
         for _, engine in (made for who, made in found.items() if "fast" not in who):
@@ -180,31 +178,38 @@ def simulated(topology: Topology, case: Case) -> dict[str, list[float]]:
     return {who: [seconds, seconds] for who, seconds in found.items()}
 
 
-def our_step(
+def one_engine(
     topology: Topology,
     case: Case,
     x: torch.Tensor,
     y: torch.Tensor,
-    schedule: str,
+    schedules: dict[str, str],
     fast: bool = False,
     plain: bool = False,
-) -> tuple[Callable[[], None], StagedEngine]:
-    """Run the engine's own program for a stage; gives the engine too."""
+) -> dict[str, tuple[Callable[[], None], StagedEngine]]:
+    """Give the steps of some contenders by their schedules, and the engine that runs a stage for all of them.
+
+    Which memory an engine gets makes some percent, as much as a schedule.
+    """
     torch.manual_seed(1)
     model = case.make()
     sizes = order.sizes(len(x), case.micro_batches)
     starts = np.cumsum([0, *sizes])
-    virtual = 2 if schedule in SEVERAL else 1
+    virtual = 2 if any(schedule in SEVERAL for schedule in schedules.values()) else 1
     pieces = split.cut(model, {"x": x[: sizes[0]]}, False, virtual * topology.stages, [])
     take_share(model, pieces, topology.stage, topology.stages)
-    kept = max(simulate.check(schedule, topology.stages, range(case.micro_batches), virtual=virtual).kept)
+    proofs = {
+        schedule: simulate.check(schedule, topology.stages, range(case.micro_batches), virtual=virtual)
+        for schedule in schedules.values()
+    }
+    kept = max(max(proof.kept) for proof in proofs.values())
     pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu", plain), kept=kept)
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
     owners = [0] * case.micro_batches
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
     engine = StagedEngine(
         topology, model, SummedLoss(nn.MSELoss(reduction="none")), averager, ["x"], 0,
-        pipeline=pipeline, schedule=schedule, fast=fast,
+        pipeline=pipeline, fast=fast,
     )  # fmt: skip
     engine.settle()  # else each forward looks how much memory it adds, as in a run's first step
     if case.sleeps:
@@ -215,14 +220,15 @@ def our_step(
     }
     step_data = Step(0, len(x), batches)
 
-    def step() -> None:
+    def step(schedule: str) -> None:
+        engine.schedule = schedule
         averager.begin(batches)
         failure = engine.run_passes(0, step_data, sizes, None)
         if failure is not None:
             raise failure
         engine.refresh()
 
-    return step, engine
+    return {who: (partial(step, schedule), engine) for who, schedule in schedules.items()}
 
 
 def alone_step(topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
