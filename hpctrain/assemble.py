@@ -37,10 +37,11 @@ from hpctrain.piece import Piece
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.schedule import SCHEDULES
 from hpctrain.portion import Portion, told_of_memory
+from hpctrain.processor import processor
 from hpctrain.room import keep_memory
 from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
-from hpctrain.topology import Topology, processor
+from hpctrain.topology import Topology
 from hpctrain.wire import from_root, together
 
 EVALUATION_BATCH = 16

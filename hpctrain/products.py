@@ -2,8 +2,9 @@
 
 torch computes them with MKL, which lays the weight anew in each call: of few rows, as a micro-batch has,
 that is a third of the time, and with several threads its split is worse at any number of rows. Where
-the processor has AVX-512, oneDNN, which torch holds too, computes float32 here (`ours`): a rule of shapes
-and machine alone, so that a run has the same bits in any layout.
+the processor has AVX-512, and is not one of Intel's, oneDNN, which torch holds too, computes float32 here
+(`ours`): a rule of shapes and machine alone, so that a run has the same bits in any layout. On Intel's, MKL
+takes as long, its calls less, and laying weights gains nothing.
 
 oneDNN takes a weight as it stands, or laid before in blocks of 64 columns (`Laid`), which saves what laying
 costs in every call, for the weight's memory once more for each product. Both give the same bits but of a
@@ -23,6 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hpctrain.processor import about
+
 BLOCK = 64
 """Columns of a block of oneDNN's layout for AVX-512."""
 
@@ -36,8 +39,8 @@ SAMPLED = 256
 """Elements of a weight that are looked at, about."""
 
 
-def available() -> bool:
-    """Whether oneDNN's products are there, and the processor is one on which they were measured. Local."""
+def there() -> bool:
+    """Whether torch has oneDNN's products, and the processor the vectors that `BLOCK` is meant for. Local."""
     return (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -46,7 +49,12 @@ def available() -> bool:
     )
 
 
-AVAILABLE = available()
+def gains() -> bool:
+    """Whether they were measured to be faster than MKL's on such a processor. Local."""
+    return about("vendor_id") != "GenuineIntel"
+
+
+AVAILABLE = there() and gains()
 CPU = torch.device("cpu")
 
 

@@ -9,7 +9,6 @@ so a stage's replicas are kept inside a node and stages are laid across nodes.
 """
 
 import os
-import platform
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -221,18 +220,6 @@ def usable_cores() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
-
-
-def processor() -> str:
-    """Name this processor and the vector instructions that torch uses on it. Local."""
-    import torch  # late: threads are set before torch starts
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def choose_device(asked: str, local_rank: int) -> str:

@@ -7,8 +7,8 @@ from hpctrain import products
 
 
 def lays() -> bool:
-    """Whether oneDNN computes here, and lays weights in the blocks that are known."""
-    if not products.AVAILABLE:
+    """Whether oneDNN can compute here, and lays weights in the blocks that are known."""
+    if not products.there():
         return False
     try:
         products.Laid(torch.zeros(128, 128), True)

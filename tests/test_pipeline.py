@@ -224,7 +224,7 @@ def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule
     """Whose weights are taken as they stand."""
     if world.size not in layouts(world.size) or (schedule == "interleaved" and world.size > 2):
         pytest.skip("as many stages as ranks, two at least; five layers have weights")
-    for name, value in (("REPAID", 2), ("seconds_of", lambda ways: [1.0, 0.5, 0.0])):
+    for name, value in (("AVAILABLE", True), ("REPAID", 2), ("seconds_of", lambda ways: [1.0, 0.5, 0.0])):
         monkeypatch.setattr(products, name, value)
     job = build("broad_row", world.size, micro_batches=6, schedule=schedule)
     found = run(job, 4)

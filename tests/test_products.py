@@ -1,7 +1,9 @@
 """The products of linear layers: the same bits from a weight as it stands and laid in blocks."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from torch.nn import functional
 
 from hpctrain import products
 from hpctrain.gradient import StraightIntoPlace
+from hpctrain.processor import about
 from hpctrain.products import Laid, LaidWeights, linear, to_input
 
 REAL_SECONDS_OF = products.seconds_of
@@ -26,8 +29,25 @@ class NoPlaces:
 
 @pytest.fixture(autouse=True)
 def laying_pays(monkeypatch):
-    """However fast this machine is."""
+    """However fast this machine is, and whoever made its processor."""
     monkeypatch.setattr(products, "seconds_of", lambda ways: [1.0, 0.5, 1.0])
+    monkeypatch.setattr(products, "AVAILABLE", products.there())
+
+
+@pytest.mark.parametrize(("vendor", "found"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", True)])
+def test_intels_processors_are_left_to_mkl(monkeypatch, vendor, found):
+    monkeypatch.setattr(products, "about", {"vendor_id": vendor}.get)
+    assert products.gains() == found
+
+
+def test_the_vendor_is_the_one_that_linux_tells():
+    """Read by another way than ours."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("no Linux")
+    told = re.findall(r"^vendor_id\s*: (\S+)$", cpuinfo.read_text(), re.MULTILINE)
+    assert about("vendor_id") == (told[0] if told else "")
+    assert about("no such field") == ""
 
 
 def tensors(rows, out, into, seed=0):
@@ -138,7 +158,10 @@ def test_other_numbers_are_torchs(dtype):
 )
 def test_a_user_who_asks_in_torchs_newer_way_gets_torchs(way):
     """In a process of its own: torch does not forget it."""
-    program = f"import torch; from hpctrain import products; {way}; print(products.allowed())"
+    program = (
+        "import torch; from hpctrain import products; products.AVAILABLE = True; assert products.allowed(); "
+        f"{way}; print(products.allowed())"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
     )
@@ -147,6 +170,7 @@ def test_a_user_who_asks_in_torchs_newer_way_gets_torchs(way):
 
 def test_a_user_who_asks_for_lower_precision_gets_torchs():
     before = torch.get_float32_matmul_precision()
+    assert products.allowed() == products.there()
     try:
         torch.set_float32_matmul_precision("medium")
         assert not products.allowed()

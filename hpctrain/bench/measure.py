@@ -16,7 +16,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from hpctrain.errors import HpctrainError
-from hpctrain.topology import Topology, processor
+from hpctrain.processor import processor
+from hpctrain.topology import Topology
 from hpctrain.version import __version__
 
 C = TypeVar("C")
