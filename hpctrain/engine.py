@@ -87,6 +87,8 @@ class Engine:
     clock: Clock = field(default_factory=Clock)
     on_gradient: Callable[[int], None] | None = None
     """Called after each micro-batch's backward; `verify` looks at gradients with it."""
+    metrics: Callable[[Any, Batch], object] | None = None
+    """What evaluation will compute of outputs; tried on the first that there are."""
 
     echoes: ClassVar[tuple[type[Exception], ...]] = (PeerEndedError,)
     """Failures that only follow another rank's."""
@@ -254,8 +256,24 @@ class Engine:
 
     def _loss(self, batch: Batch, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = batch.to(self.topology.device)
-        outputs = self._call(on_device, stream)
-        return self.loss(to_float(outputs), on_device)
+        return self._loss_of(self._call(on_device, stream), on_device)
+
+    def _loss_of(self, outputs: Any, on_device: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the loss; the first time, see that evaluation won't fail an epoch later. Local."""
+        outputs = to_float(outputs)
+        found = self.loss(outputs, on_device)
+        metrics, self.metrics = self.metrics, None
+        if metrics is not None:
+            try:
+                with torch.no_grad():
+                    metrics(outputs, self.loss.without_ignored(on_device))
+            except Exception as error:
+                LOGGER.warning(
+                    "of the first outputs in training the metrics can't be computed (%s: %s): if the model "
+                    "gives the same where it is evaluated, the run will end there",
+                    *(type(error).__name__, error),
+                )
+        return found
 
     def _call(self, on_device: Batch, stream: int) -> Any:
         compiled = nullcontext(Draws(stream))  # a mode would cut its graph

@@ -241,9 +241,8 @@ class StagedEngine(Engine):
             if unseen is None or self._runs_again(stage, unseen):
                 stage.let_go(v)
         if stage.last:
-            self._losses[v] = self._checked(
-                number, v, batch, self.loss(to_float(outputs), batch.to(self.topology.device))
-            )
+            found = self._loss_of(outputs, batch.to(self.topology.device))
+            self._losses[v] = self._checked(number, v, batch, found)
         if resident:  # of all micro-batches that are on their way at once
             self.activation_bytes += max(0, resident_bytes() - resident)
 

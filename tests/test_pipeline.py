@@ -218,6 +218,27 @@ def test_a_micro_batch_too_small_for_batchnorm_is_named(world, build, caplog):
 
 
 @pytest.mark.mpi
+def test_metrics_are_tried_once_on_the_last_stage(world, build, caplog):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build("Skips", world.size, micro_batches=4)
+    given = []
+
+    def metrics(outputs, batch):
+        given.append((outputs.shape, len(batch), torch.is_grad_enabled()))
+        raise ValueError("as an own task might")
+
+    assert job.engine.metrics is None, "there is nothing to evaluate"
+    job.engine.metrics = metrics
+    with caplog.at_level("WARNING", LOGGER.name):
+        run(job, 2)
+    last = world.rank == world.size - 1
+    assert [*given] == ([(torch.Size([2, 2]), 2, False)] if last else [])
+    told = "the metrics can't be computed (ValueError: as an own task might)"
+    assert sum(told in message for message in caplog.messages) == last
+
+
+@pytest.mark.mpi
 @lays_weights
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "interleaved"])
 def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule, monkeypatch):

@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import config_of, write_h5
+from jobs import run
 from mpi4py import MPI
 
 from hpctrain import assemble
 from hpctrain.config import ClassPath, Data
 from hpctrain.errors import ConfigError, DataError
+from hpctrain.log import LOGGER
 from hpctrain.topology import Topology
 
 
-def job_of(path, model="helpers.Net", **data):
+def job_of(path, model="helpers.Net", loss="torch.nn.MSELoss", **data):
     config = config_of(str(path), model)
+    config.train.loss = ClassPath(loss)
     config.data = Data(files=str(path), **{"inputs": ["x"], "targets": ["y"], **data})
     return assemble.build(config, Topology.build(MPI.COMM_SELF))
 
@@ -106,6 +109,35 @@ def test_what_the_loss_ignores_is_no_wrong_answer(path):
     outputs[0] = torch.tensor([0.0, 1.0, 0.0])
     found = job.engine.evaluate(iter([batch]), job.task.measure)
     assert found["accuracy"] == (6.0, 7.0)  # of ten, three are of class 1, and one is wrong
+
+
+class ClassesLast(torch.nn.Module):
+    def __init__(self, in_features: int):
+        super().__init__()
+        self.layer = torch.nn.Linear(in_features, 4 * 9)
+
+    def forward(self, x):
+        return self.layer(x).view(-1, 4, 9)
+
+
+class OfClassesLast(torch.nn.Module):
+    def forward(self, output, target):
+        return torch.nn.functional.cross_entropy(output.movedim(-1, 1), target, reduction="none")
+
+
+@pytest.mark.parametrize("test", [0.0, 0.3])
+def test_metrics_that_would_fail_an_epoch_later_are_told_in_the_first_step(path, caplog, test):
+    """An own loss takes the classes where they are, accuracy does not."""
+    words = {"model": "test_samples.ClassesLast", "loss": "test_samples.OfClassesLast"}
+    job = job_of(path, **words, targets=["token"], test=test)
+    with caplog.at_level("WARNING", LOGGER.name):
+        run(job, 3)
+    told = "metrics can't be computed (ConfigError: the target token holds integers"
+    assert sum(told in message for message in caplog.messages) == (test > 0)
+    if test:
+        with pytest.raises(ConfigError, match=r"the classes second: the model gives \(\d, 4, 9\)"):
+            job.engine.evaluate(job.split_batches("test"), job.task.measure)
+    job.close()
 
 
 def test_truths_are_classes(path):

@@ -142,8 +142,8 @@ def likeliest(name: str, output: torch.Tensor, target: torch.Tensor) -> torch.Te
     if output.ndim != flat.ndim + 1 or output.shape[1] < 2 or output.shape[2:] != flat.shape[1:]:
         raise ConfigError(
             f"the target {name} holds integers, so its accuracy and predictions are of classes, for which "
-            f"outputs of shape (samples, classes, …) are needed: the model gives {tuple(output.shape)} for "
-            f"{tuple(target.shape)}; if {name} is no class, store it as floats"
+            f"outputs of shape (samples, classes, …) are needed, the classes second: the model gives "
+            f"{tuple(output.shape)} for {tuple(target.shape)}; if {name} is no class, store it as floats"
         )
     return output.argmax(dim=1).reshape(target.shape)
 
