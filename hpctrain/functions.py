@@ -14,6 +14,9 @@ from torch.nn import functional
 from hpctrain import products
 from hpctrain.products import LaidWeights
 
+LINEAR, EMBEDDING = functional.linear, functional.embedding
+"""torch's own: in a forward others stand in their places (`modes.Replaced`), which would be asked once more."""
+
 
 class Product(NamedTuple):
     """The gradient gᵀ·x of a linear layer's weight: g (rows, out), x (rows, in)."""
@@ -100,7 +103,7 @@ class Linear(torch.autograd.Function):
         if owner.by_onednn:
             found = products.linear(x, weight, bias, owner.laid.get(weight, True))
         else:
-            found = functional.linear(x, weight, bias)
+            found = LINEAR(x, weight, bias)
         # of other than two dimensions it may be a view, which a layer behind could not change in place
         return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from hpctrain import products
-from hpctrain.functions import Convolution, Embedding, Linear, Product, Work
+from hpctrain.functions import EMBEDDING, LINEAR, Convolution, Embedding, Linear, Product, Work
 from hpctrain.modes import Replaced, watched
 from hpctrain.products import LaidWeights
 from hpctrain.waiting import Order, WaitingGradients
@@ -159,7 +159,8 @@ class StraightIntoPlace(WaitingGradients):
     def _linear(
         self, function: Any, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if not self._takes(input, weight, bias) or (bias is not None and bias.ndim != 1):
+        own = function is LINEAR and self._takes(input, weight, bias)
+        if not own or (bias is not None and bias.ndim != 1):
             return function(input, weight, bias)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():
             return APPLY_LINEAR(unwrap(input), weight, bias, self)  # type: ignore[no-any-return]
@@ -169,7 +170,7 @@ class StraightIntoPlace(WaitingGradients):
         max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        special = scale_grad_by_freq or sparse
+        special = scale_grad_by_freq or sparse or function is not EMBEDDING
         if special or not self._takes(weight, weight) or not -len(weight) <= (padding_idx or 0) < len(weight):
             rest = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
             return function(input, weight, *rest)  # type: ignore[no-any-return]

@@ -125,8 +125,8 @@ class Loop:
                 job.scheduler_step()
                 self.at.step += 1
                 self.at.position = step.next_position
-                rate = (step.next_position - step.position) / (time.perf_counter() - began)
-                self.after_step(result, rate, rates[0], view)
+                seconds = time.perf_counter() - began
+                self.after_step(result, step.next_position - step.position, seconds, rates[0], view)
                 stopped = result.stops > 0
                 better = self.validator.after_step(self.validation_due())
                 every = job.config.checkpoint.every_steps
@@ -134,11 +134,12 @@ class Loop:
                     self.save()
         return self.end(stopped, baselines)
 
-    def after_step(self, result: Result, rate: float, lr: float, view: ProgressView) -> None:
+    def after_step(self, result: Result, samples: int, seconds: float, lr: float, view: ProgressView) -> None:
         """Write and show what the step gave; now and then compare the ranks' weights. Collective."""
         shares, waited = self.job.engine.clock.shares(), self.waiting.row(result.times)
+        rate = samples / seconds
         summary.step(self.run_folder, self.at.step, self.epoch(), result, rate, lr, shares, waited)
-        view.step(self.at.step, result.loss, rate, shares)
+        view.step(self.at.step, result.loss, samples, seconds, shares)
         if self.at.step == min(self.resumed_step + 2, self.job.total_steps):
             memory.say(self.job)
         self.timeline.after(self.at.step - self.resumed_step, self.at.step)

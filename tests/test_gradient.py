@@ -142,6 +142,18 @@ def mkl(monkeypatch):
     monkeypatch.setattr(products, "AVAILABLE", False)
 
 
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_a_function_of_the_users_in_torchs_place_is_called(monkeypatch, name):
+    torchs, called = getattr(functional, name), []
+    monkeypatch.setattr(functional, name, lambda *args, **named: called.append(1) or torchs(*args, **named))
+    module = nn.Linear(6, 4) if name == "linear" else nn.Embedding(6, 4)
+    straight = StraightIntoPlace(module, Owner(module))
+    assert straight.weights
+    with straight.forward():
+        module(torch.ones(2, 6) if name == "linear" else torch.arange(3))
+    assert called == [1]
+
+
 def test_the_same_bits_as_autograd_for_one_use(mkl):
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     found, _ = run(make(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))), [x])

@@ -81,7 +81,7 @@ def test_batch_log_gets_plain_lines_of_the_first_and_last_step(capsys, topology,
     log.start(topology)
     with progress.ProgressView(10, 0, topology.world_rank == 0, log_seconds=1000) as view:
         for step in range(1, 11):
-            view.step(step, 0.5, 1234.0, {"reading": 0.25, "computing": 0.75})
+            view.step(step, 0.5, 1234 if step < 10 else 1, 1.0, {"reading": 0.25, "computing": 0.75})
     out = capsys.readouterr().out
     if topology.world_rank == 0:
         assert [line.split()[3] for line in out.splitlines()] == ["1/10", "10/10"]
@@ -89,6 +89,7 @@ def test_batch_log_gets_plain_lines_of_the_first_and_last_step(capsys, topology,
             f"r0/{topology.world_size} | step 1/10 | loss 0.5 | 1,234 samples/s | reading 25% computing 75%"
             in out
         )
+        assert "step 10/10 | loss 0.5 | 1,097 samples/s" in out, "the last batch is short: of 9 steps"
     else:
         assert out == ""
 
@@ -96,10 +97,12 @@ def test_batch_log_gets_plain_lines_of_the_first_and_last_step(capsys, topology,
 def test_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
     with progress.ProgressView(4, 0, True, 10.0) as view:
-        view.step(4, 0.5, 99.0, {"reading": 1.0})
+        view.step(2, 0.5, 99, 1.0, {"reading": 1.0})
+        view.step(4, 0.5, 1, 0.1, {"reading": 1.0})
     out = capsys.readouterr().out
     assert "4/4" in out
     assert "loss 0.5 | 99 samples/s" in out
+    assert "| 10 samples/s" not in out, "of a short step alone"
 
 
 @pytest.mark.parametrize(("columns", "shares"), [(80, False), (140, True)])
@@ -108,7 +111,7 @@ def test_a_narrow_terminal_shows_the_step_and_the_time_left(capsys, monkeypatch,
     monkeypatch.setattr(progress, "terminal_width", lambda: columns)
     told = {"reading": 0.03, "computing": 0.24, "waiting": 0.59, "averaging": 0.14}
     with progress.ProgressView(2000, 0, True, 10.0) as view:
-        view.step(1234, 0.0007736, 412.0, told)
+        view.step(1234, 0.0007736, 412, 1.0, told)
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out).strip().splitlines()[-1]
     assert "1234/2000 loss 0.0007736 | 412 samples/s" in last
     assert ("averaging 14%" in last) == shares

@@ -43,6 +43,7 @@ class ProgressView:
         self.last = time.perf_counter()
         self.began, self.first = self.last, done
         self.due = shows
+        self.samples, self.seconds, self.rate = 0, 0.0, 0.0
         if shows and on_terminal():
             width = terminal_width()
             self.wide = width >= WIDE
@@ -70,17 +71,27 @@ class ProgressView:
         if self.bar:
             self.bar.stop()
 
-    def step(self, done: int, loss: float, rate: float, shares: dict[str, float]) -> None:
-        """Show that `done` steps are done: loss, samples a second over all ranks, time shares."""
+    def step(self, done: int, loss: float, samples: int, seconds: float, shares: dict[str, float]) -> None:
+        """Show that `done` steps are done, the last one on so many samples of all ranks in so many seconds.
+
+        The rate is of all steps since the line before, on a bar of a second's: an epoch's last batch is short.
+        """
         if not self.shows:
             return
-        note = f"loss {loss:.4g} | {rate:,.0f} samples/s"
+        self.samples, self.seconds = self.samples + samples, self.seconds + seconds
+        now = time.perf_counter()
+        due = now - self.last >= self.log_seconds or done == self.total or self.due
+        if not (self.bar or due):
+            return
+        rate = self.samples / self.seconds
+        if not self.bar or self.seconds >= 1.0:
+            self.samples, self.seconds, self.rate = 0, 0.0, rate
+        note = f"loss {loss:.4g} | {self.rate or rate:,.0f} samples/s"
         if self.wide:
             note += " | " + " ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        now = time.perf_counter()
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
-        elif now - self.last >= self.log_seconds or done == self.total or self.due:
+        else:
             left = (self.total - done) * (now - self.began) / max(1, done - self.first)
             LOGGER.info("step %d/%d | %s | %s left", done, self.total, note, clock(left))
             self.last, self.due = now, False
