@@ -15,7 +15,7 @@ from hpctrain import products
 from hpctrain.products import LaidWeights
 
 LINEAR, EMBEDDING = functional.linear, functional.embedding
-"""torch's own: in a forward others stand in their places (`modes.Replaced`), which would be asked once more."""
+"""torch's own: in a forward others stand in their places (`modes.Replaced`), which would be asked again."""
 
 
 class Product(NamedTuple):

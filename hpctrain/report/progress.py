@@ -74,7 +74,7 @@ class ProgressView:
     def step(self, done: int, loss: float, samples: int, seconds: float, shares: dict[str, float]) -> None:
         """Show that `done` steps are done, the last one on so many samples of all ranks in so many seconds.
 
-        The rate is of all steps since the line before, on a bar of a second's: an epoch's last batch is short.
+        The rate is of all steps since the last line, on a bar of a second's: an epoch's last batch is short.
         """
         if not self.shows:
             return
