@@ -270,8 +270,6 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
         averager.used_elsewhere(tie.tensor for tie in portion.pipeline.ties)
     with together(world):
         engine = engine_of(config, topology, portion, averager, list(task.input_shapes))
-        if topology.replica == 0 and len(index.splits) > 1:  # one rank tells
-            engine.metrics = task.measure
         scheduler = schedules.build(config, averager, total_steps(config, index))
     loader = Loader(
         index.splits["train"],

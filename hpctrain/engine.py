@@ -17,12 +17,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from mpi4py import MPI
 from torch import nn
+from torch.utils import _pytree
 
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.result import Result
@@ -88,7 +89,7 @@ class Engine:
     on_gradient: Callable[[int], None] | None = None
     """Called after each micro-batch's backward; `verify` looks at gradients with it."""
     metrics: Callable[[Any, Batch], object] | None = None
-    """What evaluation will compute of outputs; tried on the first that there are."""
+    """What evaluation will compute of outputs; tried on a copy of the first that there are."""
 
     echoes: ClassVar[tuple[type[Exception], ...]] = (PeerEndedError,)
     """Failures that only follow another rank's."""
@@ -265,8 +266,9 @@ class Engine:
         metrics, self.metrics = self.metrics, None
         if metrics is not None:
             try:
-                with torch.no_grad():
-                    metrics(outputs, self.loss.without_ignored(on_device))
+                with torch.no_grad():  # of copies: there it may change in place what a backward needs here
+                    targets = replace(self.loss.without_ignored(on_device), targets=copied(on_device.targets))
+                    metrics(copied(outputs), targets)
             except Exception as error:
                 LOGGER.warning(
                     "of the first outputs in training the metrics can't be computed (%s: %s): if the model "
@@ -350,6 +352,11 @@ class Engine:
             failure = error
         raise_together(self.topology.comms.world, failure)
         return sum_over(self.topology.comms.world, sums)
+
+
+def copied(values: Any) -> Any:
+    """Give a tree of tensors with memory of their own, without what made them. Local."""
+    return _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), values)
 
 
 def layer_of(error: Exception, module: nn.Module) -> str:

@@ -4,7 +4,7 @@ torch computes them with MKL, which lays the weight anew in each call: of few ro
 that is a third of the time, and with several threads its split is worse at any number of rows. Where
 the processor has AVX-512, and is not one of Intel's, oneDNN, which torch holds too, computes float32 here
 (`ours`): a rule of shapes and machine alone, so that a run has the same bits in any layout. On Intel's, MKL
-takes as long, its calls less, and laying weights gains nothing.
+takes as long, with one thread and with two, its calls less, and laying weights gains nothing.
 
 oneDNN takes a weight as it stands, or laid before in blocks of 64 columns (`Laid`), which saves what laying
 costs in every call, for the weight's memory once more for each product. Both give the same bits but of a

@@ -84,6 +84,8 @@ class Loop:
         if stored is not None:
             job.restore(stored, stored.state["total_steps"] != job.total_steps)
         self.validator = Validator(job, run, self.at)
+        if self.validator.split and job.topology.replica == 0:  # one rank tells
+            job.engine.metrics = job.task.measure
         self.waiting = Waiting(job.peers)
         self.timeline = Timeline(job, run)
         self.last_saved = time.monotonic()

@@ -14,6 +14,9 @@ from hpctrain.bench.stage_cases import CASES, Case
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.topology import Topology
 
+SCHEDULES = {"ours_zb": "zb-h1", "ours_fast": "zb-h1", "ours_zb2": "zb-h2", "ours_zb2_fast": "zb-h2"}
+OTHERS = ("gpipe", "interleaved")
+
 
 def small():
     return nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
@@ -47,16 +50,21 @@ def test_all_of_ours_have_the_same_gradients(world, monkeypatch):
         case = Case(small, (16, 64), 8)
         torch.manual_seed(3)
         x, y = torch.randn(case.shape), torch.randn(case.shape)
-        found, engines = {}, {}
+        found, engines, together = {}, {}, {}
         for name, (step, engine) in bench.our_steps(topology, case, x, y).items():
             assert name in bench.CONTENDERS
             entered.clear()
             step()
+            assert engine.schedule == SCHEDULES.get(name, next((s for s in OTHERS if s in name), "1f1b")), (
+                name
+            )
             assert isinstance(engine.straight, Autograd) == (name == "ours_autograd") == (not entered)
             places = [p.grad.clone() for p in engine.module.parameters()]
             assert all(place.abs().max() > 0 for place in places)
             found[name] = places
             engines[id(engine)] = engine
+            together.setdefault(id(engine), []).append(name)
+        assert sorted(map(len, together.values()))[-2:] == [3, 3], together
         for engine in engines.values():
             engine.pipeline.close()
             engine.averager.close()

@@ -189,7 +189,7 @@ def one_engine(
 ) -> dict[str, tuple[Callable[[], None], StagedEngine]]:
     """Give the steps of some contenders by their schedules, and the engine that runs a stage for all of them.
 
-    Which memory an engine gets makes some percent, as much as a schedule.
+    Which memory an engine gets makes some percent, as much as a schedule. Their ring is the largest's.
     """
     torch.manual_seed(1)
     model = case.make()
@@ -202,8 +202,8 @@ def one_engine(
         schedule: simulate.check(schedule, topology.stages, range(case.micro_batches), virtual=virtual)
         for schedule in schedules.values()
     }
-    kept = max(max(proof.kept) for proof in proofs.values())
-    pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu", plain), kept=kept)
+    kept = {schedule: max(proof.kept) for schedule, proof in proofs.items()}
+    pipeline = Pipeline(pieces, Transport(topology.comms.pipe, "cpu", plain), kept=max(kept.values()))
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}], lr=0.0)
     owners = [0] * case.micro_batches
     averager = Averager(model, optimizer, MPI.COMM_SELF, owners=owners, pipe=topology.comms.pipe)
@@ -221,7 +221,7 @@ def one_engine(
     step_data = Step(0, len(x), batches)
 
     def step(schedule: str) -> None:
-        engine.schedule = schedule
+        engine.schedule, pipeline.kept = schedule, kept[schedule]
         averager.begin(batches)
         failure = engine.run_passes(0, step_data, sizes, None)
         if failure is not None:

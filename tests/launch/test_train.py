@@ -160,6 +160,21 @@ def test_a_folder_of_something_else_is_left_alone(launcher, small, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_metrics_that_will_fail_are_told_in_the_first_step(launcher, small, tmp_path):
+    Path(tmp_path, "of_mine.py").write_text(
+        "from hpctrain.recipes.samples import Samples\n"
+        "class Task(Samples):\n"
+        "    def measure(self, outputs, batch): raise ValueError('none of mine')\n"
+    )
+    ended = launcher.ranks(
+        2, "train", "small.toml", "--data.task.class_path", "of_mine.Task", "--train.steps", "2"
+    )
+    assert ended.status != 0, "the evaluation fails"
+    told = "the metrics can't be computed (ValueError: none of mine)"
+    assert ended.text.count(told) == 1, ended.text
+    assert ended.text.index(told) < ended.text.index("step 1/2"), ended.text
+
+
 def test_dry_run_writes_nothing(launcher, small, tmp_path):
     ended = launcher.ranks(2, "train", "small.toml", "--dry-run")
     assert ended.status == 0, ended.text
