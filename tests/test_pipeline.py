@@ -262,6 +262,25 @@ def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("model", ["plain_row", "Skips", "Tied"])
+def test_products_by_either_library_have_the_bits_of_one_process(
+    world, build, waits, model, by_onednn, monkeypatch
+):
+    """Whichever this processor's are left to: a row, operators and attention."""
+    if by_onednn and not products.there():
+        pytest.skip("no AVX-512")
+    asked = []
+    kernel = products._kernel
+    monkeypatch.setattr(products, "AVAILABLE", by_onednn)
+    monkeypatch.setattr(products, "_kernel", lambda *given: asked.append(1) or kernel(*given))
+    for stages in layouts(world.size, model)[-1:]:
+        job = build(model, stages, micro_batches=5, schedule="zb-h2")
+        assert compare(job, 2) is None
+        assert any(world.allgather(bool(asked))) == by_onednn
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize(
     ("model", "what"),
     [
