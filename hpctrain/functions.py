@@ -103,7 +103,8 @@ class Linear(torch.autograd.Function):
         if owner.by_onednn:
             found = products.linear(x, weight, bias, owner.laid.get(weight, True))
         else:
-            found = LINEAR(x, weight, bias)
+            turned = products.turned(x, weight, bias)
+            found = LINEAR(x, weight, bias) if turned is None else turned
         # of other than two dimensions it may be a view, which a layer behind could not change in place
         return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
 

@@ -262,22 +262,33 @@ def test_laid_weights_have_the_bits_of_one_process(world, build, waits, schedule
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("way", ["oneDNN", "MKL", "MKL, turned"])
 @pytest.mark.parametrize("model", ["plain_row", "Skips", "Tied"])
-def test_products_by_either_library_have_the_bits_of_one_process(
-    world, build, waits, model, by_onednn, monkeypatch
-):
-    """Whichever this processor's are left to: a row, operators and attention."""
-    if by_onednn and not products.there():
+def test_products_in_every_way_have_the_bits_of_one_process(world, build, waits, model, way, monkeypatch):
+    """Whichever this processor's are computed in: a row, operators and attention."""
+    if way == "oneDNN" and not products.there():
         pytest.skip("no AVX-512")
-    asked = []
-    kernel = products._kernel
-    monkeypatch.setattr(products, "AVAILABLE", by_onednn)
-    monkeypatch.setattr(products, "_kernel", lambda *given: asked.append(1) or kernel(*given))
+    taken, kernel, turned = set(), products._kernel, products.turned
+
+    def turning(*given):
+        found = turned(*given)
+        if found is not None:
+            taken.add("MKL, turned")
+        return found
+
+    for name, value in (
+        ("AVAILABLE", way == "oneDNN"),
+        ("TURNS", way == "MKL, turned"),
+        ("WIDE", 1),
+        ("FEW", range(1, 99)),
+        ("_kernel", lambda *given: taken.add("oneDNN") or kernel(*given)),
+        ("turned", turning),
+    ):
+        monkeypatch.setattr(products, name, value)
     for stages in layouts(world.size, model)[-1:]:
         job = build(model, stages, micro_batches=5, schedule="zb-h2")
         assert compare(job, 2) is None
-        assert any(world.allgather(bool(asked))) == by_onednn
+        assert set().union(*world.allgather(taken)) == {way} - {"MKL"}
 
 
 @pytest.mark.mpi

@@ -146,6 +146,33 @@ def test_where_memory_lies_does_not_matter():
     assert torch.equal(to_input(one, weight), to_input(one.clone(), weight))
 
 
+@pytest.mark.parametrize("shape", [(8,), (48,), (4, 4), (2, 3, 4)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_few_wide_rows_are_multiplied_the_other_way_round_by_mkl(monkeypatch, shape, biased):
+    monkeypatch.setattr(products, "TURNS", True)
+    _, _, weight, bias = tensors(1, 192, 512)
+    x = torch.randn(*shape, 512, generator=torch.Generator().manual_seed(1))
+    found = products.turned(x, weight, bias if biased else None)
+    expected = functional.linear(x, weight, bias if biased else None)
+    assert found.shape == expected.shape
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)  # sums of 512 numbers in another order
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_only_few_wide_rows_are(monkeypatch, turns):
+    monkeypatch.setattr(products, "TURNS", turns)
+    _, _, weight, bias = tensors(1, 192, 512)
+    taken = {rows for rows in range(60) if products.turned(torch.ones(rows, 512), weight, bias) is not None}
+    assert taken == (set(range(8, 49)) if turns else set())
+    few = torch.ones(16, 512)
+    assert products.turned(few[:, :256], weight[:, :256].contiguous(), bias) is None, "narrow"
+    assert products.turned(few.double(), weight.double(), bias.double()) is None
+    assert products.turned(few, weight.t().contiguous().t(), bias) is None, "it lies the other way round"
+    assert products.turned(few, weight, bias[:, None]) is None
+    assert products.turned(few[0], weight, bias) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_numbers_are_torchs(dtype):
     x, g, weight, bias = (t.to(dtype) for t in tensors(6, 192, 128))
