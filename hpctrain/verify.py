@@ -80,6 +80,13 @@ def verify(config: Config, comm: MPI.Intracomm, steps: int = 3) -> int:
                 LOGGER.info("one rank was compared with itself: start it with mpirun -n 2, say")
             return 0
         LOGGER.info("differs: %s", found)
+        used = sorted(set(comm.allgather(topology.threads)))
+        if len(used) > 1:
+            LOGGER.info(
+                "ranks run %d to %d threads, by which kernels cut their sums, and one process %d: with "
+                "--train.threads 1 that is no reason",
+                *(used[0], used[-1], comm.bcast(topology.threads)),
+            )
         return 1
 
 
