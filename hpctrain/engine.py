@@ -267,8 +267,9 @@ class Engine:
         if metrics is not None:
             try:
                 with torch.no_grad():  # of copies: there it may change in place what a backward needs here
-                    targets = replace(self.loss.without_ignored(on_device), targets=copied(on_device.targets))
-                    metrics(copied(outputs), targets)
+                    batch = self.loss.without_ignored(on_device)
+                    parts = {name: copied(getattr(batch, name)) for name in ("inputs", "targets", "weights")}
+                    metrics(copied(outputs), replace(batch, **parts))
             except Exception as error:
                 LOGGER.warning(
                     "of the first outputs in training the metrics can't be computed (%s: %s): if the model "

@@ -227,8 +227,8 @@ def test_metrics_are_tried_once_on_the_last_stage(world, build, caplog):
     def metrics(outputs, batch):
         given.append((outputs.shape, len(batch), torch.is_grad_enabled()))
         outputs.mul_(2)
-        for target in batch.targets.values():
-            target.mul_(2)
+        for tensor in (*batch.inputs.values(), *batch.targets.values()):
+            tensor.mul_(2)
         raise ValueError("as an own task might")
 
     job.engine.metrics = metrics
