@@ -1,8 +1,8 @@
-"""Run `hpctrain bench pipeline` where links differ; write docs/pipeline-speed.png and tables.
+"""Run `hpctrain bench pipeline` where links differ; write docs/pipeline-speed.png, -passes.png and tables.
 
 Usage: python benchmarks/pipeline.py [--ranks 2 4] [--hosts] [--output docs]
 One node with and without cross-memory attach (containers forbid it), and with --hosts (as root, on Linux) two
-virtual hosts joined by a link without and with a limit of 1 Gbit/s. Some fifteen minutes on 2 cores.
+virtual hosts joined by a link without and with a limit of 1 Gbit/s. Some 25 minutes on 2 cores.
 """
 
 import argparse
@@ -13,9 +13,15 @@ from pathlib import Path
 
 from averaging import measured, mpirun, table
 
+from hpctrain.pipeline.schedule import SHORT
+from hpctrain.pipeline.simulate import Simulation, Span
+from hpctrain.report.pictures import timeline
+
 HOSTS = Path(__file__).parent.parent / "tests" / "cluster" / "vhosts.sh"
 CASES = ("mlp m=8", "mlp m=16", "mlp m=32", "transformer m=8", "cnn m=8", "cnn channels_last m=8")
-SHORT = ("mlp m=8", "cnn m=8")
+FEW = ("mlp m=8", "cnn m=8")
+ASLEEP = ("emulated m=8",)
+"""Stages that sleep, so that four can be judged on fewer cores; the picture of passes is of them."""
 PEERS = ("ours_zb", "ours_zb2", "ours_interleaved", "ours_plain", "ours_autograd")
 PEERS += ("torch_1f1b", "torch_gpipe", "torch_zb", "torch_dualpipev", "limit")
 
@@ -30,7 +36,7 @@ def between_hosts(rates: list[str]) -> dict[str, list[dict]]:
             for rate in rates:
                 subprocess.run([HOSTS, "shape", rate], check=True, env=environment)
                 start = [str(HOSTS), "run", "2", "h0:1,h1:1", "-x", "OMP_NUM_THREADS"]
-                rows = measured("pipeline", start, SHORT, OMP_NUM_THREADS="1", VHOSTS_DIR=folder)
+                rows = measured("pipeline", start, FEW, OMP_NUM_THREADS="1", VHOSTS_DIR=folder)
                 found |= told(f"two hosts, {'no limit' if rate == 'none' else rate}", rows)
         finally:
             subprocess.run([HOSTS, "down"], check=True, env=environment)
@@ -66,6 +72,22 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_passes(row: dict, path: Path) -> None:
+    """Draw the passes of a step by 1F1B and ZB-H1, a row a rank: as measured, and below as simulated."""
+    kinds = {short: kind for kind, short in SHORT.items()}
+    titles = {"ours": "1f1b", "ours_zb": "zb-h1"}
+    found = {}
+    for who, both in row["passes"].items():
+        for how, passes in both.items():
+            spans = [
+                Span(p["stage"], kinds[p["pass"][0]](int(p["pass"][1:])), p["start"], p["end"])
+                for p in passes
+            ]
+            busy = [sum(s.end - s.start for s in spans if s.stage == rank) for rank in range(row["ranks"])]
+            found[f"{titles[who]}, {how}"] = Simulation(spans, busy=busy)
+    timeline(found, row["case"], path)
+
+
 def main() -> None:
     """Measure, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -78,7 +100,10 @@ def main() -> None:
     for ranks in asked.ranks:
         rows = measured("pipeline", mpirun(ranks), CASES)
         found |= told(f"{ranks} ranks", rows)
-    rows = measured("pipeline", mpirun(2), SHORT, OMPI_MCA_smsc="^cma")
+    rows = measured("pipeline", mpirun(4), ASLEEP)
+    told("4 ranks that sleep", rows)
+    draw_passes(rows[0], asked.output / "pipeline-passes.png")
+    rows = measured("pipeline", mpirun(2), FEW, OMPI_MCA_smsc="^cma")
     found |= told("2 ranks, no cross-memory attach", rows)
     if asked.hosts:
         found |= between_hosts(["none", "1gbit"])

@@ -154,6 +154,8 @@ def near_keys(key: str, legal: list[str]) -> str:
     'did you mean train.steps?'
     >>> near_keys("train.loss", ["train.steps", "train.loss.class_path"])
     'did you mean train.loss.class_path?'
+    >>> near_keys("modle", ["train.steps", "model.class_path"])
+    'did you mean model?'
     """
     below = [known for known in legal if known.startswith(key + ".")]
     if below:
@@ -164,9 +166,10 @@ def near_keys(key: str, legal: list[str]) -> str:
     last = [known for known in legal if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     if last:
         return f"did you mean {', '.join(last[:3])}?"
+    sections = {known[:at] for known in legal for at, letter in enumerate(known) if letter == "."}
+    hint = nearest(key, [*legal, *sorted(sections)])
     section = [known for known in legal if known.startswith(key.split(".")[0] + ".")]
-    hint = nearest(key, legal)
-    return nearest(key, section) if section and not hint.startswith("did") else hint
+    return hint if hint.startswith("did") else nearest(key, section or legal)
 
 
 def tidy(text: str) -> str:

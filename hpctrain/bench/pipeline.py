@@ -35,6 +35,8 @@ from hpctrain.pipeline.profile import Limits
 from hpctrain.pipeline.rows import run_all
 from hpctrain.pipeline.schedule import SEVERAL
 from hpctrain.pipeline.transport import Transport
+from hpctrain.report.passes import again, as_simulation
+from hpctrain.report.timeline import on_one_clock
 from hpctrain.staged import StagedEngine
 from hpctrain.topology import Topology, usable_cores
 
@@ -69,6 +71,8 @@ CONTENDERS = {
 }
 ROUNDS = 9
 
+WATCHED = ("ours", "ours_zb")
+"""Whose passes of a step are told."""
 
 AWAKE = (
     *("ours_fast", "ours_zb2_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"),
@@ -115,11 +119,33 @@ def one_case(topology: Topology, name: str, rounds: int | None) -> dict[str, Any
         for limit in ("limit", "autograd_limit"):
             times[limit] = [seconds * bubble for seconds in times[limit]]
         times["bubble"] = [seconds / topology.stages * bubble for seconds in times["alone"]]
+    passes = {who: passes_of(topology, *engines[who]) for who in WATCHED}
     for engine in {id(engine): engine for _, engine in engines.values()}.values():
         engine.pipeline.close()
         engine.averager.close()
     size = sum(p.numel() for p in case.make().parameters())
-    return row(name, comm.size, 4 * size, times)
+    return row(name, comm.size, 4 * size, times) | {"passes": passes}
+
+
+def passes_of(
+    topology: Topology, step: Callable[[], None], engine: StagedEngine
+) -> dict[str, list[dict[str, Any]]]:
+    """Give the passes of one step as measured, and as simulated with their medians. Collective.
+
+    Of each: the stage, the pass (F3 is the forward of micro-batch 3), and seconds from the step's first one.
+    """
+    engine.watch()
+    topology.comms.pipe.Barrier()
+    step()
+    spans = on_one_clock(topology.comms.pipe, engine.unwatch())
+    measured = as_simulation(topology.comms.pipe.allgather(spans))
+    both = {"measured": measured, "simulated": again(engine.schedule, engine.pipeline, measured)}
+    return {
+        name: [
+            {"stage": s.stage, "pass": str(s.instruction), "start": s.start, "end": s.end} for s in one.spans
+        ]
+        for name, one in both.items()
+    }
 
 
 def our_steps(

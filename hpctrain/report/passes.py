@@ -13,6 +13,7 @@ from typing import Any
 
 from hpctrain.assemble import Job
 from hpctrain.pipeline.choice import Choice
+from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.profile import Work, cost_of
 from hpctrain.pipeline.schedule import (
     SCHEDULES,
@@ -59,19 +60,20 @@ def medians(found: Simulation) -> dict[tuple[int, str], float]:
     return {key: median(values) for key, values in grouped.items()}
 
 
-def again(job: Job, measured: Simulation) -> Simulation:
+def again(schedule: str, pipeline: Pipeline, measured: Simulation) -> Simulation:
     """Simulate the step with the measured passes. Local."""
     usual = medians(measured)
-    return dry(job, measured, lambda stage, i: usual[stage, type(i).__name__])
+    return dry(schedule, pipeline, measured, lambda stage, i: usual[stage, type(i).__name__])
 
 
 def expectation(job: Job, measured: Simulation) -> Simulation | None:
     """Simulate the step with the pieces' times that the cut was chosen by, if it was by times. Local."""
-    choice = job.pipeline.cut.choice if job.pipeline else Choice([])
+    assert job.pipeline is not None
+    choice = job.pipeline.cut.choice
     if not choice.passes:
         return None
-    usual = cost_of(choice.passes, every_program(job, measured))
-    return dry(job, measured, usual, choice.wire)
+    usual = cost_of(choice.passes, every_program(job.schedule, job.pipeline, measured))
+    return dry(job.schedule, job.pipeline, measured, usual, choice.wire)
 
 
 def others(job: Job, measured: Simulation) -> dict[str, float]:
@@ -108,17 +110,17 @@ def lengths_of(usual: dict[tuple[int, str], float], stages: Iterable[int], virtu
     return Work(forward, input_gradient, weight_gradient, 0).times(1.0 / virtual)
 
 
-def dry(job: Job, measured: Simulation, cost: Cost, wire: WireTime | None = None) -> Simulation:
+def dry(
+    schedule: str, pipeline: Pipeline, measured: Simulation, cost: Cost, wire: WireTime | None = None
+) -> Simulation:
     """Simulate the micro-batches of a measured step; messages take the time of a `wire`. Local."""
-    assert job.pipeline is not None
-    links, back = job.pipeline.cut.links()
-    return simulate(every_program(job, measured), cost, links, wire, back)
+    links, back = pipeline.cut.links()
+    return simulate(every_program(schedule, pipeline, measured), cost, links, wire, back)
 
 
-def every_program(job: Job, measured: Simulation) -> list[list[Instruction]]:
+def every_program(schedule: str, pipeline: Pipeline, measured: Simulation) -> list[list[Instruction]]:
     """Give the programs of this replica's ranks for the micro-batches of a measured step. Local."""
-    assert job.pipeline is not None
-    return programs(job.schedule, job.topology.stages, micro_batches(measured), job.pipeline.virtual)
+    return programs(schedule, pipeline.ranks, micro_batches(measured), pipeline.virtual)
 
 
 def micro_batches(measured: Simulation) -> list[int]:

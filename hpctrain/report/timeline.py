@@ -59,15 +59,13 @@ class Timeline:
             return
         modules = [ends(names) for names in engine.pipeline.names()]
         topology = self.job.topology
-        ahead = seconds_ahead(topology.comms.pipe)
-        spans = [Span(s.stage, s.instruction, s.start - ahead, s.end - ahead) for s in passes]
         mine = Told(
             topology.world_rank,
             platform.node(),
             modules,
             engine.pipeline.rows(),
             [sum(p.numel() for p in own) for own in engine.parameters],
-            spans,
+            on_one_clock(topology.comms.pipe, passes),
         )
         ranks = topology.comms.pipe.gather(mine)
         if not self.run.writes or ranks is None:
@@ -80,7 +78,8 @@ class Timeline:
     def tell(self, step: int, ranks: list[Told]) -> None:
         """Log the table, write the row, draw the picture. Local: world rank 0."""
         measured = as_simulation([told.spans for told in ranks])
-        simulated = again(self.job, measured)
+        assert self.job.pipeline is not None
+        simulated = again(self.job.schedule, self.job.pipeline, measured)
         expected = expectation(self.job, measured)
         for line in table(self.job, step, ranks, measured, simulated, expected):
             LOGGER.info(line)
@@ -91,6 +90,12 @@ class Timeline:
             if expected:
                 drawn["expected before the cut"] = expected
             pictures.timeline(drawn, title, self.run.pictures / "pipeline.png")
+
+
+def on_one_clock(comm: MPI.Intracomm, passes: list[Span]) -> list[Span]:
+    """Give this rank's passes by the clock of rank 0. Collective."""
+    ahead = seconds_ahead(comm)
+    return [Span(s.stage, s.instruction, s.start - ahead, s.end - ahead) for s in passes]
 
 
 def seconds_ahead(comm: MPI.Intracomm) -> float:

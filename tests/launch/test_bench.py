@@ -57,6 +57,19 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
     assert seconds["bubble"] == pytest.approx(seconds["alone"] / 2 * 9 / 8)
     assert seconds["limit"] == pytest.approx(seconds["work"] * 9 / 8)
+    assert set(row["passes"]) == {"ours", "ours_zb"}
+    for both in row["passes"].values():
+        there, dry = ({(p["stage"], p["pass"]) for p in both[how]} for how in ("measured", "simulated"))
+        assert there == dry
+        assert {(stage, f"F{v}") for stage in (0, 1) for v in range(8)} <= there
+        last = {p["pass"]: p for p in both["measured"] if p["stage"] == 1}
+        # stages take turns: a micro-batch's forward on the last one begins behind that on the first
+        assert all(
+            last[p["pass"]]["start"] >= p["end"]
+            for p in both["measured"]
+            if p["pass"][0] == "F" and not p["stage"]
+        )
+    assert {p["pass"][0] for p in row["passes"]["ours_zb"]["measured"]} == {*"FIW"}
     alone = launcher.ranks(1, "bench", "pipeline")
     assert alone.status == 2
     assert "bench pipeline measures stages: start it on 2 ranks or more" in alone.err
