@@ -173,6 +173,12 @@ def test_metrics_that_will_fail_are_told_in_the_first_step(launcher, small, tmp_
     told = "the metrics can't be computed (ValueError: none of mine)"
     assert ended.text.count(told) == 1, ended.text
     assert ended.text.index(told) < ended.text.index("step 1/2"), ended.text
+    more = ("--data.validation", "0.0", "--data.test", "0.0", "--train.run_folder", "unmeasured")
+    ended = launcher.ranks(
+        2, "train", "small.toml", "--data.task.class_path", "of_mine.Task", "--train.steps", "2", *more
+    )
+    assert ended.status == 0, ended.text
+    assert "none of mine" not in ended.text, "nothing is evaluated"
 
 
 def test_dry_run_writes_nothing(launcher, small, tmp_path):
