@@ -38,10 +38,11 @@ from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.operators import forbidden
 from hpctrain.pipeline.part import input_of
-from hpctrain.pipeline.pipeline import Copies, Pipeline
+from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.schedule import SCHEDULES, Backward, Forward, program
 from hpctrain.pipeline.stage import Stage
+from hpctrain.pipeline.ties import Copies
 from hpctrain.pipeline.trace import Writer
 from hpctrain.pipeline.watch import ASK, Watch
 from hpctrain.recipes.samples import Samples
