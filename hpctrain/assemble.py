@@ -266,7 +266,7 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
             cuda_aware=topology.cuda_aware,
             pipe=topology.comms.pipe,
         )
-    if portion.pipeline:
+    if portion.pipeline and not config.averaging.invariant:  # else they come micro-batch by micro-batch
         averager.used_elsewhere(tie.tensor for tie in portion.pipeline.ties)
     with together(world):
         engine = engine_of(config, topology, portion, averager, list(task.input_shapes))

@@ -190,11 +190,11 @@ def share_of(
     optimizer = groups.build(config.optimizer, module)  # over all parameters: stages have the same groups
     share = take_share(module, model, topology.stage, topology.stages)
     trained = [tie.name for tie in share.ties if tie.tensor.requires_grad]
-    if trained and config.averaging.invariant:
+    if trained and config.averaging.invariant and model.stages > topology.stages:
         raise ConfigError(
-            f"averaging.invariant: {trained[0]} is used by several stages, whose gradients are added "
-            f"after those of the micro-batches: other bits than on one stage; "
-            f"set parallel.stages = 1 or untie it"
+            f"averaging.invariant: {trained[0]} is used by several stages, of which interleaved gives a rank "
+            f"more than one, where its gradients of several micro-batches would mix: other bits than on one "
+            f"stage; take another parallel.schedule"
         )
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) in share.own]

@@ -107,7 +107,7 @@ class StagedEngine(Engine):
 
     def places(self) -> Places:
         """Give where weight gradients go, those of copies of other stages' weights too. Local."""
-        return self.pipeline.places(self.averager.places)
+        return self.pipeline.places(self.averager.places, relays=self.averager.sums is not None)
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's memory by use, its ring and buffers for messages too. Local."""
@@ -144,6 +144,7 @@ class StagedEngine(Engine):
         late = behind(every) if pipeline.rank else set[int]()
         self.straight.begin(len(working), waits=pipeline.rank > 0, behind=late)
         pipeline.copies.begin()
+        pipeline.relay.begin()
         pipeline.transport.begin(pipeline.kept)
         waited = pipeline.transport.waited
         given = {v: step.micro_batches[v].inputs if v in step.micro_batches else {} for v in working}
@@ -162,7 +163,7 @@ class StagedEngine(Engine):
             part = parts[stage, v]
             pipeline.transport.watch.doing(instruction, stage.stage)
             if failure is not None:
-                stage.fail(instruction, part)
+                self._fail(instruction, stage, part)
                 continue
             began = time.perf_counter()
             try:
@@ -179,8 +180,8 @@ class StagedEngine(Engine):
                 if "modified by an inplace operation" in text_of(error) and len(stage.kept) > 1:
                     error.add_note(SEVERAL_AT_ONCE)
                 failure = error
-            if failure is not None and isinstance(instruction, (Send, SendGradient)):
-                stage.fail(instruction, part)  # nothing of it has left; a receive took all
+            if failure is not None and not isinstance(instruction, (Receive, ReceiveGradient)):
+                self._fail(instruction, stage, part)  # nothing of it has left; a receive took all
             if self._spans is not None and isinstance(instruction, PASSES):
                 self._spans.append(Span(stage.stage, instruction, began, time.perf_counter()))
         if failure is None:
@@ -195,7 +196,7 @@ class StagedEngine(Engine):
     def _execute_staged(
         self, instruction: Instruction, number: int, step: Step[Batch], stage: Stage, part: Part
     ) -> None:
-        v = instruction.micro_batch
+        v, pipeline = instruction.micro_batch, self.pipeline
         batch = step.micro_batches[v]
         match instruction:
             case Receive():
@@ -209,7 +210,10 @@ class StagedEngine(Engine):
             case Backward() | BackwardInput():
                 whole = not isinstance(instruction, BackwardInput) or not self._splits
                 self._join_without(instruction.virtual, v)  # before its gradients come
+                stage.kept[v].gradients += pipeline.relay.receive(v)
+                pipeline.transport.watch.doing(instruction, stage.stage)
                 self._backward_staged(instruction, number, stage, part, whole)
+                pipeline.relay.send(v)
                 if stage.stage == 0:
                     stage.forget(v)
             case BackwardWeight():
@@ -218,6 +222,12 @@ class StagedEngine(Engine):
             case SendGradient():
                 stage.send_gradient(v, part)
                 stage.forget(v)
+
+    def _fail(self, instruction: Instruction, stage: Stage, part: Part) -> None:
+        """Do in name only what is left of an instruction. Local, but waits for what comes."""
+        if isinstance(instruction, (Backward, BackwardInput)):
+            self.pipeline.relay.fail(instruction.micro_batch)
+        stage.fail(instruction, part)
 
     def _forward_staged(self, number: int, v: int, batch: Batch, stage: Stage, part: Part) -> None:
         self.averager.forward_of(v)

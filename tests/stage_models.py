@@ -336,11 +336,29 @@ class LargeTiedGraph(LargeTied):
         return self.last(self.head(self.back(self.first(self.into(x)))))
 
 
+class MixedTied(LargeTied):
+    """Its large weight is used by our own products, and between them by torch's."""
+
+    layers = None
+
+    def forward(self, x):
+        h = torch.tanh(self.first(self.into(x)))
+        h = self.back(h) + h @ self.first.weight
+        h = torch.tanh(self.head(h)) @ self.first.weight
+        return self.last(h @ self.first.weight.t() + self.first(torch.sin(h)))
+
+
 def tied_row(in_features: int, out_features: int) -> nn.Sequential:
     """A layer that stands twice in a row."""
     same = nn.Linear(in_features, in_features)
     return nn.Sequential(same, nn.Tanh(), nn.Linear(in_features, in_features), nn.Tanh(), same,
                          nn.Linear(in_features, out_features))  # fmt: skip
+
+
+def breaking_tied_row(in_features: int, out_features: int, at: int, backward: bool) -> nn.Sequential:
+    """The same, and from the fourth micro-batch on a layer behind one of the six fails."""
+    layers = list(tied_row(in_features, out_features))
+    return nn.Sequential(*layers[:at], Bad(backward, False, call=4), *layers[at:])
 
 
 def normed_row(in_features: int, out_features: int) -> nn.Sequential:

@@ -1456,6 +1456,32 @@ def test_invariant_averaging_has_one_set_of_bits_on_any_layout(world, build, mod
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [*((model, 8) for model in TIED), ("StackedTies", 8), ("MixedTied", 8), ("MixedTied", 4)],
+)
+def test_invariant_averaging_has_the_bits_of_one_process_where_stages_share_weights(
+    world, build, model, batch
+):
+    """Their gradients go from stage to stage; with a batch of 4 two of the 6 micro-batches have no samples."""
+    for stages in layouts(world.size):
+        for schedule in ("1f1b", "gpipe"):
+            cuts = ["back"] if model == "StackedTies" and stages == 2 else []
+            if model == "StackedTies" and not cuts:
+                continue
+            job = build(
+                model, stages, micro_batches=6, invariant=True, schedule=schedule, batch=batch, cuts=cuts
+            )
+            assert [tie.name for tie in job.pipeline.ties if tie.tensor.requires_grad]
+            losses = run(job, 4, clip=0.05)
+            expected, state = alone_like(job, 4, clip=0.05)
+            assert losses == expected
+            mine = tensors_of(job.engine.module)
+            other = [n for n, v in mine.items() if not torch.equal(v, state[n])]
+            assert not other, (stages, schedule, other)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_invariant_averaging_refuses_a_buffer_of_one_stage_on_all(world, build, stages):
     """A mean that moves on by all micro-batches: one replica has the bits, several are refused."""
@@ -1525,6 +1551,21 @@ def test_a_failing_layer_is_named_on_all_ranks(world, build, at, backward):
         what = "the backward pass of layer" if backward else "layer"
         assert re.search(rf"in {what} {at}\.1 \(Bad\), given float32 \(\d, [28]\)", text)
         assert all(other == text for other in world.allgather(text))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("at", [1, 4, 6])
+def test_a_layer_that_fails_where_gradients_go_from_stage_to_stage_ends_on_all(world, build, at, backward):
+    """Those of a tied weight, for `averaging.invariant`: whoever waits for them learns of it, nobody hangs."""
+    for stages in layouts(world.size):
+        arguments = {"at": at, "backward": backward}
+        job = build("breaking_tied_row", stages, arguments=arguments, micro_batches=6, invariant=True)
+        assert job.pipeline.ties
+        with pytest.raises(HpctrainError, match="trouble in a layer") as raised:
+            for number in range(3):
+                job.engine.step(number, job.loader.read(0))
+        assert all(other == str(raised.value) for other in world.allgather(str(raised.value)))
 
 
 @pytest.mark.mpi
@@ -2035,5 +2076,5 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
         job.engine.evaluate(job.split_batches("train"), job.task.measure)
     with pytest.raises(ConfigError, match=r"both call the BatchNorm of 1\.running_mean"):
         build("normed_row", world.size)
-    with pytest.raises(ConfigError, match=r"into\.weight is used by several stages"):
-        build("Tied", world.size, invariant=True, micro_batches=4)
+    with pytest.raises(ConfigError, match=r"into\.weight is used by several stages, of which interleaved"):
+        build("Tied", world.size, invariant=True, micro_batches=4, schedule="interleaved")

@@ -18,7 +18,7 @@ from hpctrain.hidden import notes_on
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
-from hpctrain.pipeline.ties import Copies, Tie
+from hpctrain.pipeline.ties import Copies, Relay, Tie
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import KINDS, TIED, Transport
 from hpctrain.wire import together
@@ -122,14 +122,20 @@ class Pipeline:
         found[0] += left  # what nobody uses
         return found
 
-    def places(self, own: Places) -> Places:
-        """Give where gradients go here: those of parameters to their `own` places. Local."""
+    def places(self, own: Places, relays: bool = False) -> Places:
+        """Give where gradients go here: those of parameters to their `own` places. Local.
+
+        `relays`: those of copies go to the owners micro-batch by micro-batch, in the order of one process.
+        """
         copies = [tie.tensor for tie in self.ties if self.rank in tie.others and tie.tensor.requires_grad]
-        self.copies = Copies(own, copies)
+        self.copies = Copies(own, copies, apart=relays)
+        self.relay = Relay(self.ties if relays else [], self.copies, self.transport)
         return self.copies
 
     def collect(self, add: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
         """Bring the gradients of copies to the owners, who `add` them. Collective over the stages."""
+        if self.copies.apart:
+            return  # they have come
         if self.ties:
             self.transport.watch.doing("waits for the gradients of what several stages use")
         for number, tie in enumerate(self.ties):

@@ -35,8 +35,9 @@ from hpctrain.topology import named
 
 EACH = 2 + FEW
 """Tags of a channel: numbers, tensors without buffers, tensors in buffers by layout."""
-FORWARD, BACKWARD, TIED, KINDS = 0, EACH, 2 * EACH, 3 * EACH
-"""First tags of channels, and how many there are. TIED: what several stages use."""
+FORWARD, BACKWARD, TIED, RELAYED, KINDS = 0, EACH, 2 * EACH, 3 * EACH, 4 * EACH
+"""First tags of channels, and how many there are. TIED: what several stages use; RELAYED: its gradients of
+one micro-batch."""
 FAILED, MESSAGES, BUFFERS = -3, -2, -1
 """How the tensors come, where not in a slot at an offset: the stage has failed; by messages, into buffers."""
 FIRST_STEPS = 4
