@@ -38,6 +38,8 @@ EACH = 2 + FEW
 FORWARD, BACKWARD, TIED, RELAYED, KINDS = 0, EACH, 2 * EACH, 3 * EACH, 4 * EACH
 """First tags of channels, and how many there are. TIED: what several stages use; RELAYED: its gradients of
 one micro-batch."""
+WEIGHTS = (TIED, RELAYED)
+"""Large and rare: they go by MPI alone, and no memory is kept for them."""
 FAILED, MESSAGES, BUFFERS = -3, -2, -1
 """How the tensors come, where not in a slot at an offset: the stage has failed; by messages, into buffers."""
 FIRST_STEPS = 4
@@ -158,7 +160,7 @@ class Transport:
         way = self._way_to(rank, tag)
         number, new = way.number(packed.layout)
         ready = Ready(way, packed, number, packed.layout.encode() if new else b"")
-        if packed.parts and tag != TIED:
+        if packed.parts and tag not in WEIGHTS:
             if rank in self._on_node:
                 v = packed.micro_batch
                 self._bytes[v] = self._bytes.get(v, 0) + packed.nbytes
@@ -234,7 +236,9 @@ class Transport:
         """Take the first message; give channel, layout's number, draws, how the tensors come, flag."""
         if (rank, tag) not in self._incoming:
             cut = None if rank in self._on_node else partial(self._pieces, rank)
-            self._incoming[rank, tag] = Incoming(self.comm, rank, tag, self._keeps and tag != TIED, cut)
+            self._incoming[rank, tag] = Incoming(
+                self.comm, rank, tag, self._keeps and tag not in WEIGHTS, cut
+            )
         way = self._incoming[rank, tag]
         v, number, draws, how, flag, length = way.numbers(partial(self._until, rank))
         assert v == micro_batch, f"rank {rank} sent micro-batch {v}, not {micro_batch}"
@@ -264,7 +268,7 @@ class Transport:
 
     def _way_to(self, rank: int, tag: int) -> Outgoing:
         if (rank, tag) not in self._outgoing:
-            self._outgoing[rank, tag] = Outgoing(self.comm, rank, tag, self._keeps and tag != TIED)
+            self._outgoing[rank, tag] = Outgoing(self.comm, rank, tag, self._keeps and tag not in WEIGHTS)
         return self._outgoing[rank, tag]
 
     def _pieces(self, rank: int, array: Bytes) -> list[Bytes]:

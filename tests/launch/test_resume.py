@@ -92,6 +92,26 @@ def test_invariant_runs_are_the_same_bits_on_any_ranks_and_resumed_on_others(lau
     assert refused.text.count("set parallel.micro_batches to an integer") == 1
 
 
+def test_invariant_runs_in_stages_that_share_weights_are_the_same_bits_on_any_ranks(
+    launcher, small, tmp_path
+):
+    """One process; two stages, resumed as two replicas of them, then as two replicas of the whole."""
+    words = ["train", "small.toml", "--averaging.invariant", "true", "--parallel.micro_batches", "4"]
+    words += ["--model.class_path", "stage_models.Tied", "--train.clip", "0.5", "--data.validation", "0.2"]
+    words += ["--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR"]
+    layouts = ((1, 1, 15, "alone"), (2, 2, 5, "moved"), (4, 2, 10, "moved"), (2, 1, 15, "moved"))
+    for ranks, stages, steps, folder in layouts:
+        more = ["--parallel.stages", stages, "--train.steps", steps, "--train.run_folder", folder]
+        ended = launcher.ranks(ranks, *words, *more)
+        assert ended.status == 0, ended.text
+    assert losses(tmp_path / "alone") == losses(tmp_path / "moved")
+    found = [
+        [r for r in rows(tmp_path / x) if r["event"] == "validate"][-1]["loss"] for x in ("alone", "moved")
+    ]
+    assert found[0] == found[1]
+    assert same_bits(weights(tmp_path / "alone"), weights(tmp_path / "moved"))
+
+
 def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
     assert launcher.ranks(2, "train", "small.toml").status == 0
     ended = launcher.ranks(2, "train", "runs/small/config.toml", "--train.run_folder", "new")
