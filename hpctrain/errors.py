@@ -47,6 +47,12 @@ class DriftError(HpctrainError):
     """Replicas that must hold the same bits hold different ones."""
 
 
+class StopAskedError(HpctrainError):
+    """A signal asked for a stop while a split was measured; the run is to end with a checkpoint."""
+
+    status = STOPPED_EARLY
+
+
 def text_of(error: BaseException) -> str:
     """Give an error's text, though its own code may fail to make it. Local."""
     try:

@@ -31,6 +31,8 @@ class Progress:
     """Validations since the best."""
     ended: str = ""
     """Why the run ended before its last step, if it did."""
+    unmeasured: bool = False
+    """Whether the measurement behind this step is still to come: a signal broke it off."""
 
     def state(self) -> dict[str, Any]:
         """Everything, as JSON."""
@@ -41,7 +43,7 @@ class Progress:
         """Read it back; a run without a checkpoint stands at its start."""
         if stored is None:
             return Progress()
-        return Progress(**{name: stored.state[name] for name in vars(Progress())})
+        return Progress(**{name: stored.state.get(name, usual) for name, usual in vars(Progress()).items()})
 
 
 def resume(config: Config, run: RunFolder, topology: Topology) -> tuple[Config, loading.Stored | None]:

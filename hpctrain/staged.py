@@ -392,7 +392,7 @@ class StagedEngine(Engine):
         ):
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             batch, part = batches[v], parts[stage, v]
-            pipeline.transport.watch.doing(instruction, stage.stage)
+            pipeline.transport.watch.doing(instruction, stage.stage, of="evaluation's batch")
             if failure is not None:
                 stage.fail(instruction, part)
                 continue

@@ -14,7 +14,7 @@ from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint import save as saving
 from hpctrain.config import Config
 from hpctrain.data import order
-from hpctrain.errors import DONE, STOPPED_EARLY, HpctrainError
+from hpctrain.errors import DONE, STOPPED_EARLY, HpctrainError, StopAskedError
 from hpctrain.log import LOGGER
 from hpctrain.report import memory, summary
 from hpctrain.report.progress import ProgressView
@@ -83,7 +83,7 @@ class Loop:
         self.resumed_step = self.at.step
         if stored is not None:
             job.restore(stored, stored.state["total_steps"] != job.total_steps)
-        self.validator = Validator(job, run, self.at)
+        self.validator = Validator(job, run, self.at, lambda: bool(signals.name))
         if self.validator.split and job.topology.replica == 0:  # one rank tells
             job.engine.metrics = job.task.measure
         self.waiting = Waiting(job.peers)
@@ -110,7 +110,7 @@ class Loop:
         job, train = self.job, self.job.config.train
         baselines = self.validator.baselines()
         summary.start(job, self.run_folder, self.resumed_step, baselines)
-        stopped = False
+        stopped = self.at.unmeasured and self.measure()
         shows = job.topology.world_rank == 0
         steps = job.loader.steps(self.at.position)
         view = ProgressView(job.total_steps, self.at.step, shows, job.config.report.log_seconds)
@@ -129,10 +129,10 @@ class Loop:
                 self.at.position = step.next_position
                 seconds = time.perf_counter() - began
                 self.after_step(result, step.next_position - step.position, seconds, rates[0], view)
-                stopped = result.stops > 0
-                better = self.validator.after_step(self.validation_due())
+                self.at.unmeasured = self.validation_due()
+                stopped = self.measure() or result.stops > 0
                 every = job.config.checkpoint.every_steps
-                if better or result.saves or (every and self.at.step % every == 0):
+                if result.saves or (every and self.at.step % every == 0):
                     self.save()
         return self.end(stopped, baselines)
 
@@ -151,6 +151,22 @@ class Loop:
     def epoch(self) -> float:
         """Passes over the training samples so far."""
         return self.at.position / len(self.job.loader.split)
+
+    def measure(self) -> bool:
+        """Measure the weights where that is due, save the best. Collective.
+
+        Gives whether a signal broke it off: a resume begins with it then.
+        """
+        try:
+            better = self.validator.after_step(self.at.unmeasured)
+        except StopAskedError:
+            return True
+        if self.at.unmeasured and self.saved_step == self.at.step:
+            self.saved_step = -1  # that one does not know of it
+        self.at.unmeasured = False
+        if better:
+            self.save()
+        return False
 
     def validation_due(self) -> bool:
         """Whether this step ends an epoch, or `validate_steps` steps."""
@@ -190,17 +206,23 @@ class Loop:
         self.run_folder.row("checkpoint", self.at.step, path=str(path), seconds=round(seconds, 4))
         self.last_saved, self.saved_step = time.monotonic(), self.at.step
 
+    def stopped_early(self, where: str) -> int:
+        """Say that a signal ends the run here; give the exit status."""
+        reason = f"{self.signals.name or 'a signal on another rank'} at step {self.at.step}{where}"
+        self.run_folder.row("end", self.at.step, status="stopped", reason=reason)
+        LOGGER.info("stopped early: %s; run the same command again to go on", reason)
+        return STOPPED_EARLY
+
     def end(self, stopped: bool, baselines: dict[str, dict[str, float]]) -> int:
-        """Validate for the last time, save, draw, write the end row."""
+        """Save, validate for the last time, draw, write the end row."""
         job = self.job
-        if stopped and self.at.step < job.total_steps:
-            self.save()
-            reason = f"{self.signals.name or 'a signal on another rank'} at step {self.at.step}"
-            self.run_folder.row("end", self.at.step, status="stopped", reason=reason)
-            LOGGER.info("stopped early: %s; run the same command again to go on", reason)
-            return STOPPED_EARLY
-        found = self.validator.at_end()
         self.save()
+        if stopped and (self.at.step < job.total_steps or self.at.unmeasured):
+            return self.stopped_early("")
+        try:
+            found = self.validator.at_end()
+        except StopAskedError:
+            return self.stopped_early(", in the last measurement")
         if ready := self.waiting.buckets(job.averager.ready_times()):
             self.run_folder.row("buckets", self.at.step, buckets=ready)
         reason = self.at.ended or f"all {job.total_steps} steps done"

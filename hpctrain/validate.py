@@ -1,11 +1,14 @@
 """Validation over all ranks, exact to the sample; early stopping and the best checkpoint."""
 
 import math
+from collections.abc import Callable, Iterator
 
 from hpctrain.assemble import Job
+from hpctrain.batch import Batch
 from hpctrain.engine import sum_over
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, StopAskedError
 from hpctrain.log import LOGGER
+from hpctrain.report.progress import MeasureView
 from hpctrain.report.run_folder import RunFolder
 from hpctrain.resume import Progress
 from hpctrain.wire import raise_together, together
@@ -14,9 +17,11 @@ from hpctrain.wire import raise_together, together
 class Validator:
     """Measures splits and writes the "validate" rows."""
 
-    def __init__(self, job: Job, run: RunFolder, at: Progress) -> None:
-        """Take the job, where its rows go, and where the run stands."""
-        self.job, self.run, self.at = job, run, at
+    def __init__(
+        self, job: Job, run: RunFolder, at: Progress, stops: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Take the job, where its rows go, where the run stands, and whether a signal asks for a stop."""
+        self.job, self.run, self.at, self.stops = job, run, at, stops
         splits = job.index.splits
         self.split = next((name for name in ("validation", "test") if name in splits), "")
         """What is measured on the way; only a validation split may choose anything."""
@@ -87,9 +92,12 @@ class Validator:
         return self.last if self.done == (self.at.step, split) else self.measure(split)
 
     def measure(self, split: str) -> dict[str, float]:
-        """Loss and metrics of a split, by all ranks; one "validate" row. Collective."""
+        """Loss and metrics of a split, by all ranks; one "validate" row. Collective.
+
+        Raises StopAskedError, on all ranks, where a signal asks one of them to stop meanwhile.
+        """
         job = self.job
-        sums = job.engine.evaluate(job.split_batches(split), job.task.measure)
+        sums = job.engine.evaluate(self._watched(split), job.task.measure)
         found = self._finish(sums)
         epoch = self.at.position / len(job.loader.split)
         self.run.row("validate", self.at.step, split=split, epoch=round(epoch, 4), **found)
@@ -97,6 +105,17 @@ class Validator:
         LOGGER.info("epoch %.3g, %s: %s", epoch, split, text)
         self.done, self.last = (self.at.step, split), found
         return found
+
+    def _watched(self, split: str) -> Iterator[Batch]:
+        """Give this replica's batches of a split until a signal comes; tell now and then how far it is."""
+        job = self.job
+        total = sum(stop - start for start, stop in job.split_blocks(split))
+        view = MeasureView(split, total, job.topology.world_rank == 0, job.config.report.log_seconds)
+        for batch in job.split_batches(split):
+            if self.stops():
+                raise StopAskedError(f"a signal came while {split} was measured")
+            yield batch
+            view.batch(len(batch))
 
     def _finish(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         found = {}

@@ -79,6 +79,20 @@ class Slow(Dropping):
         return super().forward(x)
 
 
+class SlowMeasured(nn.Sequential):
+    """The same, where it is measured; in stages, too."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(nn.Linear(in_features, 8), SleepsMeasured(), nn.Linear(8, out_features))
+
+
+class SleepsMeasured(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            time.sleep(float(os.environ.get("SLOW", "0")))
+        return torch.tanh(x)
+
+
 class Normed(Net):
     """BatchNorm: its statistics must be those of one process."""
 

@@ -7,6 +7,7 @@ filesystem may only be slow.
 """
 
 import platform
+import re
 import threading
 import time
 
@@ -44,6 +45,18 @@ WORDS: dict[type[Instruction], str] = {
 }
 
 
+def at_work(told: str, seconds: float) -> bool:
+    """Whether a rank that told this waits for nothing, and began with it less than `seconds` ago. Pure.
+
+    >>> at_work("runs the forward pass of micro-batch 2 on stage 1 since 0 s", 15.0)
+    True
+    >>> at_work("waits for the gradients of micro-batch 2 on stage 0 since 0 s", 15.0)
+    False
+    """
+    since = re.search(r" since (\d+) s$", told)
+    return since is not None and not told.startswith("waits") and int(since[1]) < seconds
+
+
 class Watch:
     """One rank's word on what it does, and its questions."""
 
@@ -52,7 +65,7 @@ class Watch:
         self.comm = named(pipe.Dup(), "questions of a pipeline")
         self.names = pipe.allgather(f"rank {MPI.COMM_WORLD.rank} on {platform.node()}")
         self._doing: Instruction | str = BETWEEN
-        self._stage = 0
+        self._stage, self._of = 0, ""
         self._since = time.monotonic()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -60,9 +73,9 @@ class Watch:
             self._thread = threading.Thread(target=self._answer, name="hpctrain answers", daemon=True)
             self._thread.start()
 
-    def doing(self, what: Instruction | str = BETWEEN, stage: int = 0) -> None:
+    def doing(self, what: Instruction | str = BETWEEN, stage: int = 0, of: str = "micro-batch") -> None:
         """Note what this rank begins with. Local."""
-        self._doing, self._stage, self._since = what, stage, time.monotonic()
+        self._doing, self._stage, self._of, self._since = what, stage, of, time.monotonic()
 
     def missing(self, rank: int, seconds: float) -> None:
         """Tell what all ranks do, if this one is the lowest that waits, for `rank`. Local."""
@@ -83,6 +96,8 @@ class Watch:
         silent = "does not answer: it has stopped, is gone, or is in code that holds Python's lock"
         found[self.comm.rank] = self.told()
         each = "; ".join(f"{self.names[other]} {found[other] or silent}" for other in sorted(found))
+        if at_work(found[rank], seconds / 4):
+            each += f"; {self.names[rank]} is at work, so this goes on"
         LOGGER.warning("waiting for %s for %.0f s: %s", self.names[rank], seconds, each)
 
     def stop(self) -> None:
@@ -103,7 +118,7 @@ class Watch:
         if isinstance(self._doing, str):
             return f"{self._doing} {since}"
         words = WORDS[type(self._doing)]
-        return f"{words} of micro-batch {self._doing.micro_batch} on stage {self._stage} {since}"
+        return f"{words} of {self._of} {self._doing.micro_batch} on stage {self._stage} {since}"
 
     def _answer(self) -> None:
         status = MPI.Status()

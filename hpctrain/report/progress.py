@@ -97,6 +97,29 @@ class ProgressView:
             self.last, self.due = now, False
 
 
+class MeasureView:
+    """Shows on world rank 0 how far a split is measured: nothing where it is soon done."""
+
+    def __init__(self, split: str, total: int, shows: bool, log_seconds: float) -> None:
+        """Take the split, this replica's samples of it, and whether this rank shows anything."""
+        self.split, self.total, self.shows, self.log_seconds = split, total, shows, log_seconds
+        self.done, self.began = 0, time.perf_counter()
+        self.last = self.began
+
+    def batch(self, samples: int) -> None:
+        """Show that so many samples more are measured, or on their way through the stages."""
+        self.done += samples
+        now = time.perf_counter()
+        if not self.shows or now - self.last < self.log_seconds or self.done == self.total:
+            return
+        left = (self.total - self.done) * (now - self.began) / self.done
+        LOGGER.info(
+            "measuring %s | %s of this replica's %s samples | %s left",
+            *(self.split, f"{self.done:,}", f"{self.total:,}", clock(left)),
+        )
+        self.last = now
+
+
 def clock(seconds: float) -> str:
     """Write a duration.
 

@@ -192,6 +192,48 @@ def test_a_signal_stops_with_a_checkpoint_and_status_75(launcher, small, tmp_pat
     assert f"from step {end['step']}" in again.out
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_signal_breaks_off_a_measurement_which_a_resume_takes_first(launcher, small, tmp_path, stages):
+    """On the way and at the end, each with a checkpoint of that step: nothing differs from a run in one go."""
+    words = ["train", "small.toml", "--model.class_path", "helpers.SlowMeasured", "--train.batch", "2"]
+    words += [
+        "--data.validation",
+        "0.4",
+        "--data.test",
+        "0.4",
+        "--train.validate_steps",
+        "4",
+        "--train.patience",
+        "9",
+    ]
+    words += ["--train.steps", "6", "--parallel.stages", stages]
+    words += ["--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ReduceLROnPlateau"]
+    words += ["--optimizer.schedule.init_args", "{patience = 0}", "--report.log_seconds", "1"]
+    whole = launcher.ranks(2, *words, "--train.run_folder", "whole")
+    assert whole.status == 0, whole.text
+    cut = tmp_path / "cut"
+    for step, where in ((4, ""), (6, ", in the last measurement")):
+        process = launcher.start(*launcher.command(2, *words, "--train.run_folder", "cut"), SLOW="0.6")
+        wait_for(lambda step=step: cut.exists() and len(losses(cut)) >= step, process)
+        process.send_signal(signal.SIGUSR1)
+        ended = launcher.finish(process)
+        assert ended.status == 75, ended.text
+        end = rows(cut)[-1]
+        assert (end["event"], end["status"], end["step"]) == ("end", "stopped", step)
+        assert end["reason"].endswith(f" at step {step}{where}")
+        assert (cut / f"checkpoints/step-{step:08d}").is_dir()
+    again = launcher.ranks(2, *words, "--train.run_folder", "cut", SLOW="0.4")
+    assert again.status == 0, again.text
+    assert "measuring test | " in again.out
+    assert losses(cut) == losses(tmp_path / "whole")
+    found = [
+        [(r["step"], r["split"], r["loss"]) for r in rows(x) if r["event"] == "validate"]
+        for x in (cut, tmp_path / "whole")
+    ]
+    assert found[0] == found[1]
+    assert same_bits(weights(cut), weights(tmp_path / "whole"))
+
+
 def test_early_stopping_and_best(launcher, small, tmp_path):
     words = (
         "train", "small.toml", "--data.test", "0", "--data.validation", "0.3", "--train.patience", "2",
