@@ -265,6 +265,8 @@ def differences(stored: Config, asked: Config) -> list[str]:
             key == "parallel.micro_batches" and before == "auto"
         ):  # SyncBatchNorm: one a replica, on any layout
             continue
+        if key == "train.threads" and not asked.averaging.invariant:  # hang on the ranks of a node anyway
+            continue
         if key == "train.steps" and (before is None or value is None or value >= before):
             continue
         if key == "train.epochs" and (asked.train.steps is not None or value >= before):

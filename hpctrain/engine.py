@@ -198,11 +198,12 @@ class Engine:
                     self.averager.joined(instruction.micro_batch, 0.0, 0.0)
         except HpctrainError as error:
             return error
-        except SystemExit as error:  # this rank would leave and the others wait for it
-            return RankError(f"sys.exit({error.code}) was called in the model or the loss")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # this rank would leave and the others wait for it
             where = instruction.micro_batch if instruction else "none"
-            note(error, f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}")
+            place = f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}"
+            if isinstance(error, SystemExit):
+                return left(error, f"the model or the loss {place}")
+            note(error, place)
             return error
         return None
 
@@ -370,6 +371,11 @@ def layer_of(error: Exception, module: nn.Module) -> str:
             given = shapes_of((inside["args"], inside["kwargs"]))
             found = f"in layer {names[id(layer)]} ({type(layer).__name__}), given {given}"
     return found
+
+
+def left(error: SystemExit, where: str) -> RankError:
+    """Give what stands for a rank's own end in the user's code."""
+    return RankError(f"sys.exit({error.code}) was called in {where}")
 
 
 def note(error: Exception, place: str) -> None:

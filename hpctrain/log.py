@@ -9,6 +9,8 @@ from typing import TextIO
 from hpctrain.topology import Topology
 
 LOGGER = logging.getLogger("hpctrain")
+ALIKE = {"alike": True}
+"""`extra` of a warning that every rank finds alike: world rank 0 shows it."""
 EARLY = 10_000
 """Lines that are kept for the file, at most."""
 
@@ -77,6 +79,7 @@ def failed(text: str) -> None:
 
 
 def _formatted(handler: logging.Handler, topology: Topology) -> logging.Handler:
+    handler.addFilter(lambda record: topology.world_rank == 0 or not hasattr(record, "alike"))
     start_of_line = prefix(topology.world_rank, topology.world_size, topology.stage, topology.stages)
     handler.setFormatter(logging.Formatter(start_of_line.replace("%", "%%") + "%(message)s"))
     return handler

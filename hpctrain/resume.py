@@ -8,7 +8,7 @@ from hpctrain.checkpoint import load as loading
 from hpctrain.checkpoint.files import complete_steps
 from hpctrain.config import Config, differences
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.log import LOGGER
+from hpctrain.log import LOGGER, counted
 from hpctrain.models.build import FILLED
 from hpctrain.parse import from_toml
 from hpctrain.report.run_folder import RunFolder
@@ -108,6 +108,13 @@ def check_resume(job: Job, stored: loading.Stored | None, run: RunFolder) -> Non
             lines.append(f"{what} of the data: the run has {before[what]}, found are {now[what]}")
     if lines:
         raise ConfigError(different(run, lines))
+    threads = stored.state.get("threads", job.topology.threads)
+    if threads != job.topology.threads and not job.topology.world_rank:
+        LOGGER.info(
+            "ranks had %s in the session before, and have %d now: kernels may cut their sums otherwise, with "
+            "other last bits than a run in one go; --train.threads %d keeps them",
+            *(counted(threads, "thread"), job.topology.threads, threads),
+        )
     earlier = stored.state.get("processors", job.processors)
     if earlier != job.processors:
         warn_of_unlike_processors("are not those of the session before", [*earlier, "now", *job.processors])

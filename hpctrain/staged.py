@@ -19,8 +19,8 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
 from hpctrain.draws import DrawsAgain, again, run_again, set_generators
-from hpctrain.engine import EVALUATION, Engine, note, resident_bytes, to_float
-from hpctrain.errors import ConfigError, HpctrainError, RankError, text_of
+from hpctrain.engine import EVALUATION, Engine, left, note, resident_bytes, to_float
+from hpctrain.errors import ConfigError, HpctrainError, text_of
 from hpctrain.gradient import Places
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
@@ -171,12 +171,11 @@ class StagedEngine(Engine):
             except HpctrainError as error:
                 failure = error
             except SystemExit as error:
-                failure = RankError(f"sys.exit({error.code}) was called in the model or the loss")
+                failure = left(error, f"the model or the loss {self._place(number, v, stage)}")
             except Exception as error:
                 if isinstance(instruction, (Backward, BackwardInput)):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
-                rank = self.topology.world_rank
-                note(error, f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {rank}")
+                note(error, self._place(number, v, stage))
                 if "modified by an inplace operation" in text_of(error) and len(stage.kept) > 1:
                     error.add_note(SEVERAL_AT_ONCE)
                 failure = error
@@ -222,6 +221,9 @@ class StagedEngine(Engine):
             case SendGradient():
                 stage.send_gradient(v, part)
                 stage.forget(v)
+
+    def _place(self, number: int, v: int, stage: Stage) -> str:
+        return f"at step {number}, micro-batch {v}, stage {stage.stage}, rank {self.topology.world_rank}"
 
     def _fail(self, instruction: Instruction, stage: Stage, part: Part) -> None:
         """Do in name only what is left of an instruction. Local, but waits for what comes."""
@@ -413,7 +415,7 @@ class StagedEngine(Engine):
                         stage.send(v, part)
                         stage.forget(v)
             except SystemExit as error:
-                failure = RankError(f"sys.exit({error.code}) was called in the model or the metrics")
+                failure = left(error, "the model or the metrics")
             except Exception as error:
                 if not isinstance(error, HpctrainError):
                     error.add_note(

@@ -194,6 +194,7 @@ class Loop:
             "total_steps": job.total_steps,
             "data": job.index.identity(),
             "processors": job.processors,
+            "threads": job.topology.threads,
             "averager": job.averager.scalars(),
             "scheduler": job.scheduler.state_dict(),
         }

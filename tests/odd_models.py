@@ -415,6 +415,28 @@ class OldNorm(Odd):
         return self.inner(torch.tanh(self.normed(x)))
 
 
+class Counting(Odd):
+    """Counts its calls, and computes nothing by that."""
+
+    def add(self):
+        self.calls = 0
+
+    def middle(self, x):
+        self.calls += 1
+        return self.inner(x)
+
+
+class Annealing(Odd):
+    """Counts its calls, and computes by that."""
+
+    def add(self):
+        self.calls = 0
+
+    def middle(self, x):
+        self.calls += 1
+        return self.inner(x) * min(1.0, self.calls / 10)
+
+
 class Warming(Odd):
     """Counts its calls, and does something else in the first ones."""
 

@@ -1,6 +1,7 @@
 """Models that pipelines tend to get wrong; all map (n, 5) to (n, 2)."""
 
 import random
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -303,6 +304,83 @@ class Normed(nn.Module):
 
     def forward(self, x):
         return self.b(self.norm(self.a(x)))
+
+
+class Masked(nn.Module):
+    """torch's own transformer, which looks whether its mask is causal; `own`: of another's making."""
+
+    def __init__(self, in_features: int, out_features: int, own: bool = False):
+        super().__init__()
+        self.own = own
+        self.into, self.out = nn.Linear(1, 8), nn.Linear(8, out_features)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encode = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.decode = nn.TransformerDecoder(layer, 2)
+
+    def forward(self, x):
+        n = x.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(n)
+        if self.own:
+            mask = torch.full((n, n), float("-inf")).triu(1)
+        x = self.into(x[..., None])
+        return self.out(self.decode(x, self.encode(x, mask=mask), tgt_mask=mask).mean(1))
+
+
+class ClosedOver(nn.Module):
+    """Has a weight by a function that remembers the module."""
+
+    def __init__(self, in_features: int, out_features: int, width: int = 8):
+        super().__init__()
+        self.first, self.inner, self.last = (
+            nn.Linear(in_features, width),
+            nn.Linear(width, width),
+            nn.Linear(width, out_features),
+        )
+        self.act = lambda x: torch.tanh(self.inner(x))
+
+    def forward(self, x):
+        return self.last(self.act(self.first(x)))
+
+
+class ListsAList(nn.Module):
+    """Lists a list, which has no forward."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(in_features, in_features) for _ in range(3))
+        self.last = nn.Linear(in_features, out_features)
+
+    def layers(self):
+        return [self.inner, self.last]
+
+
+class Both(NamedTuple):
+    """What a layer gives."""
+
+    h: torch.Tensor
+    skip: torch.Tensor
+
+
+class Splits(nn.Linear):
+    def forward(self, x):
+        return Both(torch.tanh(super().forward(x)), x)
+
+
+class Joins(nn.Linear):
+    def forward(self, both):
+        return torch.tanh(super().forward(both.h)) + both.skip
+
+
+class GoesOn(nn.Linear):
+    def forward(self, both):
+        return Both(torch.tanh(super().forward(both.h)), both.skip)
+
+
+def named_tuple_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Named tuples cross."""
+    n = in_features
+    return nn.Sequential(Splits(n, n), GoesOn(n, n), GoesOn(n, n), Joins(n, n), nn.Linear(n, out_features))
 
 
 class LargeTied(nn.Module):

@@ -616,7 +616,7 @@ def test_listed_layers_must_do_what_the_forward_does(world, build, caplog):
     caplog.clear()
     with caplog.at_level("WARNING", LOGGER.name):
         build("Lists", 2, micro_batches=4, arguments={"asks": True})
-    assert any("Lists.layers() lists, not its forward; whether that is alike" in m for m in caplog.messages)
+    assert any("Lists.layers() lists, not its forward; whether both do the same" in m for m in caplog.messages)
 
 
 @pytest.mark.mpi
@@ -1047,6 +1047,7 @@ def test_fast_and_invariant_exclude_each_other(world, build):
 
 NO_MODELS = (
     "Odd",
+    "Annealing",
     "Warming",
     "NormedLayer",
     "Freezing",
@@ -1407,11 +1408,14 @@ def test_values_go_when_no_operator_wants_them_any_more():
 
 
 @pytest.mark.mpi
-def test_a_forward_that_hangs_on_its_own_count_is_told(world, build, caplog):
+def test_a_forward_that_counts_is_told_and_one_that_computes_by_it_refused(world, build, caplog):
     if world.size != 2:
         pytest.skip("two ranks do")
+    for model in ("Annealing", "Warming"):
+        with pytest.raises(ConfigError, match="the forward changes calls and computes something else by it"):
+            build(model, 2, module="odd_models", micro_batches=3)
     with caplog.at_level("WARNING", LOGGER.name):
-        build("Warming", 2, module="odd_models", micro_batches=3)
+        build("Counting", 2, module="odd_models", micro_batches=3)
         build("Skips", 2, micro_batches=3)
     said = [message for message in caplog.messages if "the forward changes" in message]
     assert len(said) == 1
@@ -1428,6 +1432,39 @@ def test_what_lies_apart_has_the_bits_of_one_process(world, build):
     assert any("slice" in name for name in crossing), crossing
     assert any("select" in name for name in crossing), crossing
     has_bits_of_one_process(world, job, "Gaps")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["named_tuple_row", "Masked"])
+def test_named_tuples_and_masked_transformers_have_the_bits_of_one_process(world, build, model):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    has_bits_of_one_process(world, build(model, world.size, micro_batches=5), model)
+
+
+@pytest.mark.mpi
+def test_a_mask_of_the_users_own_making_is_taken_as_it_is(world, build, caplog):
+    if world.size != 2:
+        pytest.skip("two ranks do")
+    with caplog.at_level("WARNING", LOGGER.name):
+        job = build("Masked", 2, micro_batches=4, arguments={"own": True})
+    told = [
+        m for m in caplog.messages if "whether a mask of torch's transformer is causal can't be seen" in m
+    ]
+    assert len(told) == 1
+    assert compare(job, 2) is None
+
+
+@pytest.mark.mpi
+def test_a_weight_that_a_function_remembers_is_refused_but_between_cuts(world, build):
+    """Written down it would be a constant, and not be trained; the wide one has no memory yet."""
+    if world.size != 2:
+        pytest.skip("two ranks do")
+    for width in (8, 100):
+        with pytest.raises(ConfigError, match=r"the forward has inner\.\w+ from a function that remembers"):
+            build("ClosedOver", 2, micro_batches=4, arguments={"width": width})
+        job = build("ClosedOver", 2, micro_batches=4, arguments={"width": width}, cuts=["last"])
+        has_bits_of_one_process(world, job, "ClosedOver")
 
 
 @pytest.mark.mpi
@@ -2071,6 +2108,10 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
         match=r"the shape of what operator \w+, at File .* gives, or where it lies, depends on a tensor's",
     ):
         build("Choosing", world.size)
+    with pytest.raises(
+        ConfigError, match=r"ListsAList\.layers\(\) lists inner, .*list its members \(\*self.inner\)"
+    ):
+        build("ListsAList", world.size)
     job = build("Shy", world.size)
     with pytest.raises(ConfigError, match=r"runs lines\.\d\.\w+ in another order in eval mode"):
         job.engine.evaluate(job.split_batches("train"), job.task.measure)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
 from hpctrain.modes import watched
@@ -111,6 +112,38 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
     finally:
         function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
         tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
+
+
+@contextmanager
+def causal_masks_known() -> Iterator[list[bool]]:
+    """Let torch's transformers know a causal mask by who made it: what is written down has no numbers. Local.
+
+    Gives, for each square mask of another's making, that it may be one all the same.
+    """
+    made, unknown = list[torch.Tensor](), list[bool]()
+    generate, detect = transformer._generate_square_subsequent_mask, transformer._detect_is_causal_mask
+
+    def generated(*arguments: Any, **named: Any) -> torch.Tensor:
+        made.append(generate(*arguments, **named))
+        return made[-1]
+
+    def detected(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        if is_causal is not None or mask is None:
+            return is_causal is True
+        if mask.ndim != 2 or len(mask) != mask.shape[1] or len(mask) != (size or len(mask)):
+            return False
+        known = any(mask is one for one in made)
+        if not known:
+            unknown.append(True)
+        return known
+
+    transformer._generate_square_subsequent_mask = generated
+    transformer._detect_is_causal_mask = detected
+    try:
+        yield unknown
+    finally:
+        transformer._generate_square_subsequent_mask = generate
+        transformer._detect_is_causal_mask = detect
 
 
 def as_recomputed() -> AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
-from hpctrain.log import LOGGER
+from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidden, path_of, roots
 from hpctrain.pipeline.part import INPUT, Part, begins, links_of, refuse_loops
@@ -68,6 +68,7 @@ class Graph:
                 "hangs on it, too (hpctrain verify compares with one process); where parallel.cuts names "
                 "modules, what is around them alone may be written down so",
                 ", ".join(self.writer.changed[:3]),
+                extra=ALIKE,
             )
         self._place(traced, cuts, scales)
         self.inputs = {}

@@ -36,6 +36,13 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
         given = list(layers())
         if not all(isinstance(layer, nn.Module) and id(layer) in names for layer in given):
             raise ConfigError(f"{type(module).__name__}.layers() must give submodules of the model, in order")
+        for layer in given:
+            if type(layer).forward is nn.Module.forward:
+                name = names[id(layer)]
+                raise ConfigError(
+                    f"{type(module).__name__}.layers() lists {name}, a {type(layer).__name__} without a "
+                    f"forward: list its members (*self.{name})"
+                )
         listed = {id(p) for layer in given for p in layer.parameters()}
         left = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in listed]
         if left:

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpctrain.errors import ConfigError
-from hpctrain.log import LOGGER
+from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.exporting import quiet
 from hpctrain.pipeline.profile import streams_kept
 from hpctrain.pipeline.trace import skeleton
@@ -51,9 +51,10 @@ def refuse_others(module: nn.Module, names: Sequence[str], value: torch.Tensor) 
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "")
         LOGGER.warning(
-            "stages run what %s.layers() lists, not its forward; whether that is alike can't be told (%s: "
-            "%s): hpctrain verify compares their numbers",
+            "stages run what %s.layers() lists, not its forward; whether both do the same can't be told, as "
+            "the forward does not run on tensors without numbers (%s: %s): hpctrain verify compares them",
             *(type(module).__name__, type(error).__name__, line),
+            extra=ALIKE,
         )
         return
     for more, less, what in (

@@ -8,8 +8,11 @@ it begins: kernels add in the order in which memory lies, so another layout woul
 stay behind, and are there again at the other end.
 """
 
+import importlib
 import json
 import math
+import sys
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,8 +31,8 @@ from hpctrain.pipeline.slots import lines
 from hpctrain.tensors import firsts
 
 CROSSING = (
-    "tensors, numbers, strings and None can, in lists, tuples and dictionaries; cut elsewhere "
-    "(parallel.cuts) or give out its tensors"
+    "tensors, numbers, strings and None can, in lists, tuples (named ones, too) and dictionaries; cut "
+    "elsewhere (parallel.cuts) or give out its tensors"
 )
 
 
@@ -50,12 +53,15 @@ class Layout:
 
     def encode(self) -> bytes:
         """Write it as JSON."""
-        return json.dumps([self.leaves, written(self.tree)]).encode()
+        kinds = [name_of_class(kind) for kind in named_tuples(self.tree)]
+        return json.dumps([self.leaves, written(self.tree), kinds]).encode()
 
     @classmethod
     def decode(cls, text: bytes) -> "Layout":
         """Read it."""
-        leaves, tree = json.loads(text)
+        leaves, tree, kinds = json.loads(text)
+        for kind in kinds:
+            known_as(resolved(kind), kind)
         return cls(tuple(map(tuple, leaves)), _pytree.treespec_loads(tree))
 
     @cached_property
@@ -124,10 +130,43 @@ class Packed:
 @lru_cache(maxsize=256)
 def written(tree: _pytree.TreeSpec) -> str:
     """Write a tree's structure. Raises NotImplementedError for what can't be written and read."""
+    for kind in named_tuples(tree):
+        known_as(kind, name_of_class(kind))
     text = _pytree.treespec_dumps(tree)
     if _pytree.treespec_loads(text) != tree:  # JSON has lists for tuples
         raise NotImplementedError("keys of dictionaries must be strings, numbers or None")
     return text
+
+
+def named_tuples(tree: _pytree.TreeSpec) -> list[type]:
+    """List the classes of named tuples in a tree's structure. Pure."""
+    inner = [kind for at in range(tree.num_children) for kind in named_tuples(tree.child(at))]
+    return list(dict.fromkeys([*([tree.context] if tree.type is namedtuple else []), *inner]))
+
+
+def name_of_class(kind: type) -> str:
+    """Name a class so that other ranks find it. Raises NotImplementedError where they would not. Local.
+
+    >>> import tokenize
+    >>> name_of_class(tokenize.TokenInfo), resolved("tokenize:TokenInfo") is tokenize.TokenInfo
+    ('tokenize:TokenInfo', True)
+    """
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
+        raise NotImplementedError(f"other ranks don't find the named tuple {name}: make it in its module")
+    return name
+
+
+def resolved(name: str) -> type:
+    """Find a class by its module and name. Local."""
+    module, _, kind = name.partition(":")
+    return getattr(importlib.import_module(module), kind)  # type: ignore[no-any-return]
+
+
+def known_as(kind: type, name: str) -> None:
+    """Let torch write and read trees with a named tuple. Local."""
+    if kind not in _pytree.SUPPORTED_SERIALIZED_TYPES:
+        _pytree._register_namedtuple(kind, serialized_type_name=name)
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:

@@ -24,9 +24,16 @@ from hpctrain.draws import of_others, told_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.hidden import notes_on
-from hpctrain.log import LOGGER
+from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import Replaced
-from hpctrain.pipeline.exporting import answered_no, marked, own_gradients_refused, quiet, regions_kept
+from hpctrain.pipeline.exporting import (
+    answered_no,
+    causal_masks_known,
+    marked,
+    own_gradients_refused,
+    quiet,
+    regions_kept,
+)
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
 from hpctrain.pipeline.state import changed_by, plain_values
 
@@ -42,8 +49,16 @@ OTHERWISE = (
 )
 """What to do about a forward that can't be written down."""
 
+MOST_COMPARED = 64
+"""Numbers of a constant that are looked at."""
+
 SETTINGS = (bool, int, float, str)
 """Plain values of a module by which its forward may differ."""
+
+NUMBERS = (int, float)
+
+LATER = 1_000_001
+"""Calls: many, and an odd number, so that what comes every other time shows."""
 
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
@@ -95,7 +110,7 @@ class Writer:
         self.like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
         self.fake = FakeTensorMode()
         self.skeleton = skeleton(module, self.fake)
-        self._looked = self._warned = False
+        self._looked = self._warned = self._told_of_masks = False
         self._own_train = any(type(m).train is not nn.Module.train for m in module.modules())
         self._settings: dict[bool, dict[str, Any]] = {}
         self.changed: list[str] = []
@@ -116,8 +131,8 @@ class Writer:
         program = self._exported(arguments, samples, like)
         told = told_of_others(others, "written down once, each stays the same number")
         if told and not self._looked:
-            LOGGER.warning("%s", told)
-        self._look_for_state(arguments)
+            LOGGER.warning("%s", told, extra=ALIKE)
+        self._look_for_state(arguments, program)
         return self._read(program, list(fakes))
 
     def look_at_settings(self, training: bool) -> None:
@@ -135,6 +150,7 @@ class Writer:
                 "train(%s) of the model changes %s each time, and its forward is written down once: in "
                 "stages that stays as it was (make the model an nn.Sequential, or give it a method layers())",
                 *(training, ", ".join(others[:3])),
+                extra=ALIKE,
             )
 
     def _exported(
@@ -158,23 +174,37 @@ class Writer:
                         "%s asks whether it is exported, and can't be written down as it runs else: stages "
                         "run what it does then, which may round otherwise",
                         asked[0],
+                        extra=ALIKE,
                     )
                 self._warned = True
                 return program
         raise self._refusal(failure, arguments, samples, like) from None
 
-    def _written(self, arguments: tuple[Any, dict[str, Any]]) -> torch.export.ExportedProgram:
+    def _written(
+        self, arguments: tuple[Any, dict[str, Any]], twin: nn.Module | None = None
+    ) -> torch.export.ExportedProgram:
+        twin = twin or self.skeleton
         with (
             warnings.catch_warnings(),
             quiet(),
-            own_gradients_refused(self.skeleton),
+            own_gradients_refused(twin),
             regions_kept(),
+            causal_masks_known() as unknown,
             Replaced(dict.fromkeys(CALLED, marked)),
             self.around(),
         ):
             warnings.simplefilter("ignore")  # what can't be written down is an error
             with fx.traceback.preserve_node_meta():  # what is marked
-                return torch.export.export(self.skeleton, *arguments, strict=False)
+                program = torch.export.export(twin, *arguments, strict=False)
+        if unknown and not self._told_of_masks:
+            LOGGER.warning(
+                "whether a mask of torch's transformer is causal can't be seen when the forward is written "
+                "down, and stages add it as it is; one process looks, and rounds otherwise if it is: make it "
+                "by nn.Transformer.generate_square_subsequent_mask in the forward, or give is_causal",
+                extra=ALIKE,
+            )
+            self._told_of_masks = True
+        return program
 
     def _refusal(
         self, error: Exception, arguments: tuple[Any, dict[str, Any]], samples: int, like: Like
@@ -218,6 +248,7 @@ class Writer:
             name: program.constants[c] for name, c in signature.inputs_to_lifted_tensor_constants.items()
         }
         nodes, outputs = [], []
+        self._refuse_taken(constants)
         counters = {name for name, of in held.items() if of.endswith("num_batches_tracked")}
         for node in program.graph.nodes:
             if node.op == "call_function":
@@ -242,8 +273,27 @@ class Writer:
             program.call_spec.out_spec,
         )
 
-    def _look_for_state(self, arguments: tuple[Any, dict[str, Any]]) -> None:
-        """Find once which plain attributes a forward changes; torch.export puts them back. Local."""
+    def _refuse_taken(self, constants: dict[str, Any]) -> None:
+        """Refuse weights and buffers that the forward has from elsewhere: they would stay the same. Local."""
+        own = [*self.module.named_parameters(), *self.module.named_buffers()]
+        names = {id(tensor): name for name, tensor in own}
+        names |= {memory_of(tensor): name for name, tensor in reversed(own) if memory_of(tensor)}
+        for constant in (c for c in constants.values() if isinstance(c, torch.Tensor)):
+            if name := names.get(id(constant)) or names.get(memory_of(constant)):
+                raise UnwritableError(
+                    f"parallel.stages = {self.stages}: the forward has {name} from a function that remembers "
+                    f"the module (a lambda or an inner function in an attribute, functools.partial, a "
+                    f"compiled method), not from the module it runs, and stages would not train it: make "
+                    f"that a method or a module, or {OTHERWISE}"
+                )
+
+    def _look_for_state(
+        self, arguments: tuple[Any, dict[str, Any]], program: torch.export.ExportedProgram
+    ) -> None:
+        """Find once which plain attributes a forward changes; torch.export puts them back. Local.
+
+        Raises UnwritableError where it computes with them.
+        """
         if self._looked:
             return
         self._looked = True
@@ -251,6 +301,39 @@ class Writer:
         with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             self.changed = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
+        for calls in (1, LATER) if self.changed else ():
+            later = self._written_after(calls, arguments)
+            if later and fingerprint(later) != fingerprint(program):
+                raise UnwritableError(
+                    f"parallel.stages = {self.stages}: the forward changes {', '.join(self.changed[:3])} "
+                    f"and computes something else by it, but is written down once: count in a submodule "
+                    f"that runs as it is (between parallel.cuts, or in a row), or in a buffer that is "
+                    f"changed in place; {OTHERWISE}"
+                )
+
+    def _written_after(
+        self, calls: int, arguments: tuple[Any, dict[str, Any]]
+    ) -> torch.export.ExportedProgram | None:
+        """Write the forward down as it is after so many calls; None where that can't be told. Local.
+
+        Of more than one its numbers have changed as often by as much as in the first.
+        """
+        once, twin = skeleton(self.module, self.fake), skeleton(self.module, self.fake)
+        try:
+            with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+                warnings.simplefilter("ignore")
+                once(*arguments[0], **arguments[1])
+            for at in self.changed:
+                path, _, name = at.rpartition(".")
+                old, new = (vars(m.get_submodule(path))[name] for m in (twin, once))
+                if type(old) not in SETTINGS or type(new) not in SETTINGS:  # tables that it keeps, say
+                    return None
+                counts = type(old) in NUMBERS and type(new) in NUMBERS
+                setattr(twin.get_submodule(path), name, old + (new - old) * calls if counts else new)
+            with answered_no():
+                return self._written(arguments, twin)
+        except Exception:
+            return None
 
     def _sayable(self, node: fx.Node, constants: dict[str, Any]) -> None:
         """Refuse an operator that would do something else by itself than in its forward. Local."""
@@ -302,6 +385,17 @@ class Writer:
         except Exception as other:
             return type(other) is type(error)
         return False
+
+
+def fingerprint(program: torch.export.ExportedProgram) -> list[str]:
+    """Give what tells one forward from another: operators, what they are given, small constants. Pure."""
+    plain = [repr(c) for c in program.constants.values() if memory_of(c) and c.numel() <= MOST_COMPARED]
+    return [*plain, *(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes)]
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Give where a tensor's memory begins; 0 where it has none. Local."""
+    return 0 if isinstance(tensor, FakeTensor) or not tensor.numel() else tensor.untyped_storage().data_ptr()
 
 
 def line_of(node: fx.Node) -> str:

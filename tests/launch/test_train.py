@@ -119,7 +119,7 @@ def test_sys_exit_in_the_model_on_one_rank_ends_all(launcher, small, tmp_path):
     )
     ended = launcher.ranks(3, "train", "small.toml", "--model.class_path", "of_mine.Bad", limit=60)
     assert ended.status == 1
-    assert "rank 1 of 3: sys.exit(0) was called in the model or the loss" in ended.err
+    assert "rank 1 of 3: sys.exit(0) was called in the model or the loss at step 0, micro-batch " in ended.err
 
 
 @pytest.mark.parametrize(
