@@ -48,9 +48,12 @@ def find_class(path: str, key: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name and not module_name.startswith(error.name):
             raise ConfigError(f"{key} = {path!r}: importing it needs the module {error.name}") from None
+        near = sorted(Path.cwd().glob(f"*/{error.name}.py"))
+        at = near[0].parent.name if near else ""
         raise ConfigError(
             f"{key} = {path!r}: there is no module {error.name}; a file of your own must lie in "
             f"the current folder ({folder}) or on PYTHONPATH"
+            f"{f': {at}/{error.name}.py is found with PYTHONPATH={at}' if near else ''}"
         ) from None
     if not hasattr(module, name):
         raise ConfigError(

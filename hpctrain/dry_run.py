@@ -57,5 +57,6 @@ def dry_run(config: Config, comm: MPI.Intracomm) -> int:
             sys.stdout.write("\n" + tomlkit.dumps(to_dict(job.config)))
             sys.stdout.flush()
         left = max(0, job.total_steps - (stored.step if stored else 0))
-        LOGGER.info("%s would be taken; nothing was trained or written", counted(left, "step"))
+        more = f" more, from step {stored.step} to {job.total_steps:,}," if stored else ""
+        LOGGER.info("%s%s would be taken; nothing was trained or written", counted(left, "step"), more)
     return DONE

@@ -40,7 +40,7 @@ def test_one_name_for_two_datasets(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"files": "nothing*.h5"}, r"data.files: no file .*nothing\*.h5: legal are [^ ]*\.h5(, [^ ]*\.h5)*$"),
+        ({"files": "nothing*.h5"}, r"data.files: no file .*nothing\*.h5: there are [^ ]*\.h5(, [^ ]*\.h5)*$"),
         ({"files": "/no/such/folder/a.h5"}, r"there is no folder /no/such/folder"),
         ({"files": []}, "data.files is empty"),
         ({"inputs": []}, "data.inputs is empty"),

@@ -616,7 +616,9 @@ def test_listed_layers_must_do_what_the_forward_does(world, build, caplog):
     caplog.clear()
     with caplog.at_level("WARNING", LOGGER.name):
         build("Lists", 2, micro_batches=4, arguments={"asks": True})
-    assert any("Lists.layers() lists, not its forward; whether both do the same" in m for m in caplog.messages)
+    assert any(
+        "Lists.layers() lists, not its forward; whether both do the same" in m for m in caplog.messages
+    )
 
 
 @pytest.mark.mpi
