@@ -112,6 +112,15 @@ def test_invariant_runs_in_stages_that_share_weights_are_the_same_bits_on_any_ra
     assert same_bits(weights(tmp_path / "alone"), weights(tmp_path / "moved"))
 
 
+def test_a_resume_says_where_threads_differ(launcher, small):
+    told = "threads? in the session before, and have {} now: kernels may cut their sums otherwise"
+    for steps, threads, before in ((4, 1, 0), (8, 3, 1), (12, 3, 3)):
+        words = "--train.steps", steps, "--train.threads", threads
+        ended = launcher.ranks(1, "train", "small.toml", *words)
+        assert ended.status == 0, ended.text
+        assert bool(re.search(f"ranks had 1 {told.format(3)}", ended.out)) == (before == 1)
+
+
 def test_repeat_a_run_from_its_folder(launcher, small, tmp_path):
     assert launcher.ranks(2, "train", "small.toml").status == 0
     ended = launcher.ranks(2, "train", "runs/small/config.toml", "--train.run_folder", "new")
