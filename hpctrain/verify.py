@@ -257,7 +257,11 @@ def micro_batch_at_fault(
 ) -> str:
     """Compare one micro-batch at a time, to say which rank computes which one wrong. Collective."""
     if job.pipeline:
-        return "look at the layers around it, and at what crosses between the stages there"
+        crosses = "at what crosses between the stages there"
+        if job.topology.replicas == 1:
+            return f"look at the layers around it, and {crosses}"
+        shared = "at what replicas share (a buffer that each micro-batch moves on)"
+        return f"look at the layers around it, {crosses}, and {shared}"
     if synced(job):
         return "SyncBatchNorm joins all micro-batches, so none can be looked at alone"
     world = job.topology.comms.world
