@@ -92,12 +92,15 @@ def test_a_tensor_arrives_as_it_was(world, transport, puts, name, slots):
 @pytest.mark.mpi
 def test_trees_of_all_kinds_arrive(world, transport):
     value = {"a": (1, 2.5, None, True, "text"), "b": [torch.ones(2), {"c": torch.zeros(1, dtype=torch.int8)}]}
+    value["d"] = [Point(torch.ones(1), Point(1, 2))]
     to = (world.rank + 1) % world.size
     transport.start((to, FORWARD, pack(to, 0, value, 0)))
     found, _ = transport.receive((world.rank - 1) % world.size, FORWARD, 0)
     transport.finish()
     assert found["a"] == value["a"]
     assert isinstance(found["a"], tuple)
+    assert found["d"] == value["d"]
+    assert type(found["d"][0]) is type(found["d"][0].y) is Point
     assert torch.equal(found["b"][0], value["b"][0])
     assert found["b"][1]["c"].dtype == torch.int8
 
@@ -108,10 +111,12 @@ def test_what_cannot_travel_says_so_before_anything_is_sent(transport):
         HpctrainError, match=r"a object would cross to stage .*: tensors, numbers, strings and None can"
     ):
         pack(0, 0, {"x": torch.ones(1), "y": object()}, 0)
+    there = namedtuple("there", "x y")
     with pytest.raises(
-        HpctrainError, match=r"a value of another kind would cross to stage 1 \(.*\): tensors, numbers"
+        HpctrainError,
+        match=r"a value of another kind .* stage 1 \(other ranks don't find the named tuple .*:there",
     ):
-        pack(1, 0, Point(torch.ones(1), 1), 0)
+        pack(1, 0, {"at": [there(torch.ones(1), 1)]}, 0)
     with pytest.raises(
         HpctrainError, match=r"keys of dictionaries must be strings, numbers or None.*: tensors, num"
     ):
