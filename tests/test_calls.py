@@ -6,7 +6,6 @@ import pytest
 from jobs import build_alone, has_bits_of_one_process, layouts, take_weights
 
 from hpctrain.errors import ConfigError
-from hpctrain.log import LOGGER
 from hpctrain.pipeline.calls import Calls
 from hpctrain.verify import compare
 
@@ -53,18 +52,16 @@ def test_what_follows_the_cut_and_what_stays_before_it(world, build, cut):
 
 
 @pytest.mark.mpi
-def test_a_module_that_keeps_count_runs_as_it_is(world, build, caplog):
-    """Operators would keep the count as it was, which a warning tells; named cuts let the module run."""
+def test_a_module_that_keeps_count_runs_as_it_is(world, build):
+    """Operators would keep the count as it was, which is refused; named cuts let the module run."""
     if world.size != 2:
         pytest.skip("two stages")
     settings = {"module": "called_models", "micro_batches": 4}
     job = build("Counted", 2, cuts=["last"], **settings)
     assert isinstance(job.pipeline.cut, Calls)
     has_bits_of_one_process(world, job, "Counted")
-    with caplog.at_level("WARNING", LOGGER.name):
-        job = build("Counted", 2, **settings)
-    assert not isinstance(job.pipeline.cut, Calls)
-    assert any("the forward changes inner.count" in message for message in caplog.messages)
+    with pytest.raises(ConfigError, match=r"the forward changes inner\.count and computes something else"):
+        build("Counted", 2, **settings)
 
 
 @pytest.mark.mpi
