@@ -253,10 +253,35 @@ class StagedEngine(Engine):
             if unseen is None or self._runs_again(stage, unseen):
                 stage.let_go(v)
         if stage.last:
+            begins = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
             found = self._loss_of(outputs, batch.to(self.topology.device))
+            if not self._stepped:
+                self._refuse_weights(found[0], begins, tensors_in(outputs))
             self._losses[v] = self._checked(number, v, batch, found)
         if resident:  # of all micro-batches that are on their way at once
             self.activation_bytes += max(0, resident_bytes() - resident)
+
+    def _refuse_weights(self, loss: torch.Tensor, begins: int, outputs: list[torch.Tensor]) -> None:
+        """Refuse a loss that uses weights of the model by itself: this stage has its own only. Local.
+
+        `begins`: the number of the loss's own first operator; those of the model come before.
+        """
+        given = set(map(id, outputs))
+        own = {id(p): name for name, p in self.module.named_parameters() if id(p) not in given}
+        left, seen = [loss.grad_fn], set[Any]()
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if name := own.get(id(getattr(node, "variable", None))):
+                raise ConfigError(
+                    f"the loss computes with {name} of the model: in stages each has its own weights only, "
+                    f"so it would miss the others'; add such a penalty in the model's forward, as an output, "
+                    f"or let the optimizer decay weights (weight_decay)"
+                )
+            if node._sequence_nr() >= begins:
+                left += [inner for inner, _ in node.next_functions]
 
     def _refuse_unseen(self, v: int, stage: Stage, unseen: Unseen) -> None:
         """Refuse what a forward has changed unseen, if a backward on its way needs it. Local."""

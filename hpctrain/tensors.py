@@ -42,6 +42,11 @@ def changed_once(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     return _pytree.tree_map_only(torch.Tensor, once, tree)
 
 
+def containers_copied(value: Any) -> Any:
+    """Give the same tensors and values in containers of their own, which may be changed. Local."""
+    return value if isinstance(value, torch.Tensor) else _pytree.tree_map(lambda leaf: leaf, value)
+
+
 def firsts(leaves: Sequence[Any]) -> list[int]:
     """Give for each leaf the number of the first one that is the same object. Pure.
 

@@ -437,6 +437,24 @@ class Annealing(Odd):
         return self.inner(x) * min(1.0, self.calls / 10)
 
 
+class EveryFourth(Counting):
+    """Computes something else in every fourth call."""
+
+    def middle(self, x):
+        return super().middle(x) * (2.0 if self.calls % 4 == 0 else 1.0)
+
+
+class Tupled(Odd):
+    """Counts in a tuple."""
+
+    def add(self):
+        self.calls = (0,)
+
+    def middle(self, x):
+        self.calls = (self.calls[0] + 1,)
+        return self.inner(x) * (1.0 + self.calls[0])
+
+
 class Warming(Odd):
     """Counts its calls, and does something else in the first ones."""
 

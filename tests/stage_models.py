@@ -1248,6 +1248,127 @@ class Mapped(Two):
         return self.second(torch.vmap(lambda row: torch.tanh(self.first(row)))(x))
 
 
+class ChangesDict(nn.Linear):
+    """Changes the dictionary that it gets: a value is another, the order too, one is new."""
+
+    def forward(self, found):
+        found["h"] = torch.tanh(super().forward(found["h"])) + found["skip"]
+        found["skip"] = found.pop("skip") * 0.5
+        return found
+
+
+class StartsDict(nn.Linear):
+    def forward(self, x):
+        return {"skip": x, "h": torch.tanh(super().forward(x))}
+
+
+class EndsDict(nn.Linear):
+    def forward(self, found):
+        return super().forward(found["h"])
+
+
+def changing_dict_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Dictionaries that the layers change go from one to the next."""
+    n = in_features
+    return nn.Sequential(StartsDict(n, n), *(ChangesDict(n, n) for _ in range(3)), EndsDict(n, out_features))
+
+
+class Switched(nn.Module):
+    """Its own `train` sets what the forward computes by, in both modes."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.last = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+        self.scale = 3.0
+
+    def train(self, mode=True):
+        self.scale, self.merged = (1.0 if mode else 0.5), not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x)) * self.scale
+        return self.last(x + 1.0 if self.merged else x)
+
+
+class MadeLate(nn.Module):
+    """Makes tables when it is called first."""
+
+    table = None
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.last = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(8.0)
+        return self.last(torch.tanh(self.first(x)) * self.table)
+
+
+class RegistersLate(MadeLate):
+    """Registers one as a buffer."""
+
+    def forward(self, x):
+        if not hasattr(self, "other"):
+            self.register_buffer("other", torch.ones(5), persistent=False)
+        return super().forward(x) + self.other.sum()
+
+
+def remembering_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Its last layer but one has the first one's weight by a function that remembers it."""
+    n = in_features
+    first = nn.Linear(n, n)
+    weight = first.weight
+    last = Remembers(lambda x: functional.linear(x, weight))
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(n, n), nn.Linear(n, n), last, nn.Linear(n, out_features))
+
+
+class Remembers(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+HELD: dict[str, nn.Module] = {}
+
+
+def held_row(in_features: int, out_features: int) -> nn.Sequential:
+    """The loss has it, too."""
+    n = in_features
+    HELD["model"] = nn.Sequential(nn.Linear(n, n), nn.Tanh(), nn.Linear(n, n), nn.Linear(n, out_features))
+    return HELD["model"]
+
+
+class Penalty(nn.Module):
+    """A loss that adds a penalty of the model's weights by itself."""
+
+    def __init__(self, reduction: str = "mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, found, wanted):
+        penalty = sum(p.square().sum() for p in HELD["model"].parameters())
+        return functional.mse_loss(found, wanted, reduction=self.reduction) + 0.01 * penalty
+
+
+class Prefix(nn.Module):
+    """A causal mask that is changed in place."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.into, self.out = nn.Linear(1, 8), nn.Linear(8, out_features)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encode = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        mask[:, :3] = 0.0
+        return self.out(self.encode(self.into(x[..., None]), mask=mask).mean(1))
+
+
 class Listing(Two):
     """Its forward does more than its layers."""
 

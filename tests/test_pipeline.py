@@ -1050,6 +1050,8 @@ def test_fast_and_invariant_exclude_each_other(world, build):
 NO_MODELS = (
     "Odd",
     "Annealing",
+    "EveryFourth",
+    "Tupled",
     "Warming",
     "NormedLayer",
     "Freezing",
@@ -1413,7 +1415,7 @@ def test_values_go_when_no_operator_wants_them_any_more():
 def test_a_forward_that_counts_is_told_and_one_that_computes_by_it_refused(world, build, caplog):
     if world.size != 2:
         pytest.skip("two ranks do")
-    for model in ("Annealing", "Warming"):
+    for model in ("Annealing", "Warming", "EveryFourth", "Tupled"):
         with pytest.raises(ConfigError, match="the forward changes calls and computes something else by it"):
             build(model, 2, module="odd_models", micro_batches=3)
     with caplog.at_level("WARNING", LOGGER.name):
@@ -1437,11 +1439,39 @@ def test_what_lies_apart_has_the_bits_of_one_process(world, build):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("model", ["named_tuple_row", "Masked"])
-def test_named_tuples_and_masked_transformers_have_the_bits_of_one_process(world, build, model):
+@pytest.mark.parametrize("model", ["named_tuple_row", "changing_dict_row", "Masked", "Prefix"])
+def test_what_is_handed_on_and_masked_has_the_bits_of_one_process(world, build, model):
     if world.size not in layouts(world.size):
         pytest.skip("as many stages as ranks, two at least")
     has_bits_of_one_process(world, build(model, world.size, micro_batches=5), model)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["Switched", "MadeLate"])
+def test_a_forward_that_differs_by_mode_is_evaluated_as_in_one_process(world, build, model):
+    """By what its own train() sets; tables that it makes when it is called first are there in both modes."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build(model, 2, micro_batches=5)
+    alone = build_alone(job)
+    assert run(job, 2) == run(alone, 2)
+    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    assert sums[0] == sums[1]
+    assert run(job, 1) == run(alone, 1)
+    alone.close()
+    alone.topology.close()
+
+
+@pytest.mark.mpi
+def test_weights_of_other_stages_that_are_used_from_elsewhere_are_refused(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("remembering_row", 2, cuts=["3"], micro_batches=3)
+    with pytest.raises(ConfigError, match=r"0\.weight is used by a stage that has it from elsewhere"):
+        job.engine.step(0, job.loader.read(0))
+    job = build("held_row", 2, cuts=["2"], micro_batches=3, loss=ClassPath("stage_models.Penalty"))
+    with pytest.raises(ConfigError, match=r"the loss computes with \d\.\w+ of the model: in stages each has"):
+        job.engine.step(0, job.loader.read(0))
 
 
 @pytest.mark.mpi
@@ -2114,6 +2144,8 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
         ConfigError, match=r"ListsAList\.layers\(\) lists inner, .*list its members \(\*self.inner\)"
     ):
         build("ListsAList", world.size)
+    with pytest.raises(ConfigError, match=r"the forward registers the buffer other, which operators can't"):
+        build("RegistersLate", world.size)
     job = build("Shy", world.size)
     with pytest.raises(ConfigError, match=r"runs lines\.\d\.\w+ in another order in eval mode"):
         job.engine.evaluate(job.split_batches("train"), job.task.measure)

@@ -120,19 +120,20 @@ def causal_masks_known() -> Iterator[list[bool]]:
 
     Gives, for each square mask of another's making, that it may be one all the same.
     """
-    made, unknown = list[torch.Tensor](), list[bool]()
+    made, unknown = list[tuple[torch.Tensor, int]](), list[bool]()
     generate, detect = transformer._generate_square_subsequent_mask, transformer._detect_is_causal_mask
 
     def generated(*arguments: Any, **named: Any) -> torch.Tensor:
-        made.append(generate(*arguments, **named))
-        return made[-1]
+        mask = generate(*arguments, **named)
+        made.append((mask, mask._version))
+        return mask
 
     def detected(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
         if is_causal is not None or mask is None:
             return is_causal is True
         if mask.ndim != 2 or len(mask) != mask.shape[1] or len(mask) != (size or len(mask)):
             return False
-        known = any(mask is one for one in made)
+        known = any(mask is one and mask._version == version for one, version in made)
         if not known:
             unknown.append(True)
         return known

@@ -22,7 +22,7 @@ from hpctrain.pipeline.profile import Held, of_layers
 from hpctrain.pipeline.rows import Row, rows_of, run_all
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
-from hpctrain.tensors import changed_once, shapes_of, tensors_in
+from hpctrain.tensors import changed_once, containers_copied, shapes_of, tensors_in
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
@@ -215,7 +215,8 @@ class Layers:
         drawing = self._drawing[stage, training]
 
         def run(env: Env, stream: int, begin: int) -> tuple[Env, int]:
-            value = self._begin(env) if stage == 0 else self._came(stage, env)
+            # a layer may change the dictionary that it gets; what goes back are gradients of what came
+            value = self._begin(env) if stage == 0 else containers_copied(self._came(stage, env))
             if changes and stage:
                 value = changed_once(copied, value)
             taken = tensors_in(value) if stage else []

@@ -15,6 +15,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -152,6 +153,10 @@ def name_of_class(kind: type) -> str:
     ('tokenize:TokenInfo', True)
     """
     name = f"{kind.__module__}:{kind.__qualname__}"
+    mro = kind.__mro__
+    made = next(at for at, one in enumerate(mro) if "_fields" in vars(one))
+    if any("__new__" in vars(one) for one in mro[:made]):
+        raise NotImplementedError(f"{name} makes its values by a __new__ of its own, which would run again")
     if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
         raise NotImplementedError(f"other ranks don't find the named tuple {name}: make it in its module")
     return name
@@ -357,6 +362,10 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
             kind, shape, grad = name_of(leaf.dtype), tuple(leaf.shape), leaf.requires_grad
             listed.append(("t", kind, shape, laid.stride(), grad, behind, gaps, shares))
             parts.append(Raw(flat.data_ptr(), flat.nbytes, flat))
+        elif isinstance(leaf, Enum) or (isinstance(leaf, str) and type(leaf) is not str):
+            raise HpctrainError(
+                f"a {type(leaf).__name__} would cross to stage {stage}, and lose its type: {CROSSING}"
+            )
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             listed.append(("c", leaf))
         elif isinstance(leaf, complex):

@@ -7,6 +7,7 @@ and which get its new numbers after each step.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from mpi4py import MPI
@@ -193,6 +194,15 @@ def users_of(module: nn.Module, cut: Cut) -> dict[str, list[int]]:
     return {name: sorted(stages or {0}) for name, stages in users.items()}
 
 
+def _elsewhere(name: str, _: torch.Tensor) -> None:
+    """Refuse a gradient that has come to another stage's weight: this rank's is an old one. Local."""
+    raise ConfigError(
+        f"{name} is used by a stage that has it from elsewhere (a function or object that remembers it, a "
+        f"global, the loss), not from a module that it runs, so it would stay as it was at the start there: "
+        f"use it by a module's attribute, or set parallel.cuts so that its stage makes all its uses"
+    )
+
+
 @dataclass(frozen=True)
 class Share:
     """What a rank has of a model."""
@@ -254,6 +264,9 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
                     owner.__dict__[name] = copies[id(value)]
                 else:
                     kept[name] = None
+    for name, tensor in everything:
+        if id(tensor) not in here_too and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            tensor.register_post_accumulate_grad_hook(partial(_elsewhere, name))  # type: ignore[no-untyped-call]
     if hasattr(cut, "adopt"):
         cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in here_too})
     return Share(mine, ties, elsewhere)

@@ -31,7 +31,7 @@ from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, I
 from hpctrain.pipeline.simulate import Cost
 from hpctrain.pipeline.trace import Traced, skeleton
 from hpctrain.room import ran_out
-from hpctrain.tensors import tensors_in
+from hpctrain.tensors import containers_copied, tensors_in
 
 REPEATS, MOST_REPEATS = 3, 12
 """Of each measurement, behind one to warm up; the least of them counts."""
@@ -453,7 +453,9 @@ def of_layer(layer: nn.Module, value: Any) -> tuple[Callable[[], Any], dict[str,
 
     def run() -> Any:
         # what is changed must not be a leaf
-        own = _pytree.tree_map_only(torch.Tensor, torch.clone, value) if in_place else value
+        own = (
+            _pytree.tree_map_only(torch.Tensor, torch.clone, value) if in_place else containers_copied(value)
+        )
         return torch.func.functional_call(twin, numbers, (own,))
 
     return run, numbers

@@ -54,7 +54,7 @@ def plain(value: Any) -> Any:
         return repr(value)  # that of not a number is itself
     if isinstance(value, torch.Tensor):
         return id(value), value._version
-    if isinstance(value, (list, dict, set, deque)) and len(value) <= MOST_LEAVES:
+    if isinstance(value, (list, tuple, dict, set, deque)) and len(value) <= MOST_LEAVES:
         leaves = [*value] if isinstance(value, set) else _pytree.tree_leaves(value)
         if all(isinstance(leaf, (bool, int, float, str, torch.Tensor)) for leaf in leaves):
             return repr(_pytree.tree_map_only(torch.Tensor, id, value))

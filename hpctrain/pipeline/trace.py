@@ -5,6 +5,7 @@ import linecache
 import os
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import (
     AbstractContextManager,
@@ -57,8 +58,8 @@ SETTINGS = (bool, int, float, str)
 
 NUMBERS = (int, float)
 
-LATER = 1_000_001
-"""Calls: many, and an odd number, so that what comes every other time shows."""
+LATER = (1, 2, 3, 4, 5, 10, 100, 1_000_001)
+"""Calls after which a forward is looked at again: what it does every so often, or only at first, shows."""
 
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
@@ -109,9 +110,10 @@ class Writer:
         self.module, self.named, self.stages, self.around = module, named, stages, around
         self.like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
         self.fake = FakeTensorMode()
-        self.skeleton = skeleton(module, self.fake)
+        self._pristine = self.skeleton = skeleton(module, self.fake)
         self._looked = self._warned = self._told_of_masks = False
         self._own_train = any(type(m).train is not nn.Module.train for m in module.modules())
+        self._has_train = self._own_train
         self._settings: dict[bool, dict[str, Any]] = {}
         self.changed: list[str] = []
         """Plain attributes that the forward changes."""
@@ -120,8 +122,12 @@ class Writer:
         """Write the forward down with torch.export, on tensors without memory."""
         self.module.train(training)  # a user's train() may keep parts in eval mode
         self.look_at_settings(training)
+        # what a forward leaves on it (a table that it makes once) is not there in the other mode
+        self.skeleton = skeleton(self._pristine, self.fake)
         for name, m in self.module.named_modules():
-            self.skeleton.get_submodule(name).training = m.training
+            twin = self.skeleton.get_submodule(name)
+            own = vars(m).items() if self._has_train else [("training", m.training)]
+            vars(twin).update((at, value) for at, value in own if type(value) in SETTINGS)
         with self.fake:
             fakes = {
                 name: torch.zeros((samples, *shape), dtype=dtype) for name, (shape, dtype) in like.items()
@@ -129,6 +135,12 @@ class Writer:
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         others = of_others()
         program = self._exported(arguments, samples, like)
+        before = dict(self._pristine.named_buffers())
+        if made := [name for name, _ in self.skeleton.named_buffers() if name not in before]:
+            raise UnwritableError(
+                f"parallel.stages = {self.stages}: the forward registers the buffer {made[0]}, which "
+                f"operators can't: do that in the constructor, or keep it as a plain attribute; {OTHERWISE}"
+            )
         told = told_of_others(others, "written down once, each stays the same number")
         if told and not self._looked:
             LOGGER.warning("%s", told, extra=ALIKE)
@@ -301,7 +313,7 @@ class Writer:
         with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             self.changed = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
-        for calls in (1, LATER) if self.changed else ():
+        for calls in LATER if self.changed else ():
             later = self._written_after(calls, arguments)
             if later and fingerprint(later) != fingerprint(program):
                 raise UnwritableError(
@@ -326,7 +338,8 @@ class Writer:
             for at in self.changed:
                 path, _, name = at.rpartition(".")
                 old, new = (vars(m.get_submodule(path))[name] for m in (twin, once))
-                if type(old) not in SETTINGS or type(new) not in SETTINGS:  # tables that it keeps, say
+                leaves = _pytree.tree_leaves([old, [*new] if isinstance(new, (set, deque)) else new])
+                if not all(type(leaf) in SETTINGS for leaf in leaves):  # tables that it keeps, say
                     return None
                 counts = type(old) in NUMBERS and type(new) in NUMBERS
                 setattr(twin.get_submodule(path), name, old + (new - old) * calls if counts else new)

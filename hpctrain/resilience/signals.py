@@ -31,9 +31,10 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the earlier handlers back."""
+        """Put the earlier handlers back; but what Slurm sends does not kill a rank that is about to leave."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            asked = number == signal.SIGUSR1 and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if asked else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
