@@ -1534,7 +1534,7 @@ def test_invariant_averaging_has_the_bits_of_one_process_where_stages_share_weig
 ):
     """Their gradients go from stage to stage; with a batch of 4 two of the 6 micro-batches have no samples."""
     for stages in layouts(world.size):
-        for schedule in ("1f1b", "gpipe"):
+        for schedule in ("1f1b", "gpipe") if stages == 2 else ("1f1b",):
             cuts = ["back"] if model == "StackedTies" and stages == 2 else []
             if model == "StackedTies" and not cuts:
                 continue

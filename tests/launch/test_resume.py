@@ -95,11 +95,11 @@ def test_invariant_runs_are_the_same_bits_on_any_ranks_and_resumed_on_others(lau
 def test_invariant_runs_in_stages_that_share_weights_are_the_same_bits_on_any_ranks(
     launcher, small, tmp_path
 ):
-    """One process; two stages, resumed as two replicas of them, then as two replicas of the whole."""
+    """One process; two stages, resumed as two replicas of them."""
     words = ["train", "small.toml", "--averaging.invariant", "true", "--parallel.micro_batches", "4"]
     words += ["--model.class_path", "stage_models.Tied", "--train.clip", "0.5", "--data.validation", "0.2"]
     words += ["--optimizer.schedule.class_path", "torch.optim.lr_scheduler.ConstantLR"]
-    layouts = ((1, 1, 15, "alone"), (2, 2, 5, "moved"), (4, 2, 10, "moved"), (2, 1, 15, "moved"))
+    layouts = ((1, 1, 10, "alone"), (2, 2, 5, "moved"), (4, 2, 10, "moved"))
     for ranks, stages, steps, folder in layouts:
         more = ["--parallel.stages", stages, "--train.steps", steps, "--train.run_folder", folder]
         ended = launcher.ranks(ranks, *words, *more)
@@ -114,7 +114,7 @@ def test_invariant_runs_in_stages_that_share_weights_are_the_same_bits_on_any_ra
 
 def test_a_resume_says_where_threads_differ(launcher, small):
     told = "threads? in the session before, and have {} now: kernels may cut their sums otherwise"
-    for steps, threads, before in ((4, 1, 0), (8, 3, 1), (12, 3, 3)):
+    for steps, threads, before in ((4, 1, 0), (8, 3, 1)):
         words = "--train.steps", steps, "--train.threads", threads
         ended = launcher.ranks(1, "train", "small.toml", *words)
         assert ended.status == 0, ended.text
@@ -201,7 +201,7 @@ def test_a_signal_stops_with_a_checkpoint_and_status_75(launcher, small, tmp_pat
     assert f"from step {end['step']}" in again.out
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_signal_breaks_off_a_measurement_which_a_resume_takes_first(launcher, small, tmp_path, stages):
     """On the way and at the end, each with a checkpoint of that step: nothing differs from a run in one go."""
     words = ["train", "small.toml", "--model.class_path", "helpers.SlowMeasured", "--train.batch", "2"]
