@@ -202,7 +202,7 @@ class Engine:
             where = instruction.micro_batch if instruction else "none"
             place = f"at step {number}, micro-batch {where}, rank {self.topology.world_rank}"
             if isinstance(error, SystemExit):
-                return left(error, f"the model or the loss {place}")
+                return exited(error, f"the model or the loss {place}")
             note(error, place)
             return error
         return None
@@ -373,7 +373,7 @@ def layer_of(error: Exception, module: nn.Module) -> str:
     return found
 
 
-def left(error: SystemExit, where: str) -> RankError:
+def exited(error: SystemExit, where: str) -> RankError:
     """Give what stands for a rank's own end in the user's code."""
     return RankError(f"sys.exit({error.code}) was called in {where}")
 

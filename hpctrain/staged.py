@@ -19,7 +19,7 @@ from hpctrain.averaging.sync_norm import PeerEndedError
 from hpctrain.batch import Batch
 from hpctrain.data.loader import Step
 from hpctrain.draws import DrawsAgain, again, run_again, set_generators
-from hpctrain.engine import EVALUATION, Engine, left, note, resident_bytes, to_float
+from hpctrain.engine import EVALUATION, Engine, exited, note, resident_bytes, to_float
 from hpctrain.errors import ConfigError, HpctrainError, text_of
 from hpctrain.gradient import Places
 from hpctrain.keys import key
@@ -171,7 +171,7 @@ class StagedEngine(Engine):
             except HpctrainError as error:
                 failure = error
             except SystemExit as error:
-                failure = left(error, f"the model or the loss {self._place(number, v, stage)}")
+                failure = exited(error, f"the model or the loss {self._place(number, v, stage)}")
             except Exception as error:
                 if isinstance(instruction, (Backward, BackwardInput)):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
@@ -440,7 +440,7 @@ class StagedEngine(Engine):
                         stage.send(v, part)
                         stage.forget(v)
             except SystemExit as error:
-                failure = left(error, "the model or the metrics")
+                failure = exited(error, "the model or the metrics")
             except Exception as error:
                 if not isinstance(error, HpctrainError):
                     error.add_note(
