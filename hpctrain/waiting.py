@@ -144,7 +144,7 @@ class WaitingGradients:
             self._look(entry)
         due = [entry for entry in due if not entry.tried]
         works = [entry.work for entry in due if isinstance(entry.work, Product)]
-        if self.fast and len(works) > 1:
+        if self.fast and len(works) > 1 and all(gains_merged(p, due[0].parameters[0]) for p in works):
             merged = Product(torch.cat([p.g for p in works]), torch.cat([p.x for p in works]))
             self._compute(due[0].parameters, merged)
         else:
@@ -171,10 +171,9 @@ class WaitingGradients:
 
     def _waits_on(self, due: Sequence[Entry]) -> bool:
         """Whether products of a weight that are due rather wait for more of them. Local."""
-        rows = sum(entry.rows for entry in due)
-        if self.fast:
+        rows, weight = sum(entry.rows for entry in due), due[0].parameters[0]
+        if self.fast and gains_merged(due[-1].work, weight):
             return rows < MERGED_ROWS
-        weight = due[0].parameters[0]
         return rows < rows_together(weight) and is_short(due[-1].work, weight)
 
     def may_wait(self, parameters: Iterable[torch.Tensor], micro_batch: int) -> bool:
@@ -223,6 +222,15 @@ def is_short(work: Work, weight: torch.Tensor) -> bool:
     if not isinstance(work, Product) or TOGETHER * work.g.size(0) > rows_together(weight):
         return False
     return all(t.untyped_storage().nbytes() <= 2 * t.nbytes for t in work)
+
+
+def gains_merged(work: Work, weight: torch.Tensor) -> bool:
+    """Whether a weight's products gain by becoming one, which their rows are laid together for. Pure.
+
+    A pass over the weight's memory is saved, a copy of the rows added: of 64 to 256 rows and weights from
+    512 × 512 to 4096 × 1024 these were even where the rows took a quarter of the weight's memory.
+    """
+    return isinstance(work, Product) and work.g.size(0) <= rows_together(weight)
 
 
 def rows_together(weight: torch.Tensor) -> float:

@@ -562,11 +562,23 @@ def test_merged_products_are_one(monkeypatch):
     batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(4)]
     expected_places, _ = run(make(row), batches)
     monkeypatch.setattr(waiting, "MERGED_ROWS", 14)
+    monkeypatch.setattr(waiting, "WAITING_SHARE", 8.0)
     found = list(postponed(batches, True, {v: [v] for v in range(4)}))
     counts, (_, owner, _, module) = [count for _, _, count, _ in found], found[-1]
     assert counts == [0, 3, 0, 3], "two micro-batches each are long enough"
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(owner.places[id(parameter)], expected_places[name], rtol=1e-5, atol=1e-6)
+
+
+def test_products_of_many_rows_are_not_merged(monkeypatch):
+    """Laying rows together would cost more than the pass over the weight's memory that it saves: strict's bits."""
+    batches = [torch.randn(7, 6, generator=torch.Generator().manual_seed(v)) for v in range(4)]
+    monkeypatch.setattr(waiting, "WAITING_SHARE", 2.0)  # 6 rows for 6 × 6
+    behind = {v: [v] for v in range(4)}
+    *_, (_, fast, _, module) = postponed(batches, True, behind)
+    *_, (_, strict, _, other) = postponed(batches, False, behind)
+    for (name, parameter), (_, same) in zip(module.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(fast.places[id(parameter)], strict.places[id(same)]), name
 
 
 class HeadAndTable(nn.Module):
