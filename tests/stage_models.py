@@ -383,6 +383,29 @@ def named_tuple_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(Splits(n, n), GoesOn(n, n), GoesOn(n, n), Joins(n, n), nn.Linear(n, out_features))
 
 
+class Sorts(nn.Linear):
+    def forward(self, x):
+        x = super().forward(x)
+        return torch.sort(x, 1)
+
+
+class Sorted(nn.Linear):
+    def forward(self, given):
+        values, order = given
+        return torch.sort(torch.tanh(super().forward(values)) + order * 0.1, 1)
+
+
+class Unsorted(nn.Linear):
+    def forward(self, given):
+        return super().forward(given.values) * given.indices
+
+
+def sorting_row(in_features: int, out_features: int) -> nn.Sequential:
+    """What a function of torch's gives crosses."""
+    n = in_features
+    return nn.Sequential(Sorts(n, n), Sorted(n, n), Sorted(n, n), Unsorted(n, n), nn.Linear(n, out_features))
+
+
 class LargeTied(nn.Module):
     """A weight at both ends that is large enough for our own products."""
 

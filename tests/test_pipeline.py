@@ -1440,7 +1440,7 @@ def test_what_lies_apart_has_the_bits_of_one_process(world, build):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("model", ["named_tuple_row", "changing_dict_row", "Masked", "Prefix"])
+@pytest.mark.parametrize("model", ["named_tuple_row", "sorting_row", "changing_dict_row", "Masked", "Prefix"])
 def test_what_is_handed_on_and_masked_has_the_bits_of_one_process(world, build, model):
     if world.size not in layouts(world.size):
         pytest.skip("as many stages as ranks, two at least")

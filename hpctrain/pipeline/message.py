@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -140,9 +141,16 @@ def written(tree: _pytree.TreeSpec) -> str:
 
 
 def named_tuples(tree: _pytree.TreeSpec) -> list[type]:
-    """List the classes of named tuples in a tree's structure. Pure."""
+    """List the classes of named tuples in a tree's structure, those of torch's functions too. Pure."""
     inner = [kind for at in range(tree.num_children) for kind in named_tuples(tree.child(at))]
-    return list(dict.fromkeys([*([tree.context] if tree.type is namedtuple else []), *inner]))
+    kind = tree.context if tree.type is namedtuple else tree.type
+    own = tree.type is namedtuple or is_torchs(kind)
+    return list(dict.fromkeys([*([kind] if own else []), *inner]))
+
+
+def is_torchs(kind: Any) -> bool:
+    """Whether a class is what some of torch's functions give, as `torch.max(x, 1)`. Pure."""
+    return getattr(kind, "__module__", "") == "torch.return_types"
 
 
 def name_of_class(kind: type) -> str:
@@ -153,11 +161,17 @@ def name_of_class(kind: type) -> str:
     ('tokenize:TokenInfo', True)
     """
     name = f"{kind.__module__}:{kind.__qualname__}"
+    if is_torchs(kind):
+        return name
     mro = kind.__mro__
     made = next(at for at, one in enumerate(mro) if "_fields" in vars(one))
     if any("__new__" in vars(one) for one in mro[:made]):
         raise NotImplementedError(f"{name} makes its values by a __new__ of its own, which would run again")
-    if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
+    try:
+        found = attrgetter(kind.__qualname__)(sys.modules.get(kind.__module__))
+    except AttributeError:
+        found = None
+    if found is not kind:
         raise NotImplementedError(f"other ranks don't find the named tuple {name}: make it in its module")
     return name
 
@@ -165,12 +179,15 @@ def name_of_class(kind: type) -> str:
 def resolved(name: str) -> type:
     """Find a class by its module and name. Local."""
     module, _, kind = name.partition(":")
-    return getattr(importlib.import_module(module), kind)  # type: ignore[no-any-return]
+    return attrgetter(kind)(importlib.import_module(module))  # type: ignore[no-any-return]
 
 
 def known_as(kind: type, name: str) -> None:
     """Let torch write and read trees with a named tuple. Local."""
-    if kind not in _pytree.SUPPORTED_SERIALIZED_TYPES:
+    if is_torchs(kind):  # which torch flattens, and can't write
+        _pytree.SUPPORTED_SERIALIZED_TYPES[kind] = _pytree._SerializeNodeDef(kind, name, None, None)
+        _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[name] = kind
+    elif kind not in _pytree.SUPPORTED_SERIALIZED_TYPES:
         _pytree._register_namedtuple(kind, serialized_type_name=name)
 
 
