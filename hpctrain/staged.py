@@ -5,6 +5,7 @@ errors are counted. Evaluation is a program of forwards.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -176,6 +177,12 @@ class StagedEngine(Engine):
                 if isinstance(instruction, (Backward, BackwardInput)):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
                 note(error, self._place(number, v, stage))
+                if (owner := called_of(error, self.pipeline.elsewhere)) is not None:
+                    error.add_note(
+                        f"it calls a {type(owner).__name__} whose weights another stage has, and which it "
+                        f"does not have as a submodule (a function or object remembers it): register it "
+                        f"there, or set parallel.cuts so that one stage makes all its calls"
+                    )
                 if "modified by an inplace operation" in text_of(error) and len(stage.kept) > 1:
                     error.add_note(SEVERAL_AT_ONCE)
                 failure = error
@@ -456,6 +463,12 @@ class StagedEngine(Engine):
             stage.forget(v)
         raise_together(self.topology.comms.pipe, None if isinstance(failure, PeerFailedError) else failure)
         pipeline.transport.grow()  # all stages are behind their programs
+
+
+def called_of(error: Exception, modules: Sequence[nn.Module]) -> nn.Module | None:
+    """Give the one of some modules that was being called when an error was raised. Local."""
+    callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((caller for caller in callers if any(caller is one for one in modules)), None)
 
 
 @contextmanager

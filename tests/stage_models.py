@@ -1346,6 +1346,14 @@ def remembering_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(first, nn.Tanh(), nn.Linear(n, n), nn.Linear(n, n), last, nn.Linear(n, out_features))
 
 
+def calling_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Its last layer but one calls the first one, by a function that remembers it."""
+    row = remembering_row(in_features, out_features)
+    first = row[0]
+    row[4].function = lambda x: first(x)
+    return row
+
+
 class Remembers(nn.Module):
     def __init__(self, function):
         super().__init__()

@@ -1470,6 +1470,11 @@ def test_weights_of_other_stages_that_are_used_from_elsewhere_are_refused(world,
     job = build("remembering_row", 2, cuts=["3"], micro_batches=3)
     with pytest.raises(ConfigError, match=r"0\.weight is used by a stage that has it from elsewhere"):
         job.engine.step(0, job.loader.read(0))
+    job = build("calling_row", 2, cuts=["3"], micro_batches=3)
+    with pytest.raises(
+        TypeError, match=r"(?s)in layer 4 \(Remembers\).*calls a Linear whose weights another st"
+    ):
+        job.engine.step(0, job.loader.read(0))
     job = build("held_row", 2, cuts=["2"], micro_batches=3, loss=ClassPath("stage_models.Penalty"))
     with pytest.raises(ConfigError, match=r"the loss computes with \d\.\w+ of the model: in stages each has"):
         job.engine.step(0, job.loader.read(0))
