@@ -84,7 +84,7 @@ class RankError(HpctrainError):
     __str__ = Exception.__str__
 
 
-def nearest(name: str, legal: Iterable[str], most: int = 3) -> str:
+def nearest(name: str, legal: Iterable[str], most: int = 3, all_are: str = "legal are") -> str:
     """Name the legal names nearest to a wrong one, for the end of an error message.
 
     >>> nearest("stpes", ["steps", "seed", "batch"])
@@ -96,4 +96,4 @@ def nearest(name: str, legal: Iterable[str], most: int = 3) -> str:
     found = get_close_matches(name, legal, n=most, cutoff=0.5)
     if found:
         return f"did you mean {', '.join(found)}?"
-    return f"legal are {', '.join(legal)}" if legal else "none are legal here"
+    return f"{all_are} {', '.join(legal)}" if legal else "none are legal here"

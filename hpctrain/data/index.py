@@ -142,8 +142,9 @@ def find_files(patterns: str | list[str]) -> list[str]:
             folder = Path(pattern).parent
             near = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
             near = [name for name in near if Path(name).suffix in ENDINGS] or near
-            hint = nearest(Path(pattern).name, near) if near else f"there is no folder {folder}"
-            hint = hint.replace("legal are", "there are")
+            hint = f"there is no folder {folder}"
+            if near:
+                hint = nearest(Path(pattern).name, near, all_are="there are")
             raise DataError(f"data.files: no file {pattern}: {hint}")
         found += matches
     if not found:

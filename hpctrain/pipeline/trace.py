@@ -113,7 +113,7 @@ class Writer:
         self._pristine = self.skeleton = skeleton(module, self.fake)
         self._looked = self._warned = self._told_of_masks = False
         self._own_train = any(type(m).train is not nn.Module.train for m in module.modules())
-        self._has_train = self._own_train
+        self._told_of_train = False
         self._settings: dict[bool, dict[str, Any]] = {}
         self.changed: list[str] = []
         """Plain attributes that the forward changes."""
@@ -126,7 +126,7 @@ class Writer:
         self.skeleton = skeleton(self._pristine, self.fake)
         for name, m in self.module.named_modules():
             twin = self.skeleton.get_submodule(name)
-            own = vars(m).items() if self._has_train else [("training", m.training)]
+            own = vars(m).items() if self._own_train else [("training", m.training)]
             vars(twin).update((at, value) for at, value in own if type(value) in SETTINGS)
         with self.fake:
             fakes = {
@@ -152,12 +152,12 @@ class Writer:
 
         A train() of the user's may change some each time; operators keep those that were written down.
         """
-        if not self._own_train:
+        if not self._own_train or self._told_of_train:
             return
         now = {at: value for at, value in plain_values(self.module).items() if isinstance(value, SETTINGS)}
         before = self._settings.setdefault(training, now)
         if others := [at for at, value in now.items() if at in before and before[at] != value]:
-            self._own_train = False
+            self._told_of_train = True
             LOGGER.warning(
                 "train(%s) of the model changes %s each time, and its forward is written down once: in "
                 "stages that stays as it was (make the model an nn.Sequential, or give it a method layers())",
