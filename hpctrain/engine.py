@@ -163,7 +163,7 @@ class Engine:
             diverged = DivergedError(self._explain(number, result))
             diverged.agreed = True  # every rank has the same sums
             raise diverged
-        self.refresh()
+        self.refresh(every=False)
         return result
 
     def switch(self, training: bool) -> None:
@@ -175,8 +175,8 @@ class Engine:
         self._stepped = True
         self.straight.laid.allow(room(self.topology.comms.node.size) * LAID)
 
-    def refresh(self) -> None:
-        """Bring new weights to where copies are kept. Collective."""
+    def refresh(self, every: bool = True) -> None:
+        """Bring weights to where copies are kept: every one, or those that a step changes. Collective."""
 
     def run_passes(
         self, number: int, step: Step[Batch], sizes: list[int], failure: Exception | None

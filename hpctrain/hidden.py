@@ -1,5 +1,6 @@
 """Tensors and words that hang on a module where torch does not look: plain attributes, notes on tensors."""
 
+import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -36,6 +37,12 @@ def plain(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         for name, value in list(vars(owner).items()):
             if name not in OURS:
                 yield owner, name, value
+
+
+def is_plain(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is the module's own, or a class's that nothing computes. Local."""
+    of_class = inspect.getattr_static(type(module), name, None)
+    return name in vars(module) or (of_class is not None and not hasattr(type(of_class), "__get__"))
 
 
 def has_hooks(module: nn.Module) -> bool:

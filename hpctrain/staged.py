@@ -114,9 +114,9 @@ class StagedEngine(Engine):
         """Bytes of this rank's memory by use, its ring and buffers for messages too. Local."""
         return {**super().memory(), "between stages": self.pipeline.transport.nbytes}
 
-    def refresh(self) -> None:
+    def refresh(self, every: bool = True) -> None:
         """Give the owners' new weights to the copies of other stages. Collective (stages)."""
-        self.pipeline.refresh()
+        self.pipeline.refresh(every)
 
     def watch(self) -> None:
         """Note the passes of the coming step and their times. Local."""

@@ -1,7 +1,7 @@
 """Tensors in trees, what memory they share, and a look at every operator that makes them."""
 
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,12 +39,36 @@ def changed_once(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:
             done[id(tensor)] = tensor, change(tensor)
         return done[id(tensor)][1]
 
-    return _pytree.tree_map_only(torch.Tensor, once, tree)
+    return with_tensors(once, tree)
+
+
+def grown(leaves: Iterator[Any], tree: _pytree.TreeSpec) -> Any:
+    """Make a tree of its leaves; torch's own way makes a tuple of a torch.Size. Pure."""
+    if tree.is_leaf():
+        return next(leaves)
+    children = [grown(leaves, tree.child(at)) for at in range(tree.num_children)]
+    value = _pytree.SUPPORTED_NODES[tree.type].unflatten_fn(children, tree.context)
+    return torch.Size(value) if tree.type is torch.Size else value
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Give a tree with each leaf changed. Local.
+
+    >>> mapped(lambda leaf: leaf + 1, [torch.Size([2]), {"a": 3}])
+    [torch.Size([3]), {'a': 4}]
+    """
+    leaves, tree = _pytree.tree_flatten(value)
+    return grown(map(change, leaves), tree)
+
+
+def with_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Give a tree with each tensor changed. Local."""
+    return mapped(lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def containers_copied(value: Any) -> Any:
     """Give the same tensors and values in containers of their own, which may be changed. Local."""
-    return value if isinstance(value, torch.Tensor) else _pytree.tree_map(lambda leaf: leaf, value)
+    return value if isinstance(value, torch.Tensor) else mapped(lambda leaf: leaf, value)
 
 
 def firsts(leaves: Sequence[Any]) -> list[int]:

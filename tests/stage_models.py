@@ -386,22 +386,23 @@ def named_tuple_row(in_features: int, out_features: int) -> nn.Sequential:
 class Sorts(nn.Linear):
     def forward(self, x):
         x = super().forward(x)
-        return torch.sort(x, 1)
+        return torch.sort(x, 1), x.shape, np.float32(0.1)
 
 
 class Sorted(nn.Linear):
     def forward(self, given):
-        values, order = given
-        return torch.sort(torch.tanh(super().forward(values)) + order * 0.1, 1)
+        (values, order), shape, scale = given
+        return torch.sort(torch.tanh(super().forward(values)) + order * scale.item(), 1), shape, scale
 
 
 class Unsorted(nn.Linear):
     def forward(self, given):
-        return super().forward(given.values) * given.indices
+        found, shape, _ = given
+        return super().forward(found.values) * found.indices / shape.numel()
 
 
 def sorting_row(in_features: int, out_features: int) -> nn.Sequential:
-    """What a function of torch's gives crosses."""
+    """What a function of torch's gives crosses, a tensor's shape and a number of NumPy's."""
     n = in_features
     return nn.Sequential(Sorts(n, n), Sorted(n, n), Sorted(n, n), Unsorted(n, n), nn.Linear(n, out_features))
 
@@ -753,6 +754,31 @@ class Averaging(nn.Module):
     def forward(self, x):
         h = torch.tanh(self.b(torch.tanh(self.a(x.unsqueeze(-1)))))
         return self.c(h.sum(1) / x.shape[1])
+
+
+class Shrinking(nn.Module):
+    """Takes samples of three numbers at least."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(1, 8, 3), nn.Linear(8, out_features)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x.unsqueeze(1))).mean(2))
+
+
+class GivesOut(nn.Module):
+    """Gives out a buffer, and a weight of its first layer, as they are."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b = nn.Linear(in_features, 8), nn.Linear(8, 8)
+        self.c, self.d = nn.Linear(8, 8), nn.Linear(8, out_features)
+        self.register_buffer("anchors", torch.arange(3.0))
+
+    def forward(self, x):
+        found = self.d(torch.tanh(self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))))
+        return {"y": found, "anchors": self.anchors, "codes": self.a.weight}
 
 
 class Choosing(nn.Module):

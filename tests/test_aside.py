@@ -117,6 +117,69 @@ def test_a_layer_of_two_stages_holds_no_secret_with_itself():
     assert twice.calls == 1
 
 
+class Aux(nn.Module):
+    """Collects a term of the loss."""
+
+    total = None
+
+
+class Adds(nn.Module):
+    """Adds to it, or sets it first."""
+
+    def __init__(self, aux, first):
+        super().__init__()
+        self.aux, self.first = aux, first
+
+    def forward(self, x):
+        term = x.square().mean()
+        self.aux.total = term if self.first else self.aux.total + term
+        return x
+
+
+class Uses(nn.Module):
+    """Computes with it, if there is one."""
+
+    def __init__(self, aux):
+        super().__init__()
+        self.aux = aux
+
+    def forward(self, x):
+        return x if self.aux.total is None else x + self.aux.total
+
+
+class Remembers(nn.Module):
+    """Keeps what it was given, a table or a count for its next call."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.kept, self.given = what, None, None
+
+    def forward(self, x):
+        self.given = x
+        if self.what == "count":
+            self.kept = (self.kept or 0) + 1
+        elif self.kept is None:
+            self.kept = x if self.what == "values" else torch.ones(3)
+        return self.given + self.kept
+
+
+def test_what_a_module_of_two_stages_is_told_must_be_read_in_one():
+    aux = Aux()
+    told(Adds(aux, first=True), Uses(aux))
+    with pytest.raises(ConfigError, match="stage 1 reads total of a Aux that another stage has, too"):
+        told(Adds(aux, first=True), Uses(aux), stage=1)
+    twice = Remembers("values")
+    with pytest.raises(ConfigError, match="stage 0 reads kept of a Remembers"):
+        told(twice, twice)
+
+
+@pytest.mark.parametrize(("what", "warned"), [("table", False), ("count", True)])
+def test_what_a_layer_of_two_stages_makes_alike_may_stay(what, warned, caplog):
+    twice = Remembers(what)
+    told(twice, twice)
+    assert ("changes numbers of kept of a Remembers" in caplog.text) == warned
+
+
 def test_what_is_followed():
     x, other = torch.ones(3), torch.ones(3)
     with Hanging([x]) as hanging:

@@ -700,8 +700,8 @@ def test_verify_finds_what_is_broken_in_stages(world, build, monkeypatch, model,
     if where == "buffer":
         refresh = job.engine.refresh
 
-        def and_a_little_more():
-            refresh()
+        def and_a_little_more(every):
+            refresh(every)
             if norm is not None:
                 norm.add_(1e-3)
 
@@ -820,6 +820,49 @@ def test_samples_may_have_another_shape_in_another_batch(world, build, monkeypat
     monkeypatch.setattr(Samples, "batch", crop)
     for stages in layouts(world.size, "Named"):
         assert compare(build("Averaging", stages, micro_batches=4 * world.size // stages), 2) is None
+
+
+@pytest.mark.mpi
+def test_samples_of_a_shape_that_fails_end_on_all_ranks(world, build, monkeypatch):
+    """Where the forward is written down anew, in a batch of one replica."""
+    batch, short = Samples.batch, set[int]()
+
+    def crop(self, samples):
+        whole = batch(self, samples)
+        count = 2 if short & {*map(int, samples)} else 5
+        return replace(whole, inputs={name: x[:, :count].contiguous() for name, x in whole.inputs.items()})
+
+    monkeypatch.setattr(Samples, "batch", crop)
+    for stages in layouts(world.size):
+        if stages == 3:
+            continue  # it has two layers with weights
+        job = build("Shrinking", min(stages, 2), micro_batches=4)
+        job.engine.step(0, job.loader.read(0))
+        mine = job.loader.read(8).micro_batches
+        samples = (
+            [int(one) for v in sorted(mine) for one in mine[v].samples] if not job.topology.replica else []
+        )
+        short = set(world.bcast(samples[:1]))
+        with pytest.raises(
+            ConfigError, match=r"forward fails on a micro-batch of shape x \(\d, 2\)"
+        ) as caught:
+            job.engine.step(1, job.loader.read(8))
+        assert caught.value.agreed
+        short = set()
+
+
+@pytest.mark.mpi
+def test_weights_and_buffers_may_be_given_out(world, build):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build("GivesOut", world.size, micro_batches=4)
+    has_bits_of_one_process(world, job, "GivesOut")
+    alone = build_alone(job)
+    take_weights(job, alone)
+    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    assert sums[0] == sums[1]
+    alone.close()
+    alone.topology.close()
 
 
 @pytest.mark.mpi

@@ -6,6 +6,7 @@ from functools import partial, partialmethod
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,7 +102,8 @@ def test_a_tensor_arrives_as_it_was(world, transport, puts, name, slots):
 def test_trees_of_all_kinds_arrive(world, transport):
     value = {"a": (1, 2.5, None, True, "text"), "b": [torch.ones(2), {"c": torch.zeros(1, dtype=torch.int8)}]}
     value["d"] = [Point(torch.ones(1), Point(1, 2))]
-    value["e"] = [torch.max(torch.tensor([[1.0, 3.0]]), 1), Outer.Inner(4)]
+    value["e"] = [torch.max(torch.tensor([[1.0, 3.0]]), 1), Outer.Inner(4), torch.Size([2]), np.float32(0.1)]
+    value["e"].append(np.int64(3))
     to = (world.rank + 1) % world.size
     transport.start((to, FORWARD, pack(to, 0, value, 0)))
     found, _ = transport.receive((world.rank - 1) % world.size, FORWARD, 0)
@@ -110,7 +112,10 @@ def test_trees_of_all_kinds_arrive(world, transport):
     assert isinstance(found["a"], tuple)
     assert found["d"] == value["d"]
     assert type(found["d"][0]) is type(found["d"][0].y) is Point
-    assert [type(one) for one in found["e"]] == [torch.return_types.max, Outer.Inner]
+    assert [type(one) for one in found["e"]] == [
+        torch.return_types.max,
+        *(Outer.Inner, torch.Size, np.float32, np.int64),
+    ]
     assert (found["e"][0].values, found["e"][0].indices) == (torch.tensor([3.0]), torch.tensor([1]))
     assert found["e"][1:] == value["e"][1:]
     assert torch.equal(found["b"][0], value["b"][0])

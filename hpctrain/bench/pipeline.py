@@ -252,7 +252,7 @@ def one_engine(
         failure = engine.run_passes(0, step_data, sizes, None)
         if failure is not None:
             raise failure
-        engine.refresh()
+        engine.refresh(every=False)
 
     return {who: (partial(step, schedule), engine) for who, schedule in schedules.items()}
 

@@ -6,7 +6,8 @@ tensor that they put where layers of other stages, hooks or the loss look may ha
 (a cache of masks may be filled on each rank). Of numbers there a warning tells: most are a log.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -18,8 +19,18 @@ from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
+from hpctrain.hidden import OURS, is_plain
 from hpctrain.log import LOGGER
-from hpctrain.pipeline.holders import contents, entries, held_by, inside, put_back, reachable
+from hpctrain.pipeline.holders import (
+    contents,
+    entries,
+    held_by,
+    inside,
+    is_own,
+    names_set,
+    put_back,
+    reachable,
+)
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
 
@@ -31,6 +42,21 @@ class Asides:
         self._every = [held_by(layers[start:stop]) for start, stop in ranges]
         self.shared = self._shared()
         """By stage: its name here, one in another stage, and the container or object."""
+        parts = [layers[start:stop] for start, stop in ranges]
+        self._modules = [
+            {id(m): m for _, layer in part for m in layer.modules() if is_own(type(m).__module__)}
+            for part in parts
+        ]
+        """By stage, those of the user's classes that another one has, too."""
+        count = Counter(at for own in self._modules for at in own)
+        self._modules = [{at: m for at, m in own.items() if count[at] > 1} for own in self._modules]
+        some = any(self._modules)
+        set_there = [names_set([layer for _, layer in part]) if some else set[str]() for part in parts]
+        self._set_elsewhere = [
+            {name for other, names in enumerate(set_there) if other != at for name in names}
+            for at in range(len(parts))
+        ]
+        """By stage: attributes that the forwards of other stages may set."""
         self._warned = False
 
     def _shared(self) -> list[list[tuple[str, str, Any]]]:
@@ -40,6 +66,10 @@ class Asides:
             there = {at: other[at][0] for other in others for at in own if at in other}
             found.append([(own[at][0], name, own[at][1]) for at, name in there.items()])
         return found
+
+    def looks(self, stage: int) -> bool:
+        """Whether there is something to look at. Local."""
+        return bool(self.shared[stage] or (self._modules[stage] and self._set_elsewhere[stage]))
 
     def add(self, name: str, value: Any) -> None:
         """Look at what something that runs on the last stage holds, too: the loss. Local."""
@@ -56,8 +86,9 @@ class Asides:
         """
         shared = self.shared[stage]
         before = [contents(value) for _, _, value in shared]
-        with Hanging(tensors) as hanging:
+        with Hanging(tensors) as hanging, reads_noted(self._modules[stage].keys()) as reads:
             yield
+        self._refuse_reads(stage, reads, hanging)
         for (here, there, value), old in zip(shared, before):
             new = changes(value, old)
             if any(map(hanging.has, new)):
@@ -66,13 +97,71 @@ class Asides:
                     f"see: give it to the next layer with the other outputs, or set parallel.cuts so that "
                     f"one stage has both"
                 )
-            if not self._warned and any(map(hanging.may_have, new)):
-                self._warned = True
-                LOGGER.warning(
-                    "stage %d changes numbers of %s, which another stage has, too, as %s: each rank has its "
-                    "own, so nothing that the model computes may hang on them",
-                    *(stage, here, there),
+            if any(map(hanging.may_have, new)):
+                self._tell(stage, here, there)
+
+    def _refuse_reads(self, stage: int, reads: dict[tuple[int, str], bool], hanging: "Hanging") -> None:
+        """Refuse what a stage reads of a module and another one sets; of numbers that both set tell. Local.
+
+        What both set otherwise (a cache of masks, say) is the same in both.
+        """
+        for (at, name), is_set in reads.items():
+            if name not in self._set_elsewhere[stage]:
+                continue
+            module = self._modules[stage][at]
+            value, kind = getattr(module, name, None), type(module).__name__
+            if not is_set or hanging.has(value):
+                raise ConfigError(
+                    f"stage {stage} reads {name} of a {kind} that another stage has, too, and whose forward "
+                    f"sets it there: this stage would not see it: give it to the next layer with the other "
+                    f"outputs, or set parallel.cuts so that one stage has both"
                 )
+            if isinstance(value, (bool, int, float, complex, str)):
+                self._tell(stage, f"{name} of a {kind}", f"the same {kind}")
+
+    def _tell(self, stage: int, here: str, there: str) -> None:
+        if not self._warned:
+            self._warned = True
+            LOGGER.warning(
+                "stage %d changes numbers of %s, which another stage has, too, as %s: each rank has its "
+                "own, so nothing that the model computes may hang on them",
+                *(stage, here, there),
+            )
+
+
+@contextmanager
+def reads_noted(modules: Collection[int]) -> Iterator[dict[tuple[int, str], bool]]:
+    """Note which plain attributes of modules, by id, are read before the body sets them. Local.
+
+    Gives by module and name whether the body has set them later.
+    """
+    found, put = dict[tuple[int, str], bool](), set[tuple[int, str]]()
+    if not modules:
+        yield found
+        return
+    get, usual = object.__getattribute__, nn.Module.__setattr__
+
+    def read(module: nn.Module, name: str) -> Any:
+        value = get(module, name)
+        at = id(module), name
+        asked = id(module) in modules and name not in OURS and not name.startswith("__")
+        if asked and at not in put and is_plain(module, name):
+            found.setdefault(at, False)
+        return value
+
+    def change(module: nn.Module, name: str, value: Any) -> None:
+        at = id(module), name
+        put.add(at)
+        if at in found:
+            found[at] = True
+        usual(module, name, value)
+
+    nn.Module.__getattribute__, nn.Module.__setattr__ = read, change  # type: ignore[method-assign, assignment]
+    try:
+        yield found
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = usual  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.pipeline.follow import GRAD, followed
@@ -26,7 +25,7 @@ from hpctrain.pipeline.operators import TAKEN, path_of
 from hpctrain.pipeline.part import Env, Part, begins, gave, input_of, links_of, refuse_loops
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.ways import in_place, note_shared, parts_first, ways_of
-from hpctrain.tensors import shapes_of
+from hpctrain.tensors import containers_copied, shapes_of
 
 
 class Calls(Layers):
@@ -99,7 +98,7 @@ class Calls(Layers):
     def _came(self, stage: int, env: Env) -> Any:
         inputs = {input_of(name) for name in self.value}
         came = {name: value for name, value in env.items() if name not in inputs}
-        return _pytree.tree_map(lambda leaf: leaf, came)  # containers of its own, which it may change
+        return containers_copied(came)  # which it may change
 
     def _given(self, stage: int, value: Any, taken: list[torch.Tensor]) -> Env:
         segment = self.layers[stage][1]

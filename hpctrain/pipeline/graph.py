@@ -35,6 +35,8 @@ MOST_SHAPES = 64
 class Graph:
     """A model as operators; a stage runs some, with the model's own parameters. Local, as `Cut` says."""
 
+    by_shape = True
+
     def __init__(
         self,
         module: nn.Module,
@@ -77,6 +79,7 @@ class Graph:
         for node in traced.nodes:
             names = {traced.held[a.name] for a in node.all_input_nodes if a.name in traced.held}
             self.used[traced.stage[node.name]] |= names | self._counter(node)
+        self.used[self.stages - 1] |= set(given_out(traced))
 
     def _counter(self, node: fx.Node) -> set[str]:
         """Give the counter of a BatchNorm's calls, which the module itself moves on."""
@@ -262,6 +265,9 @@ class Graph:
         if len(self._traced) > MOST_SHAPES:
             del self._traced[next(iter(self._traced))]
         last = self.stages - 1
+        for name in given_out(traced) if stage == last else ():
+            if self.first[name] not in {self.first[own] for own in self.used[last]}:
+                raise self._elsewhere(name)
         home = {**traced.stage, **dict.fromkeys(traced.inputs, INPUT)}
         wanted: dict[str, set[int]] = {}
         for node in traced.nodes:
@@ -293,6 +299,11 @@ def too_late(node: fx.Node, traced: Traced, root: dict[str, str]) -> list[str]:
     return [
         name for name in changed if traced.stage.get(name, traced.stage[node.name]) != traced.stage[node.name]
     ]
+
+
+def given_out(traced: Traced) -> list[str]:
+    """Name the parameters and buffers that are outputs of the forward as they are. Pure."""
+    return [traced.held[one] for one in traced.outputs if isinstance(one, str) and one in traced.held]
 
 
 def crossing(traced: Traced) -> list[int]:

@@ -1,7 +1,8 @@
 """A model whose layers follow one another: a stage runs some of them, one behind the other."""
 
+import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -32,8 +33,9 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
     """
     names = {id(m): name for name, m in module.named_modules()}
     layers: Any = getattr(module, "layers", None)
-    if callable(layers) and not isinstance(layers, nn.Module) and not has_hooks(module):
-        given = list(layers())
+    if callable(layers) and not isinstance(layers, nn.Module) and not has_hooks(module) and offered(layers):
+        found = layers()
+        given = list(found) if isinstance(found, Iterable) else [found]
         if not all(isinstance(layer, nn.Module) and id(layer) in names for layer in given):
             raise ConfigError(f"{type(module).__name__}.layers() must give submodules of the model, in order")
         for layer in given:
@@ -54,6 +56,15 @@ def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
     if not in_a_row(module) or has_hooks(module):
         return None
     return list(_flat(module, ""))
+
+
+def offered(layers: Callable[..., Any]) -> bool:
+    """Whether a method `layers` is what a model offers us: others take arguments. Pure."""
+    try:
+        inspect.signature(layers).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def in_a_row(module: nn.Module) -> bool:
@@ -79,6 +90,8 @@ FORWARDS = 3
 
 class Layers:
     """Layers in a row; a stage runs some of them. Local, as `Cut` says."""
+
+    by_shape = False
 
     def __init__(self, layers: list[tuple[str, nn.Module]], value: Any, stages: int) -> None:
         """Take the layers by name, and what the first one gets."""
@@ -226,7 +239,7 @@ class Layers:
             counted = first and drawing.counts
             self._looked[stage, training] += first
             looking: AbstractContextManager[None] = nullcontext()
-            if first and self.asides.shared[stage]:
+            if first and self.asides.looks(stage):
                 weights = [p for _, layer in layers for p in layer.parameters()]
                 looking = self.asides.watching(stage, [*weights, *tensors_in(value)])
             with looking, drawing.of(stream, begin, value) as counting:

@@ -30,7 +30,7 @@ from hpctrain.errors import HpctrainError
 from hpctrain.node_memory import LINE
 from hpctrain.pipeline.raw import Raw
 from hpctrain.pipeline.slots import lines
-from hpctrain.tensors import firsts
+from hpctrain.tensors import firsts, grown
 
 CROSSING = (
     "tensors, numbers, strings and None can, in lists, tuples (named ones, too) and dictionaries; cut "
@@ -50,7 +50,8 @@ class Layout:
 
     leaves: tuple[Any, ...]
     """Each ("t", dtype, shape, strides, requires_grad, bytes behind a line, without gaps, with others in one
-    memory), ("c", value), ("z", real, imaginary) or ("s", number), the same tensor as that leaf."""
+    memory), ("c", value), ("n", dtype of NumPy, value), ("z", real, imaginary) or ("s", number), the same
+    tensor as that leaf."""
     tree: _pytree.TreeSpec
 
     def encode(self) -> bytes:
@@ -97,6 +98,8 @@ class Layout:
                 leaves.append(complex(*leaf[1:]))
             elif leaf[0] == "c":
                 leaves.append(leaf[1])
+            elif leaf[0] == "n":
+                leaves.append(np.dtype(leaf[1]).type(leaf[2]))
             elif leaf[0] == "s":
                 leaves.append(leaves[leaf[1]])
             else:
@@ -110,7 +113,7 @@ class Layout:
                 leaves.append(made.requires_grad_() if grad else made)
                 if shares:
                     setattr(leaves[-1], SHARES, True)
-        return _pytree.tree_unflatten(leaves, self.tree)
+        return grown(iter(leaves), self.tree)
 
 
 @dataclass
@@ -383,6 +386,8 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
             raise HpctrainError(
                 f"a {type(leaf).__name__} would cross to stage {stage}, and lose its type: {CROSSING}"
             )
+        elif isinstance(leaf, np.generic) and leaf.dtype.kind in "biuf" and leaf.dtype.itemsize <= 8:
+            listed.append(("n", leaf.dtype.name, leaf.item()))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             listed.append(("c", leaf))
         elif isinstance(leaf, complex):

@@ -71,6 +71,8 @@ class Cut(Protocol):
 
     stages: int
     """In all; `place` may choose to have several a rank."""
+    by_shape: bool
+    """Whether what a stage does hangs on the shapes of the inputs, which all stages have then."""
     choice: Choice
     at_once: set[str]
     """Names of parameters whose gradients are to wait only in a step's last micro-batches."""

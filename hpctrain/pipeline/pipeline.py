@@ -57,8 +57,10 @@ class Pipeline:
         self.stages = [Stage(cut, number, transport, recomputes) for number in numbers]
         for stage in self.stages:
             stage.shared = [(tie.name, tie.marks) for tie in ties if self.rank in (tie.owner, *tie.others)]
-        self._met = set[tuple[int, bool]]()
-        """Numbers of samples that parts were made for, and whether in training."""
+        self._met = set[tuple[int, bool, str]]()
+        """Numbers of samples that parts were made for, whether in training, shapes if it hangs on them."""
+        self._change = [tie.tensor.requires_grad for tie in ties]
+        """Whether a step changes what several stages use."""
 
     @property
     def reads_inputs(self) -> bool:
@@ -78,10 +80,12 @@ class Pipeline:
     ) -> dict[tuple[Stage, int], Part]:
         """Say what each stage does with each micro-batch, given its samples and inputs.
 
-        Local, but where there are as many samples as never before: then a forward may have to be written
-        down, and what fails on one stage is raised on all. `when` is for that error.
+        Local, but where there are as many samples as never before, or of other shapes: then a forward may
+        have to be written down, and what fails on one stage is raised on all. `when` is for that error.
         """
-        new = {(samples, training) for samples, _ in batches.values()} - self._met
+        shaped = self.cut.by_shape
+        new = {(n, training, repr(like_of(inputs)) if shaped else "") for n, inputs in batches.values()}
+        new -= self._met
         if not new:
             return self._parts(batches, training, when)
         self._met |= new
@@ -94,7 +98,7 @@ class Pipeline:
         made: dict[tuple[Stage, int, str], Part] = {}
         found = {}
         for v, (samples, inputs) in batches.items():
-            like: Like = {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
+            like = like_of(inputs)
             for stage in self.stages:
                 key = stage, samples, repr(like)
                 if key not in made:
@@ -153,10 +157,12 @@ class Pipeline:
                 self.transport.finish()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Give the owners' numbers to the copies, behind a step or before the first. Collective (stages)."""
+    def refresh(self, every: bool = True) -> None:
+        """Give the owners' numbers to the copies, `every` one or what a step changes. Collective (stages)."""
         self.transport.grow()
         for number, tie in enumerate(self.ties):
+            if not (every or self._change[number]):
+                continue
             if self.rank == tie.owner:
                 for other in tie.others:
                     self.transport.start((other, TIED, pack(other, number, tie.tensor.detach(), 0)))
@@ -167,6 +173,11 @@ class Pipeline:
     def close(self) -> None:
         """Free the communicator. Collective."""
         self.transport.close()
+
+
+def like_of(inputs: Env) -> Like:
+    """Give the shapes of samples, and their dtypes. Pure."""
+    return {name: (tuple(x.shape[1:]), x.dtype) for name, x in inputs.items()}
 
 
 def every_tensor(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

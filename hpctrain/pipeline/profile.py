@@ -21,7 +21,6 @@ import torch
 from mpi4py import MPI
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree
 
 from hpctrain.errors import text_of
 from hpctrain.gradient import StraightIntoPlace, hooked
@@ -31,7 +30,7 @@ from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, I
 from hpctrain.pipeline.simulate import Cost
 from hpctrain.pipeline.trace import Traced, skeleton
 from hpctrain.room import ran_out
-from hpctrain.tensors import containers_copied, tensors_in
+from hpctrain.tensors import containers_copied, tensors_in, with_tensors
 
 REPEATS, MOST_REPEATS = 3, 12
 """Of each measurement, behind one to warm up; the least of them counts."""
@@ -400,13 +399,13 @@ def of_operators(
             elif a.name in traced.inputs:
                 given[a.name] = inputs[traced.inputs[a.name]].detach()
             else:
-                given[a.name] = _pytree.tree_map_only(torch.Tensor, made_up, a.meta["val"])
+                given[a.name] = with_tensors(made_up, a.meta["val"])
     in_place = any(changes(node) for node in nodes)  # what is changed must not be a leaf
     moved = [name for name in given if in_place and name not in weights]
 
     def run() -> list[Any]:
         env = dict(given)
-        env.update({name: _pytree.tree_map_only(torch.Tensor, torch.clone, given[name]) for name in moved})
+        env.update({name: with_tensors(torch.clone, given[name]) for name in moved})
         for node in nodes:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n.name])
             env[node.name] = called(node, arguments, named)
@@ -434,7 +433,7 @@ def of_layers(layers: Sequence[nn.Module], value: Any, seen: Iterable[int]) -> l
             run, _ = of_layer(layers[before], given.pop(before))
             with torch.no_grad():
                 given[before + 1] = run()
-        value = _pytree.tree_map_only(torch.Tensor, lambda t: made_up(t, at > 0), given[at])
+        value = with_tensors(lambda t: made_up(t, at > 0), given[at])
         run, numbers = of_layer(layers[at], value)
         inputs = tensors_in(value)
         own = may_wait(layers[at].parameters(), seen)
@@ -453,9 +452,7 @@ def of_layer(layer: nn.Module, value: Any) -> tuple[Callable[[], Any], dict[str,
 
     def run() -> Any:
         # what is changed must not be a leaf
-        own = (
-            _pytree.tree_map_only(torch.Tensor, torch.clone, value) if in_place else containers_copied(value)
-        )
+        own = with_tensors(torch.clone, value) if in_place else containers_copied(value)
         return torch.func.functional_call(twin, numbers, (own,))
 
     return run, numbers

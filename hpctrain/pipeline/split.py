@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hpctrain.errors import ConfigError
+from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.calls import Calls
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.graph import Graph
@@ -52,6 +53,12 @@ def write(
             with around():
                 refuse_others(module, [name for name, _ in found], value)
         return Layers(found, value, stages)
+    if found is not None and not in_a_row(module):
+        LOGGER.warning(
+            "%s.layers() is not used: its first layer would get one input, and the model has %s",
+            *(type(module).__name__, ", ".join(inputs)),
+            extra=ALIKE,
+        )
     try:
         graph = Graph(module, inputs, named, stages, around)
     except UnwritableError:

@@ -106,7 +106,7 @@ class Stage:
     @property
     def reads_inputs(self) -> bool:
         """Whether this stage may ask for the model's inputs: one in the middle of layers does not."""
-        return self.stage == 0 or self.last or hasattr(self.cut, "real")
+        return self.stage == 0 or self.last or self.cut.by_shape
 
     def to(self, target: int, kind: int) -> tuple[int, int]:
         """Rank and tag of the messages for a stage; ranks may run several. Local."""
@@ -307,7 +307,7 @@ def same(one: Any, other: Any) -> bool:
         if not isinstance(other, torch.Tensor) or one.shape != other.shape:
             return False
         return bool(((one == other) | ((one != one) & (other != other))).all())  # not a number twice, too
-    return bool(one == other)
+    return bool(one == other or (one != one and other != other))
 
 
 def without_graph(tensor: torch.Tensor) -> torch.Tensor:

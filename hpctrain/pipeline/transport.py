@@ -50,6 +50,8 @@ PIECE = 65536 - 512
 """Bytes: with its header below the 64 KiB up to which Open MPI sends over TCP without asking the receiver."""
 YIELDS = 300
 NAP_SECONDS = 50e-6
+COMING_SECONDS = 0.1
+"""How long bytes that have begun to come are waited for without naps."""
 STOPPED_SECONDS = 5.0
 """A nap that lasts longer was no nap."""
 
@@ -213,8 +215,7 @@ class Transport:
         if how == MESSAGES:
             for array in buffer.arrays:
                 for piece in self._pieces(rank, array):
-                    self._wait(rank, tag + 1)
-                    self.comm.Recv(piece, rank, tag + 1)
+                    self._take(piece, rank, tag + 1)
         elif how >= 0:
             assert self._slots is not None
             self._slots.take(self._on_node[rank], how, flag, buffer.raw)
@@ -246,8 +247,7 @@ class Transport:
             raise PeerFailedError(f"pipeline rank {rank} failed")
         if length:
             text = np.empty(length, np.uint8)
-            self._wait(rank, tag + 1)
-            self.comm.Recv(text, rank, tag + 1)
+            self._take(text, rank, tag + 1)
             way.layouts[number] = Layout.decode(text.tobytes())
         way.count[number] += 1
         return way, number, draws, how, flag
@@ -263,7 +263,7 @@ class Transport:
             while left > 0:
                 status = self._wait(way.rank, tag)
                 piece = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-                self.comm.Recv(piece, way.rank, tag)
+                self._take(piece, way.rank, tag)
                 left -= len(piece)
 
     def _way_to(self, rank: int, tag: int) -> Outgoing:
@@ -315,6 +315,19 @@ class Transport:
         while len(self._sent) > 64 and self._sent[0][0]():
             self._sent.popleft()
         self._sent.append((done, memory, rank))
+
+    def _take(self, piece: Bytes, rank: int, tag: int) -> None:
+        """Receive bytes; a long message needs its sender within MPI, so that is waited for, too."""
+        self._wait(rank, tag)
+        request = self.comm.Irecv([piece, MPI.BYTE], rank, tag)
+        try:
+            soon = time.monotonic() + COMING_SECONDS
+            while not request.Test() and time.monotonic() < soon:
+                os.sched_yield()  # a nap would hold up its pieces
+            self._until(rank, request.Test)
+        except BaseException:
+            LEFT.append((piece, request))  # MPI may write there yet
+            raise
 
     def _wait(self, rank: int, tag: int) -> MPI.Status:
         """Wait for a message."""

@@ -180,3 +180,34 @@ def test_a_model_too_large_for_one_rank_trains_in_four_stages(launcher, small, t
     staged = limited(4, "staged")
     assert staged.status == 0, staged.text
     assert losses(tmp_path / "staged").keys() == {1, 2}
+
+
+BUSY = """
+import time, torch
+from mpi4py import MPI
+from hpctrain.pipeline import watch
+from hpctrain.pipeline.message import pack
+from hpctrain.pipeline.transport import FORWARD, Transport
+
+watch.PATIENCE_SECONDS, watch.LOOK_SECONDS = 1.0, 0.1
+world = MPI.COMM_WORLD
+transport = Transport(world, "cpu")
+world.Barrier()
+if world.rank == 0:
+    transport.start((1, FORWARD, pack(1, 0, {"x": torch.ones(1 << 20)}, 0)))
+    time.sleep(3.0)
+else:
+    found, _ = transport.receive(0, FORWARD, 0)
+    print("got", found["x"].sum().item(), transport.waited > 2.0)
+transport.finish()
+transport.close()
+"""
+
+
+def test_a_tensor_whose_sender_is_busy_is_named_missing(launcher):
+    """Where ranks can't read each other's memory, a long one needs its sender within MPI, which computes on."""
+    (launcher.folder / "busy.py").write_text(BUSY)
+    ended = launcher.run("mpirun", "-n", 2, sys.executable, "busy.py", limit=60, OMPI_MCA_smsc="^cma,xpmem")
+    assert ended.status == 0, ended.text
+    assert "got 1048576.0 True" in ended.out
+    assert "waiting for rank 0 on" in ended.text
