@@ -700,7 +700,7 @@ def test_verify_finds_what_is_broken_in_stages(world, build, monkeypatch, model,
     if where == "buffer":
         refresh = job.engine.refresh
 
-        def and_a_little_more(every):
+        def and_a_little_more(every=True):
             refresh(every)
             if norm is not None:
                 norm.add_(1e-3)
