@@ -11,7 +11,7 @@ from conftest import TESTS, losses, rows
 from test_resume import same_bits, weights
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_six_ranks_in_both_ways(launcher, small, stages):
     """3 replicas of 2 stages and 2 of 3, the optimizer's state in parts on the replicas of each stage."""
     ended = launcher.ranks(
