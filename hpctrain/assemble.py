@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpctrain import construct
@@ -30,7 +31,7 @@ from hpctrain.data.loader import Loader
 from hpctrain.data.read import Reader
 from hpctrain.engine import Engine
 from hpctrain.errors import ConfigError, nearest
-from hpctrain.log import LOGGER
+from hpctrain.log import ALIKE, LOGGER, counted
 from hpctrain.loss import SummedLoss, takes_reduction
 from hpctrain.models.build import FILLED
 from hpctrain.piece import Piece
@@ -198,6 +199,20 @@ def check_invariant(config: Config, replicas: int) -> None:
         )
 
 
+def warn_of_single_samples(module: nn.Module, length: int, batch: int, count: int) -> None:
+    """Say it where a BatchNorm meets one sample in an epoch's last batch first: after hours, maybe. Local."""
+    rest = length % batch
+    norm = any(isinstance(inner, nn.BatchNorm1d) for inner in module.modules())
+    if norm and 1 in order.sizes(rest, count) and 1 not in order.sizes(batch, count):
+        LOGGER.warning(
+            "an epoch's last batch has %s of %d: micro-batches of one, for which BatchNorm1d fails where "
+            "that is one value a channel: choose train.batch or parallel.micro_batches so that none is so "
+            "small",
+            *(counted(rest, "sample"), length),
+            extra=ALIKE,
+        )
+
+
 def kinds_of_processors(config: Config, comm: MPI.Intracomm) -> list[str]:
     """Name the processors where the same bits are asked of them; say so where they differ. Collective."""
     if not config.averaging.invariant:
@@ -254,6 +269,8 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
         return task.batch(index.splits["train"].samples(np.arange(most))).inputs
 
     portion = portions.build(config, topology, task, example, count, trains)
+    if trains and total_steps(config, index) * train.batch > length:
+        warn_of_single_samples(portion.module, length, train.batch, count)
     with told_of_memory(topology):
         averager = Averager(
             portion.module,

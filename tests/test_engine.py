@@ -87,6 +87,18 @@ def test_a_batch_of_more_than_there_is_is_told(topology, files, caplog):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(("batch", "told"), [(8, True), (29, False)])
+def test_a_last_batch_too_small_for_batchnorm_is_told_before(topology, files, caplog, batch, told):
+    """29 samples are three batches of 8 and one of 5, whose 4 micro-batches have 1, 1, 1 and 2 of them."""
+    config = config_of(files, "stage_models.Normed", batch=batch)
+    config.parallel.micro_batches = 4 if told else topology.replicas
+    with caplog.at_level("WARNING", LOGGER.name):
+        assemble.build(config, topology).close()
+    text = "last batch has 5 samples of 29: micro-batches of one, for which BatchNorm1d fails"
+    assert any(text in record.getMessage() for record in caplog.records) == told
+
+
+@pytest.mark.mpi
 def test_without_memory_for_a_pass_it_is_said_what_to_do(topology, files):
     with pytest.raises(RankError, match="at step 0, micro-batch 0") as caught:
         run(config_of(files, "helpers.Hungry"), topology)
