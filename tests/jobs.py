@@ -37,6 +37,7 @@ def jobs(world, files):
         if model in TIED:  # Adam would follow the noise of gradients that are truly zero
             config.optimizer = Optimizer("torch.optim.SGD", {"lr": 0.05})
         config.optimizer = settings.pop("optimizer", config.optimizer)
+        config.optimizer.sharded = settings.pop("sharded", config.optimizer.sharded)
         config.averaging.invariant = settings.pop("invariant", False)
         config.data.inputs = settings.pop("inputs", config.data.inputs)
         config.train.autocast = settings.pop("autocast", "none")

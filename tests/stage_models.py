@@ -756,6 +756,14 @@ class Averaging(nn.Module):
         return self.c(h.sum(1) / x.shape[1])
 
 
+def frozen_start(in_features: int, out_features: int) -> nn.Sequential:
+    """A first stage that trains nothing."""
+    n = in_features
+    row = nn.Sequential(nn.Linear(n, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh(), nn.Linear(n, out_features))
+    row[0].requires_grad_(False)
+    return row
+
+
 class Shrinking(nn.Module):
     """Takes samples of three numbers at least."""
 

@@ -979,6 +979,7 @@ def test_all_start_alike_where_no_seed_reaches(world, build):
         ("Skips", "zb-h2"),
         ("Skips", "gpipe"),
         ("again_row", "1f1b"),
+        ("LargeTied", "zb-h1"),
     ],
 )
 def test_forwards_that_run_again_keep_the_bits(world, build, waits, monkeypatch, model, schedule):
@@ -1614,13 +1615,26 @@ def test_invariant_averaging_refuses_a_buffer_of_one_stage_on_all(world, build, 
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_stage_may_train_nothing(world, build, sharded):
+    """In several replicas, too, whose averages have nothing there."""
+    for stages in layouts(world.size):
+        if stages < 4:  # it has three layers with weights
+            cuts = ["1", "3"][: stages - 1]
+            job = build("frozen_start", stages, cuts=cuts, micro_batches=4, sharded=sharded)
+            assert bool(job.averager.named) == (job.topology.stage > 0)
+            assert compare(job, 3) is None
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("model", ["Skips", "tied_row"])
 def test_clipping_is_by_the_norm_over_all_stages(world, build, model):
     """Each weight once, also the one that two stages use. Replicas add in another order: not the same bits."""
     for stages in layouts(world.size):
         job = build(model, stages, micro_batches=4)
-        run(job, 4, clip=0.05)
-        _, state = alone_like(job, 4, clip=0.05)
+        norms = [norm for _, _, norm in run(job, 4, clip=0.05)]
+        found, state = alone_like(job, 4, clip=0.05)
+        assert norms == pytest.approx([norm for _, _, norm in found], rel=1e-4)  # of float32 sums
         for name, value in job.engine.module.state_dict().items():
             torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-3)
 
