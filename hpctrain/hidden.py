@@ -41,8 +41,9 @@ def plain(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 def is_plain(module: nn.Module, name: str) -> bool:
     """Whether an attribute is the module's own, or a class's that nothing computes. Local."""
-    of_class = inspect.getattr_static(type(module), name, None)
-    return name in vars(module) or (of_class is not None and not hasattr(type(of_class), "__get__"))
+    missing = object()
+    of_class = inspect.getattr_static(type(module), name, missing)
+    return name in vars(module) or not (of_class is missing or hasattr(type(of_class), "__get__"))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1615,6 +1615,21 @@ def test_invariant_averaging_refuses_a_buffer_of_one_stage_on_all(world, build, 
 
 
 @pytest.mark.mpi
+def test_what_stages_tell_one_another_by_a_module_is_refused_on_all(world, build):
+    if world.size not in layouts(world.size):
+        pytest.skip("as many stages as ranks, two at least")
+    job = build("collecting_row", world.size, arguments={"told": False}, micro_batches=5)
+    has_bits_of_one_process(world, job, "collecting_row")
+    for stages in layouts(world.size):
+        job = build("collecting_row", stages, arguments={"told": True}, micro_batches=5)
+        with pytest.raises(
+            ConfigError, match=r"stage \d reads total of 0\.common, which stage 0 has, too"
+        ) as caught:
+            run(job, 1)
+        assert caught.value.agreed
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("sharded", [True, False])
 def test_a_stage_may_train_nothing(world, build, sharded):
     """In several replicas, too, whose averages have nothing there."""

@@ -3,13 +3,16 @@
 In one process the next layer finds what the one before has put there; in stages each rank has its own, and
 what is looked up with a default would silently be that. So the first forwards of a stage are looked at: no
 tensor that they put where layers of other stages, hooks or the loss look may hang on the data or the weights
-(a cache of masks may be filled on each rank). Of numbers there a warning tells: most are a log.
+(a cache of masks may be filled on each rank). Of numbers there a warning tells: most are a log. Of modules
+that layers of several stages have, it is noted what they set and read first, and compared behind the step.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import permutations
 from types import ModuleType
 from typing import Any
 
@@ -27,11 +30,12 @@ from hpctrain.pipeline.holders import (
     held_by,
     inside,
     is_own,
-    names_set,
     put_back,
     reachable,
 )
 from hpctrain.tensors import Looking, storage_of, tensors_in
+
+WORDS = (bool, int, float, complex, str)
 
 
 class Asides:
@@ -43,20 +47,15 @@ class Asides:
         self.shared = self._shared()
         """By stage: its name here, one in another stage, and the container or object."""
         parts = [layers[start:stop] for start, stop in ranges]
-        self._modules = [
-            {id(m): m for _, layer in part for m in layer.modules() if is_own(type(m).__module__)}
-            for part in parts
-        ]
-        """By stage, those of the user's classes that another one has, too."""
-        count = Counter(at for own in self._modules for at in own)
-        self._modules = [{at: m for at, m in own.items() if count[at] > 1} for own in self._modules]
-        some = any(self._modules)
-        set_there = [names_set([layer for _, layer in part]) if some else set[str]() for part in parts]
-        self._set_elsewhere = [
-            {name for other, names in enumerate(set_there) if other != at for name in names}
-            for at in range(len(parts))
-        ]
-        """By stage: attributes that the forwards of other stages may set."""
+        every = [[m for _, layer in part for m in layer.modules()] for part in parts]
+        count = Counter(at for own in every for at in {id(m) for m in own if is_own(type(m).__module__)})
+        paths = dict[int, str]()
+        for layer, top in layers:
+            for own, module in top.named_modules():
+                paths.setdefault(id(module), f"{layer}.{own}".strip("."))
+        self._modules = [{id(m): paths[id(m)] for m in own if count[id(m)] > 1} for own in every]
+        """By stage, those of the user's classes that another one has, too: what they are called."""
+        self.noted = {stage: Noted() for stage in range(len(ranges))}
         self._warned = False
 
     def _shared(self) -> list[list[tuple[str, str, Any]]]:
@@ -69,7 +68,7 @@ class Asides:
 
     def looks(self, stage: int) -> bool:
         """Whether there is something to look at. Local."""
-        return bool(self.shared[stage] or (self._modules[stage] and self._set_elsewhere[stage]))
+        return bool(self.shared[stage] or self._modules[stage])
 
     def add(self, name: str, value: Any) -> None:
         """Look at what something that runs on the last stage holds, too: the loss. Local."""
@@ -86,9 +85,12 @@ class Asides:
         """
         shared = self.shared[stage]
         before = [contents(value) for _, _, value in shared]
-        with Hanging(tensors) as hanging, reads_noted(self._modules[stage].keys()) as reads:
+        noted = self.noted[stage]
+        with Hanging(tensors) as hanging, attributes_noted(self._modules[stage]) as (first, put):
             yield
-        self._refuse_reads(stage, reads, hanging)
+        noted.read |= first
+        noted.told |= {at for at, value in put.items() if hanging.has(value)}
+        noted.counted |= {at for at, value in put.items() if isinstance(value, WORDS)}
         for (here, there, value), old in zip(shared, before):
             new = changes(value, old)
             if any(map(hanging.has, new)):
@@ -100,24 +102,25 @@ class Asides:
             if any(map(hanging.may_have, new)):
                 self._tell(stage, here, there)
 
-    def _refuse_reads(self, stage: int, reads: dict[tuple[int, str], bool], hanging: "Hanging") -> None:
-        """Refuse what a stage reads of a module and another one sets; of numbers that both set tell. Local.
+    @property
+    def meets(self) -> bool:
+        """Whether stages have modules in common, so that what they note is to be compared. Local."""
+        return any(self._modules)
 
-        What both set otherwise (a cache of masks, say) is the same in both.
+    def compare(self, every: dict[int, "Noted"]) -> None:
+        """Refuse what one stage reads of a module, and another one has set there; of numbers tell. Local.
+
+        `every` is what all stages have noted. Raises ConfigError.
         """
-        for (at, name), is_set in reads.items():
-            if name not in self._set_elsewhere[stage]:
-                continue
-            module = self._modules[stage][at]
-            value, kind = getattr(module, name, None), type(module).__name__
-            if not is_set or hanging.has(value):
+        for (stage, own), (other, there) in permutations(sorted(every.items()), 2):
+            for path, name in sorted(own.read & there.told):
                 raise ConfigError(
-                    f"stage {stage} reads {name} of a {kind} that another stage has, too, and whose forward "
-                    f"sets it there: this stage would not see it: give it to the next layer with the other "
+                    f"stage {stage} reads {name} of {path}, which stage {other} has, too, and sets there: "
+                    f"each has its own, and would not see it: give it to the next layer with the other "
                     f"outputs, or set parallel.cuts so that one stage has both"
                 )
-            if isinstance(value, (bool, int, float, complex, str)):
-                self._tell(stage, f"{name} of a {kind}", f"the same {kind}")
+            for path, name in sorted(own.read & there.counted):
+                self._tell(other, f"{path}.{name}", path)
 
     def _tell(self, stage: int, here: str, there: str) -> None:
         if not self._warned:
@@ -129,36 +132,46 @@ class Asides:
             )
 
 
-@contextmanager
-def reads_noted(modules: Collection[int]) -> Iterator[dict[tuple[int, str], bool]]:
-    """Note which plain attributes of modules, by id, are read before the body sets them. Local.
+@dataclass
+class Noted:
+    """Attributes of modules that several stages have, as (what the module is called, name)."""
 
-    Gives by module and name whether the body has set them later.
-    """
-    found, put = dict[tuple[int, str], bool](), set[tuple[int, str]]()
+    read: set[tuple[str, str]] = field(default_factory=set)
+    """A forward reads them before it sets them."""
+    told: set[tuple[str, str]] = field(default_factory=set)
+    """It sets them to tensors of the data or the weights."""
+    counted: set[tuple[str, str]] = field(default_factory=set)
+    """It sets them to numbers or words."""
+
+
+@contextmanager
+def attributes_noted(
+    modules: Mapping[int, str],
+) -> Iterator[tuple[set[tuple[str, str]], dict[tuple[str, str], Any]]]:
+    """Note plain attributes of modules, by id: those that the body reads first, and what it sets. Local."""
+    first, put = set[tuple[str, str]](), dict[tuple[str, str], Any]()
     if not modules:
-        yield found
+        yield first, put
         return
     get, usual = object.__getattribute__, nn.Module.__setattr__
 
     def read(module: nn.Module, name: str) -> Any:
         value = get(module, name)
-        at = id(module), name
-        asked = id(module) in modules and name not in OURS and not name.startswith("__")
-        if asked and at not in put and is_plain(module, name):
-            found.setdefault(at, False)
+        path = modules.get(id(module))
+        asked = path is not None and name not in OURS and not name.startswith("__")
+        if path is not None and asked and (path, name) not in put and is_plain(module, name):
+            first.add((path, name))
         return value
 
     def change(module: nn.Module, name: str, value: Any) -> None:
-        at = id(module), name
-        put.add(at)
-        if at in found:
-            found[at] = True
+        path = modules.get(id(module))
+        if path is not None:
+            put[path, name] = value
         usual(module, name, value)
 
     nn.Module.__getattribute__, nn.Module.__setattr__ = read, change  # type: ignore[method-assign, assignment]
     try:
-        yield found
+        yield first, put
     finally:
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = usual  # type: ignore[method-assign]

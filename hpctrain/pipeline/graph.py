@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from mpi4py import MPI
 from torch import fx, nn
 from torch.utils import _pytree
 
@@ -106,6 +107,9 @@ class Graph:
 
     def beside(self, name: str, value: Any) -> None:
         """Operators hold nothing that others could share."""
+
+    def compare(self, comm: MPI.Intracomm) -> None:
+        """Nor can they tell one another anything."""
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Who gives values to whom, and waits for whose gradients."""

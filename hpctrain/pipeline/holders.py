@@ -1,6 +1,5 @@
 """What values hold, as far as it can be found by walking: containers, objects, classes, functions, names."""
 
-import dis
 import sys
 import threading
 from argparse import Namespace
@@ -103,31 +102,6 @@ def names_in(code: CodeType) -> list[str]:
     """List the names that a function's code uses, functions inside it included. Pure."""
     inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return [*code.co_names, *chain.from_iterable(inner)]
-
-
-def names_set(layers: Iterable[nn.Module]) -> set[str]:
-    """Name the attributes that forwards, hooks and the user's methods that they call may set. Local."""
-    modules = [module for layer in layers for module in layer.modules()]
-    kinds = {kind for module in modules for kind in type(module).__mro__ if is_own(kind.__module__)}
-    methods: dict[str, list[CodeType]] = {}
-    for name, value in chain.from_iterable(vars(kind).items() for kind in kinds):
-        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        if isinstance(function, FunctionType):
-            methods.setdefault(name, []).append(function.__code__)
-    own = [value for _, value in held_by([("", layer) for layer in layers]).values()]
-    left = [value.__code__ for value in own if isinstance(value, FunctionType)]
-    left = [*methods.get("forward", []), *(code for code in left if code not in chain(*methods.values()))]
-    found, used = set[str](), set[str]()
-    while left:
-        code = left.pop()
-        left += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        found |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
-        if "setattr" in code.co_names:
-            found |= {constant for constant in code.co_consts if isinstance(constant, str)}
-        for name in {*code.co_names} - used:
-            used.add(name)
-            left += methods.get(name, [])
-    return found
 
 
 def is_own(module: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from hpctrain.draws import Drawing, drew_unseen
@@ -24,6 +25,7 @@ from hpctrain.pipeline.rows import Row, rows_of, run_all
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.weigh import choose, used_once
 from hpctrain.tensors import changed_once, containers_copied, shapes_of, tensors_in
+from hpctrain.wire import together
 
 
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
@@ -98,6 +100,7 @@ class Layers:
         self.layers, self.value, self.stages = layers, value, stages
         self.shown = [name for name, _ in layers]
         self._looked = Counter[tuple[int, bool]]()
+        self._compared = 0
         self._drawing: dict[tuple[int, bool], Drawing] = {}
         """By stage, and whether in training."""
         self.in_rows: list[list[tuple[str, nn.Module | Row]]] = []
@@ -209,6 +212,15 @@ class Layers:
     def beside(self, name: str, value: Any) -> None:
         """Look at what the loss holds, too."""
         self.asides.add(name, value)
+
+    def compare(self, comm: MPI.Intracomm) -> None:
+        """Compare what stages have noted of modules that several have, as long as they look. Collective."""
+        if not self.asides.meets or self._compared == FORWARDS:
+            return
+        self._compared += 1
+        mine = {stage: self.asides.noted[stage] for stage in range(comm.rank, self.stages, comm.size)}
+        with together(comm):
+            self.asides.compare({at: noted for own in comm.allgather(mine) for at, noted in own.items()})
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Each to the next, and back."""

@@ -8,6 +8,7 @@ from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import torch
+from mpi4py import MPI
 from torch import fx
 from torch.utils import _pytree
 
@@ -97,6 +98,9 @@ class Cut(Protocol):
 
     def beside(self, name: str, value: Any) -> None:
         """Take what else runs on the last stage and may share something with its layers: the loss."""
+
+    def compare(self, comm: MPI.Intracomm) -> None:
+        """Refuse what one stage's first forwards told another by a module that both have. Collective."""
 
     def links(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """By stage: the later stages that it gives values to in training, and that gradients come from."""

@@ -160,6 +160,8 @@ class Pipeline:
     def refresh(self, every: bool = True) -> None:
         """Give the owners' numbers to the copies, `every` one or what a step changes. Collective (stages)."""
         self.transport.grow()
+        if not every:
+            self.cut.compare(self.transport.comm)
         for number, tie in enumerate(self.ties):
             if not (every or self._change[number]):
                 continue
