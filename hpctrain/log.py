@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
@@ -57,6 +59,17 @@ def start(topology: Topology) -> None:
     LOGGER.setLevel(logging.INFO if topology.world_rank == 0 else logging.WARNING)
     LOGGER.addHandler(_formatted(Screen(), topology))
     LOGGER.addHandler(MemoryHandler(EARLY, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Log nothing while the body runs: what it would say has been said. Local."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
 
 
 def to_file(path: Path, topology: Topology) -> None:

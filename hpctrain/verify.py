@@ -102,7 +102,8 @@ def compare(job: Job, steps: int) -> str | None:
             plain = replace(job.config.averaging, invariant=False)  # its gradients are read as they add up
             whole = replace(job.config.parallel, stages=1, cuts=[])
             config = replace(job.config, averaging=plain, parallel=whole)
-            alone = assemble.build(config, Topology.build(MPI.COMM_SELF, 1, device, job.topology.threads))
+            with log.silent():
+                alone = assemble.build(config, Topology.build(MPI.COMM_SELF, 1, device, job.topology.threads))
             alone.averager.keep = True
     except Exception as error:
         failure = error

@@ -14,6 +14,7 @@ from hpctrain.data import order
 from hpctrain.engine import layer_of, listed, sum_over, to_float
 from hpctrain.errors import DataError, DivergedError, HpctrainError, RankError
 from hpctrain.log import LOGGER
+from hpctrain.verify import compare
 
 
 def run(config, topology, steps=4):
@@ -84,6 +85,15 @@ def test_a_batch_of_more_than_there_is_is_told(topology, files, caplog):
         assemble.build(config_of(files, batch=1000), topology).close()
     told = "train.batch = 1000 is more than the 29 training samples: a step takes those"
     assert [record.getMessage() for record in caplog.records] == ([] if topology.world_rank else [told])
+
+
+@pytest.mark.mpi
+def test_one_process_to_compare_with_says_nothing_again(topology, files, caplog):
+    with caplog.at_level("WARNING", LOGGER.name):
+        job = assemble.build(config_of(files, batch=1000), topology)
+        assert compare(job, 1) is None
+        job.close()
+    assert caplog.text.count("is more than the 29 training samples") == (topology.world_rank == 0)
 
 
 @pytest.mark.mpi
