@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpctrain import construct
 from hpctrain import portion as portions
+from hpctrain.averaging import build as averaging
 from hpctrain.averaging import groups, schedules
 from hpctrain.averaging.averager import Averager
 from hpctrain.batch import Batch
@@ -271,6 +272,9 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
     portion = portions.build(config, topology, task, example, count, trains)
     if trains and total_steps(config, index) * train.batch > length:
         warn_of_single_samples(portion.module, length, train.batch, count)
+    with together(world):
+        trained = (p.dtype for p in portion.module.parameters() if p.requires_grad)
+        averaging.check_dtypes(config.averaging, trained)
     with told_of_memory(topology):
         averager = Averager(
             portion.module,

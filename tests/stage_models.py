@@ -800,6 +800,61 @@ def collecting_row(in_features: int, out_features: int, told: bool) -> nn.Sequen
     return nn.Sequential(*(Collected(n, common, way) for way in ways), nn.Linear(n, out_features))
 
 
+class HalfAtEnd(nn.Module):
+    """One stage has a weight of half precision."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, out_features)
+        self.scale = nn.Parameter(torch.ones(8).half())
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))) * self.scale.float())
+
+
+class Keeps(nn.Module):
+    """Keeps something from call to call, and computes by it or not; or tells it by what it makes."""
+
+    def __init__(self, in_features: int, out_features: int, what: str):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, out_features)
+        self.what, self.mean, self.scale, self.means, self.late = what, torch.zeros(8), 1.0, [], None
+        self.length, self.table, self.seen = 0, None, []
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        mean = h.detach().mean(0)
+        if self.what == "replaced":
+            self.mean = 0.9 * self.mean + 0.1 * mean
+            h = h - self.mean
+        elif self.what == "changed":
+            h = h - self.mean.mul_(0.9).add_(0.1 * mean)
+        elif self.what == "number":
+            self.scale = 0.9 * self.scale + 0.1 * h.detach().abs().mean().item()
+            h = h / self.scale
+        elif self.what == "listed":
+            self.means = [*self.means, mean][-3:]
+            h = h - sum(self.means)
+        elif self.what == "made":
+            if self.late is None:
+                self.late = nn.Linear(8, 8)
+            h = self.late(h)
+        elif self.what == "table":
+            if h.shape[1] > self.length:
+                self.length = h.shape[1]
+                self.table = torch.cos(torch.arange(self.length) * 0.1)
+            h = h * self.table
+        elif self.what == "log":
+            self.seen.append(h)
+            self.mean, self.term = 0.9 * self.mean + 0.1 * mean, h.square().mean()
+            h = h + self.term
+        else:
+            with torch.inference_mode():
+                mean = self.b(h)
+            h = h + mean.clone()
+        return self.c(torch.tanh(self.b(h)))
+
+
 class Shrinking(nn.Module):
     """Takes samples of three numbers at least."""
 

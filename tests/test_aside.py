@@ -197,6 +197,51 @@ def compared(*layers):
     asides.compare(asides.noted)
 
 
+class Puts(nn.Module):
+    """Puts what it gets into something, and gives it on."""
+
+    def __init__(self, put):
+        super().__init__()
+        self.put = put
+
+    def forward(self, x):
+        self.put(x)
+        return x
+
+
+class Gets(nn.Module):
+    """Looks whether something is there."""
+
+    def __init__(self, get):
+        super().__init__()
+        self.get = get
+
+    def forward(self, x):
+        found = self.get()
+        return x if found is None else x + found
+
+
+@pytest.mark.parametrize("kind", [nn.Module, nn.Sequential, nn.ModuleDict, Aux])
+@pytest.mark.parametrize("held", ["as a submodule", "in a list", "in a function"])
+def test_what_is_told_by_a_module_that_is_only_held(kind, held):
+    common, box = kind(), []
+    box.append(common)
+    if held == "in a function":
+        layers = Puts(lambda x: setattr(common, "total", x)), Gets(lambda: getattr(common, "total", None))
+    else:
+        of = (lambda layer: layer.box[0]) if held == "in a list" else (lambda layer: layer.common)
+        first, second = Puts(None), Gets(None)
+        first.put = lambda x: setattr(of(first), "total", x)
+        second.get = lambda: getattr(of(second), "total", None)
+        layers = first, second
+        for layer in layers:
+            layer.box, layer.common = [common] if held == "in a list" else [], None
+            if held != "in a list":
+                layer.common = common
+    with pytest.raises(ConfigError, match=r"stage 1 reads total of .*, which stage 0 has, too, and sets"):
+        compared(*layers)
+
+
 def test_what_one_stage_tells_another_by_a_module_is_refused():
     aux = Aux()
     with pytest.raises(ConfigError, match=r"stage 1 reads total of 0\.aux, which stage 0 has, too, and sets"):

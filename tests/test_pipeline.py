@@ -1615,6 +1615,33 @@ def test_invariant_averaging_refuses_a_buffer_of_one_stage_on_all(world, build, 
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("what", ["table", "log", "inference"])
+def test_what_is_kept_and_computes_nothing_has_the_bits_of_one_process(world, build, what):
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build("Keeps", 2, arguments={"what": what}, micro_batches=5), "Keeps")
+
+
+@pytest.mark.parametrize("what", ["replaced", "changed", "number", "listed", "made"])
+def test_what_is_kept_of_a_call_for_the_next_is_refused_by_operators(what):
+    told = {"number": "changes scale and computes", "made": r"registers late\.weight, which operators can't"}
+    told |= {"replaced": "keeps mean of one call", "changed": "keeps mean of one call"}
+    with pytest.raises(
+        ConfigError, match=f"the forward {told.get(what, 'keeps means of one call and computes')}"
+    ):
+        Graph(stage_models.Keeps(5, 2, what), {"x": torch.zeros(4, 5)}, False, 2)
+
+
+@pytest.mark.mpi
+def test_a_dtype_that_one_stage_has_is_refused_on_all(world, build):
+    for stages in layouts(world.size):
+        if stages < 4:
+            with pytest.raises(ConfigError, match="parameters of float16 would be rounded") as caught:
+                build("HalfAtEnd", stages, micro_batches=4, invariant=True)
+            assert caught.value.agreed
+
+
+@pytest.mark.mpi
 def test_what_stages_tell_one_another_by_a_module_is_refused_on_all(world, build):
     if world.size not in layouts(world.size):
         pytest.skip("as many stages as ranks, two at least")
@@ -2222,7 +2249,7 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
         ConfigError, match=r"ListsAList\.layers\(\) lists inner, .*list its members \(\*self.inner\)"
     ):
         build("ListsAList", world.size)
-    with pytest.raises(ConfigError, match=r"the forward registers the buffer other, which operators can't"):
+    with pytest.raises(ConfigError, match=r"the forward registers other, which operators can't"):
         build("RegistersLate", world.size)
     job = build("Shy", world.size)
     with pytest.raises(ConfigError, match=r"runs lines\.\d\.\w+ in another order in eval mode"):

@@ -1,6 +1,6 @@
 """What an averager is made of, chosen by the optimizer, the device and the ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from mpi4py import MPI
@@ -8,7 +8,7 @@ from mpi4py import MPI
 from hpctrain.averaging import tree as trees
 from hpctrain.averaging.medium import Medium, Wire
 from hpctrain.averaging.node import Node
-from hpctrain.averaging.space import Space, deal_whole
+from hpctrain.averaging.space import WIRE, Space, deal_whole
 from hpctrain.averaging.staged import Staged
 from hpctrain.averaging.steppers import Adam, Pieces, Stepper, elementwise
 from hpctrain.config import Averaging
@@ -28,6 +28,17 @@ def shards(optimizer: torch.optim.Optimizer, spaces: list[Space], asked: bool | 
     return bool(asked) and on_cpu
 
 
+def check_dtypes(config: Averaging, dtypes: Iterable[torch.dtype]) -> None:
+    """Refuse dtypes of parameters whose sums can't be the same bits on any layout, if asked for. Local."""
+    short = [dtype for dtype in dtypes if WIRE.get(dtype, dtype) != dtype]
+    if config.invariant and short:
+        raise ConfigError(
+            f"averaging.invariant = true: parameters of {str(short[0]).removeprefix('torch.')} would be "
+            f"rounded at each sum of micro-batches, elsewhere on each number of ranks: keep them in float32 "
+            f"(train.autocast = bf16 runs the layers in bfloat16)"
+        )
+
+
 def medium(
     comm: MPI.Intracomm,
     spaces: list[Space],
@@ -41,13 +52,7 @@ def medium(
 ) -> Medium:
     """Give the node's memory, or MPI alone for one rank and for GPUs that it can read. Collective."""
     slots, tree = trees.deal(comm.size, owners) if config.invariant else (1, None)
-    short = [space.dtype for space in spaces if space.dtype != space.wire]
-    if config.invariant and short:
-        raise ConfigError(
-            f"averaging.invariant = true: parameters of {str(short[0]).removeprefix('torch.')} would be "
-            f"rounded at each sum of micro-batches, elsewhere on each number of ranks: keep them in float32 "
-            f"(train.autocast = bf16 runs the layers in bfloat16)"
-        )
+    check_dtypes(config, (space.dtype for space in spaces))
     on_cpu = all(space.device.type == "cpu" for space in spaces)
 
     def node(its: list[Space]) -> Node:

@@ -28,7 +28,7 @@ UNIT = 1024
 SHELF_BYTES = 25 << 20
 """Parameters that are laid together, those of one optimizer group side by side."""
 
-_WIRE = {
+WIRE = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
     # a sum of 16-bit floats over many ranks would lose digits
@@ -78,7 +78,7 @@ class Space:
     @property
     def wire(self) -> torch.dtype:
         """The dtype of sums."""
-        return _WIRE[self.dtype]
+        return WIRE[self.dtype]
 
     @property
     def nbytes(self) -> int:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import OURS, is_plain
+from hpctrain.hidden import OURS
 from hpctrain.log import LOGGER
 from hpctrain.pipeline.holders import (
     contents,
@@ -30,12 +31,17 @@ from hpctrain.pipeline.holders import (
     held_by,
     inside,
     is_own,
+    modules_of,
     put_back,
     reachable,
 )
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
+BARE = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Classes of torch's that users take to put something into."""
 WORDS = (bool, int, float, complex, str)
+NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+"""Operators that give a tensor's number."""
 
 
 class Asides:
@@ -47,13 +53,10 @@ class Asides:
         self.shared = self._shared()
         """By stage: its name here, one in another stage, and the container or object."""
         parts = [layers[start:stop] for start, stop in ranges]
-        every = [[m for _, layer in part for m in layer.modules()] for part in parts]
-        count = Counter(at for own in every for at in {id(m) for m in own if is_own(type(m).__module__)})
-        paths = dict[int, str]()
-        for layer, top in layers:
-            for own, module in top.named_modules():
-                paths.setdefault(id(module), f"{layer}.{own}".strip("."))
-        self._modules = [{id(m): paths[id(m)] for m in own if count[id(m)] > 1} for own in every]
+        every = [{id(m): name for name, m in reversed(modules_of(part)) if is_told(m)} for part in parts]
+        count = Counter(at for own in every for at in own)
+        names = {at: name for own in reversed(every) for at, name in own.items()}
+        self._modules = [{at: names[at] for at in own if count[at] > 1} for own in every]
         """By stage, those of the user's classes that another one has, too: what they are called."""
         self.noted = {stage: Noted() for stage in range(len(ranges))}
         self._warned = False
@@ -132,6 +135,11 @@ class Asides:
             )
 
 
+def is_told(module: nn.Module) -> bool:
+    """Whether a user may put something into a module. Local."""
+    return is_own(type(module).__module__) or type(module) in BARE
+
+
 @dataclass
 class Noted:
     """Attributes of modules that several stages have, as (what the module is called, name)."""
@@ -156,12 +164,10 @@ def attributes_noted(
     get, usual = object.__getattribute__, nn.Module.__setattr__
 
     def read(module: nn.Module, name: str) -> Any:
-        value = get(module, name)
         path = modules.get(id(module))
-        asked = path is not None and name not in OURS and not name.startswith("__")
-        if path is not None and asked and (path, name) not in put and is_plain(module, name):
-            first.add((path, name))
-        return value
+        if path is not None and name not in OURS and (path, name) not in put:
+            first.add((path, name))  # whether it is there or not
+        return get(module, name)
 
     def change(module: nn.Module, name: str, value: Any) -> None:
         path = modules.get(id(module))
@@ -206,11 +212,15 @@ class Hanging(Looking):
     ) -> Any:
         """Run an operator, and note what hangs on what it gets."""
         given = tensors_in((args, kwargs))
-        found = func(*args, **(kwargs or {}))
+        asks = func in NUMBER
+        if asks and isinstance(given[0], FakeTensor):  # which has no number: any does
+            found = torch.tensor(3.0 if given[0].is_floating_point() else 1, dtype=given[0].dtype).item()
+        else:
+            found = func(*args, **(kwargs or {}))
         if any(storage_of(tensor) in self.storages for tensor in given):
             changed = given if getattr(getattr(func, "_schema", None), "is_mutable", False) else []
             self.storages |= {storage_of(tensor) for tensor in [*tensors_in(found), *changed]}
-            self.numbers |= func is torch.ops.aten._local_scalar_dense.default
+            self.numbers |= asks
         else:  # its memory may have been another's
             self.storages -= {storage_of(tensor) for tensor in tensors_in(found)}
         return found

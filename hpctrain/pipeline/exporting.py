@@ -174,6 +174,26 @@ def regions_kept(around: Callable[[], AbstractContextManager[Any]] = as_recomput
             setattr(checkpoint, name, before)
 
 
+@contextmanager
+def inference_without_gradients() -> Iterator[None]:
+    """Let torch.inference_mode be torch.no_grad, which torch.export can write down. Local."""
+    kind: Any = torch.inference_mode
+    own = kind.__enter__, kind.__exit__
+
+    def enter(self: Any) -> None:
+        self._instead = torch.no_grad() if self.mode else nullcontext()
+        self._instead.__enter__()
+
+    def leave(self: Any, *error: Any) -> None:
+        self._instead.__exit__(*error)
+
+    kind.__enter__, kind.__exit__ = enter, leave
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = own
+
+
 def same(tensor: torch.Tensor) -> torch.Tensor:
     """Give what came."""
     return tensor

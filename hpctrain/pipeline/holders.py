@@ -72,8 +72,7 @@ def reachable(values: Iterable[tuple[str, Any]]) -> dict[Any, tuple[str, Any]]:
                 continue
             found[id(value)] = name, value
             code, known = value.__code__, value.__globals__
-            cells = zip(code.co_freevars, value.__closure__ or ())
-            left += [(f"{name}: {own}", cell.cell_contents) for own, cell in cells if is_filled(cell)]
+            left += [(f"{name}: {own}", inner) for own, inner in closed_over(value)]
             left += [(name, inner) for inner in contents(value)]
             for own in names_in(code):
                 if own in known:
@@ -90,6 +89,22 @@ def reachable(values: Iterable[tuple[str, Any]]) -> dict[Any, tuple[str, Any]]:
             elif not isinstance(value, (ModuleType, torch.Tensor, np.ndarray)):  # a module may have anything
                 left += [(name, inner) for inner in contents(value)]
     return found
+
+
+def modules_of(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """List the modules in layers by name, and those that they hold but not as submodules. Local."""
+    found = [(f"{layer}.{own}".strip("."), m) for layer, top in layers for own, m in top.named_modules()]
+    values = [(f"{layer}.{name}", value) for layer, module in layers for _, name, value in plain(module)]
+    for name, value in held_by(layers).values():
+        inner = [own for _, own in closed_over(value)] if isinstance(value, FunctionType) else []
+        values += [(name, own) for own in [*contents(value), *inner]]
+    return [*found, *((name, value) for name, value in values if isinstance(value, nn.Module))]
+
+
+def closed_over(function: FunctionType) -> list[tuple[str, Any]]:
+    """List the variables that a function remembers, by name, where they have a value. Local."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+    return [(name, cell.cell_contents) for name, cell in cells if is_filled(cell)]
 
 
 def inside(value: Any) -> list[Any]:

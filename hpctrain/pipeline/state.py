@@ -1,13 +1,18 @@
 """What modules keep in attributes of their own, and which of it a forward changes."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
+
+from hpctrain.pipeline.aside import Hanging
+from hpctrain.pipeline.holders import inside
+from hpctrain.tensors import storage_of, tensors_in, with_tensors
 
 OWN = vars(nn.Module()).keys()
 """Attributes of every module."""
@@ -15,21 +20,52 @@ MOST_LEAVES = 100
 """Of a list or dictionary that is looked at."""
 
 
-def changed_by(module: nn.Module, forward: Callable[[], Any]) -> list[str]:
-    """Name the attributes that a forward changes: call it twice, as far as it goes. Local.
+def changed_by(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[str], list[str]]:
+    """Name the attributes that a forward changes, and those by which a later one computes. Local.
 
-    Something that the first call makes and the second only uses is no change.
+    It is called twice, as far as it goes. Something that the first call makes and the second only uses is no
+    change; what hangs on the data or the weights is something to compute by, where it comes from an earlier
+    call.
     """
+    own = [*module.parameters(), *module.buffers()]
+    weights = {storage_of(tensor) for tensor in own}
     seen, alive = [plain_values(module)], list[Any]()  # a tensor's id is another's once it is gone
-    for _ in range(2):
+    kept, computes = dict[str, list[torch.Tensor]](), list[str]()
+    for turn in range(2):
         alive += [dict(vars(m)) for m in module.modules()]
+        before = [*own] if not turn else [tensor for tensors in kept.values() for tensor in tensors]
         try:
-            forward()
+            with Hanging(before) as hanging:
+                found = forward()
         except Exception:
             break
         seen.append(plain_values(module))
+        if turn:
+            computes = [*kept] if hanging.has(found) else []
+            break
+        for owner, name, value in plain_of(module):
+            tensors = [t for t in tensors_in(inside(value)) if storage_of(t) not in weights]
+            if hanging.has(tensors):
+                kept[f"{owner}.{name}".lstrip(".")] = [t for t in tensors if hanging.has(t)]
     pairs = [(name, a[name], b.get(name)) for a, b in pairwise(seen) for name in a]
-    return list(dict.fromkeys(name for name, before, after in pairs if before != after))
+    return list(dict.fromkeys(name for name, before, after in pairs if before != after)), computes
+
+
+def without_memory(module: nn.Module, fake: FakeTensorMode) -> None:
+    """Let what modules keep in plain attributes have no memory, as their weights. Local."""
+    for _, name, value in [*plain_of(module)]:
+        if any(not isinstance(tensor, FakeTensor) for tensor in tensors_in(value)):
+            for m in module.modules():
+                if vars(m).get(name) is value:
+                    vars(m)[name] = with_tensors(fake.from_tensor, value)
+
+
+def plain_of(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """List the modules' plain attributes, with what the modules are called. Local."""
+    for path, owner in module.named_modules():
+        for name, value in list(vars(owner).items()):
+            if name not in OWN:
+                yield path, name, value
 
 
 def plain_values(module: nn.Module) -> dict[str, Any]:

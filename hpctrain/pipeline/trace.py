@@ -27,16 +27,18 @@ from hpctrain.gradient import CALLED
 from hpctrain.hidden import notes_on
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import Replaced
+from hpctrain.pipeline.aside import Hanging
 from hpctrain.pipeline.exporting import (
     answered_no,
     causal_masks_known,
+    inference_without_gradients,
     marked,
     own_gradients_refused,
     quiet,
     regions_kept,
 )
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
-from hpctrain.pipeline.state import changed_by, plain_values
+from hpctrain.pipeline.state import changed_by, plain_values, without_memory
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -135,11 +137,10 @@ class Writer:
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         others = of_others()
         program = self._exported(arguments, samples, like)
-        before = dict(self._pristine.named_buffers())
-        if made := [name for name, _ in self.skeleton.named_buffers() if name not in before]:
+        if made := [name for name in names_in(self.skeleton) if name not in names_in(self._pristine)]:
             raise UnwritableError(
-                f"parallel.stages = {self.stages}: the forward registers the buffer {made[0]}, which "
-                f"operators can't: do that in the constructor, or keep it as a plain attribute; {OTHERWISE}"
+                f"parallel.stages = {self.stages}: the forward registers {made[0]}, which operators can't: "
+                f"do that in the constructor (a table may be kept as a plain attribute); {OTHERWISE}"
             )
         told = told_of_others(others, "written down once, each stays the same number")
         if told and not self._looked:
@@ -201,6 +202,7 @@ class Writer:
             quiet(),
             own_gradients_refused(twin),
             regions_kept(),
+            inference_without_gradients(),
             causal_masks_known() as unknown,
             Replaced(dict.fromkeys(CALLED, marked)),
             self.around(),
@@ -309,10 +311,17 @@ class Writer:
         if self._looked:
             return
         self._looked = True
-        twin = skeleton(self.module, self.fake)  # what it keeps for later calls has no memory
+        twin = self._twin()
         with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            self.changed = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
+            self.changed, computes = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
+        if computes:
+            raise UnwritableError(
+                f"parallel.stages = {self.stages}: the forward keeps {', '.join(computes[:3])} of one call "
+                f"and computes by it in the next, but is written down once: make that a buffer which is "
+                f"changed in place, or keep it in a submodule that runs as it is (between parallel.cuts, or "
+                f"in a row); {OTHERWISE}"
+            )
         for calls in LATER if self.changed else ():
             later = self._written_after(calls, arguments)
             if later and fingerprint(later) != fingerprint(program):
@@ -323,6 +332,12 @@ class Writer:
                     f"changed in place; {OTHERWISE}"
                 )
 
+    def _twin(self) -> nn.Module:
+        """Give a copy to be called: what it keeps for later calls has no memory. Local."""
+        twin = skeleton(self.module, self.fake)
+        without_memory(twin, self.fake)
+        return twin
+
     def _written_after(
         self, calls: int, arguments: tuple[Any, dict[str, Any]]
     ) -> torch.export.ExportedProgram | None:
@@ -330,9 +345,9 @@ class Writer:
 
         Of more than one its numbers have changed as often by as much as in the first.
         """
-        once, twin = skeleton(self.module, self.fake), skeleton(self.module, self.fake)
+        once, twin = self._twin(), skeleton(self.module, self.fake)
         try:
-            with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+            with self.fake, Hanging([]), torch.no_grad(), warnings.catch_warnings(), quiet():
                 warnings.simplefilter("ignore")
                 once(*arguments[0], **arguments[1])
             for at in self.changed:
@@ -398,6 +413,12 @@ class Writer:
         except Exception as other:
             return type(other) is type(error)
         return False
+
+
+def names_in(module: nn.Module) -> list[str]:
+    """Name a module's buffers, parameters and submodules. Local."""
+    every = module.named_buffers(), module.named_parameters(), module.named_modules()
+    return [name for named in every for name, _ in named]
 
 
 def fingerprint(program: torch.export.ExportedProgram) -> list[str]:
