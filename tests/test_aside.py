@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from hpctrain.errors import ConfigError
-from hpctrain.pipeline.aside import Asides, Hanging, untouched
+from hpctrain.pipeline.aside import Asides, untouched
+from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.holders import held_by
 
 LOGGER = logging.getLogger("test_aside")

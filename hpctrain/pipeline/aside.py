@@ -19,29 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.hidden import OURS
 from hpctrain.log import LOGGER
+from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.holders import (
     contents,
     entries,
     held_by,
-    inside,
     is_own,
     modules_of,
     put_back,
     reachable,
 )
-from hpctrain.tensors import Looking, storage_of, tensors_in
 
 BARE = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Classes of torch's that users take to put something into."""
 WORDS = (bool, int, float, complex, str)
-NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
-"""Operators that give a tensor's number."""
 
 
 class Asides:
@@ -195,44 +190,6 @@ def untouched(layers: list[tuple[str, nn.Module]]) -> Iterator[None]:
     finally:
         for value, then in before:
             put_back(value, then)
-
-
-class Hanging(Looking):
-    """Follows what is computed from some tensors."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Begin with these."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.storages = {storage_of(tensor) for tensor in tensors}
-        self.numbers = False
-        """Whether a Python number was made of one."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operator, and note what hangs on what it gets."""
-        given = tensors_in((args, kwargs))
-        asks = func in NUMBER
-        if asks and isinstance(given[0], FakeTensor):  # which has no number: any does
-            found = torch.tensor(3.0 if given[0].is_floating_point() else 1, dtype=given[0].dtype).item()
-        else:
-            found = func(*args, **(kwargs or {}))
-        if any(storage_of(tensor) in self.storages for tensor in given):
-            changed = given if getattr(getattr(func, "_schema", None), "is_mutable", False) else []
-            self.storages |= {storage_of(tensor) for tensor in [*tensors_in(found), *changed]}
-            self.numbers |= asks
-        else:  # its memory may have been another's
-            self.storages -= {storage_of(tensor) for tensor in tensors_in(found)}
-        return found
-
-    def has(self, value: Any) -> bool:
-        """Whether a value has a tensor that hangs on them. Local."""
-        return any(storage_of(leaf) in self.storages for leaf in tensors_in(inside(value)))
-
-    def may_have(self, value: Any) -> bool:
-        """Whether a value has an array, or a number or a word while a number was made of one. Local."""
-        kinds = (np.generic, bool, int, float, complex, str) if self.numbers else ()
-        return any(isinstance(leaf, (np.ndarray, *kinds)) for leaf in _pytree.tree_leaves(inside(value)))
 
 
 def changes(value: Any, old: list[Any]) -> list[Any]:

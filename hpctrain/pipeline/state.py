@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
-from hpctrain.pipeline.aside import Hanging
+from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.holders import inside
 from hpctrain.tensors import storage_of, tensors_in, with_tensors
 

@@ -27,7 +27,6 @@ from hpctrain.gradient import CALLED
 from hpctrain.hidden import notes_on
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import Replaced
-from hpctrain.pipeline.aside import Hanging
 from hpctrain.pipeline.exporting import (
     answered_no,
     causal_masks_known,
@@ -37,6 +36,7 @@ from hpctrain.pipeline.exporting import (
     quiet,
     regions_kept,
 )
+from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
 from hpctrain.pipeline.state import changed_by, plain_values, without_memory
 

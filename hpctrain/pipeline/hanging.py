@@ -1,0 +1,53 @@
+"""What is computed from some tensors: followed operator by operator."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree
+
+from hpctrain.pipeline.holders import inside
+from hpctrain.tensors import Looking, storage_of, tensors_in
+
+NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+"""Operators that give a tensor's number."""
+
+
+class Hanging(Looking):
+    """Follows what is computed from some tensors."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Begin with these."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages = {storage_of(tensor) for tensor in tensors}
+        self.numbers = False
+        """Whether a Python number was made of one."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and note what hangs on what it gets."""
+        given = tensors_in((args, kwargs))
+        asks = func in NUMBER
+        if asks and isinstance(given[0], FakeTensor):  # which has no number: any does
+            found = torch.tensor(3.0 if given[0].is_floating_point() else 1, dtype=given[0].dtype).item()
+        else:
+            found = func(*args, **(kwargs or {}))
+        if any(storage_of(tensor) in self.storages for tensor in given):
+            changed = given if getattr(getattr(func, "_schema", None), "is_mutable", False) else []
+            self.storages |= {storage_of(tensor) for tensor in [*tensors_in(found), *changed]}
+            self.numbers |= asks
+        else:  # its memory may have been another's
+            self.storages -= {storage_of(tensor) for tensor in tensors_in(found)}
+        return found
+
+    def has(self, value: Any) -> bool:
+        """Whether a value has a tensor that hangs on them. Local."""
+        return any(storage_of(leaf) in self.storages for leaf in tensors_in(inside(value)))
+
+    def may_have(self, value: Any) -> bool:
+        """Whether a value has an array, or a number or a word while a number was made of one. Local."""
+        kinds = (np.generic, bool, int, float, complex, str) if self.numbers else ()
+        return any(isinstance(leaf, (np.ndarray, *kinds)) for leaf in _pytree.tree_leaves(inside(value)))
