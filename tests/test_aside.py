@@ -1,6 +1,7 @@
 """What layers hold together, and what is put back behind a measurement."""
 
 import logging
+import random
 from collections import OrderedDict, deque
 from contextvars import ContextVar
 from functools import lru_cache
@@ -196,6 +197,40 @@ def compared(*layers):
         with asides.watching(stage, [x]):
             layers[stage](x)
     asides.compare(asides.noted)
+
+
+NOISE = torch.Generator()
+
+
+class Noisy(nn.Module):
+    """Draws from a generator."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, x):
+        return x + torch.rand(x.shape, generator=self.generator)
+
+
+class GloballyNoisy(nn.Module):
+    """Draws from a generator that is a variable of its module."""
+
+    def forward(self, x):
+        return x + torch.rand(x.shape, generator=NOISE)
+
+
+@pytest.mark.parametrize("generator", [torch.Generator(), np.random.default_rng(3), random.Random(3)])
+def test_a_generator_that_two_stages_have_is_refused(generator):
+    held = [("0", Noisy(generator)), ("1", Noisy(generator))]
+    with pytest.raises(
+        ConfigError, match=r"stages 0 and 1 have one \w+ of random numbers \(0.generator and 1.g"
+    ):
+        Asides(held, [(0, 1), (1, 2)])
+    Asides(held, [(0, 2)])
+    Asides([("0", Noisy(torch.default_generator)), ("1", Noisy(torch.default_generator))], [(0, 1), (1, 2)])
+    with pytest.raises(ConfigError, match="stages 0 and 1 have one Generator of random numbers"):
+        Asides([("0", GloballyNoisy()), ("1", GloballyNoisy())], [(0, 1), (1, 2)])
 
 
 class Puts(nn.Module):

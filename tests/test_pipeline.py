@@ -1622,6 +1622,17 @@ def test_what_is_kept_and_computes_nothing_has_the_bits_of_one_process(world, bu
     has_bits_of_one_process(world, build("Keeps", 2, arguments={"what": what}, micro_batches=5), "Keeps")
 
 
+@pytest.mark.mpi
+def test_tables_that_python_keeps_have_the_bits_of_one_process(world, build):
+    """Of those that are made while the forward is written down, none may be met when it runs."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("Cached", 2, micro_batches=5)
+    has_bits_of_one_process(world, job, "Cached")
+    job.engine.evaluate(job.split_batches("train"), job.task.measure)
+    assert type(stage_models.ramp(8)) is type(stage_models.Cached.rows(3)) is torch.Tensor
+
+
 @pytest.mark.parametrize("what", ["replaced", "changed", "number", "listed", "made"])
 def test_what_is_kept_of_a_call_for_the_next_is_refused_by_operators(what):
     told = {"number": "changes scale and computes", "made": r"registers late\.weight, which operators can't"}

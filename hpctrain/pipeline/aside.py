@@ -27,6 +27,7 @@ from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.holders import (
     contents,
     entries,
+    generators_of,
     held_by,
     is_own,
     modules_of,
@@ -48,6 +49,7 @@ class Asides:
         self.shared = self._shared()
         """By stage: its name here, one in another stage, and the container or object."""
         parts = [layers[start:stop] for start, stop in ranges]
+        refuse_generators(parts)
         every = [{id(m): name for name, m in reversed(modules_of(part)) if is_told(m)} for part in parts]
         count = Counter(at for own in every for at in own)
         names = {at: name for own in reversed(every) for at, name in own.items()}
@@ -128,6 +130,21 @@ class Asides:
                 "own, so nothing that the model computes may hang on them",
                 *(stage, here, there),
             )
+
+
+def refuse_generators(parts: list[list[tuple[str, nn.Module]]]) -> None:
+    """Refuse a generator of random numbers that several stages have: each has its own. Local."""
+    seen = dict[int, tuple[int, str]]()
+    for stage, layers in enumerate(parts):
+        for name, one in generators_of(layers):
+            first, other = seen.setdefault(id(one), (stage, name))
+            if first != stage:
+                raise ConfigError(
+                    f"stages {first} and {stage} have one {type(one).__name__} of random numbers "
+                    f"({other} and {name}); each rank has its own, so its numbers would be others than in one "
+                    f"process: draw from torch without a generator, or set parallel.cuts so that one stage "
+                    f"has it"
+                )
 
 
 def is_told(module: nn.Module) -> bool:

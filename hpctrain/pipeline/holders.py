@@ -1,12 +1,13 @@
 """What values hold, as far as it can be found by walking: containers, objects, classes, functions, names."""
 
+import random
 import sys
 import threading
 from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterable
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from queue import Queue
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -25,6 +26,9 @@ HOLDERS = (
     *(*CONTAINERS, SimpleNamespace, UserDict, UserList, Queue),
     *(Namespace, WeakKeyDictionary, threading.local, ContextVar),
 )
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GLOBAL = (torch.default_generator, np.random.mtrand._rand, vars(random)["_inst"])
+CACHED = type(lru_cache(lambda: None))
 MOST_FOUND = 100_000
 MOST = 10_000
 """Entries of a container that are looked at."""
@@ -94,11 +98,33 @@ def reachable(values: Iterable[tuple[str, Any]]) -> dict[Any, tuple[str, Any]]:
 def modules_of(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """List the modules in layers by name, and those that they hold but not as submodules. Local."""
     found = [(f"{layer}.{own}".strip("."), m) for layer, top in layers for own, m in top.named_modules()]
-    values = [(f"{layer}.{name}", value) for layer, module in layers for _, name, value in plain(module)]
+    return [*found, *((name, value) for name, value in values_in(layers) if isinstance(value, nn.Module))]
+
+
+def generators_of(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
+    """List the generators of random numbers that layers hold, by name, but for the global ones. Local."""
+    return [
+        (name, value)
+        for name, value in values_in(layers)
+        if isinstance(value, GENERATORS) and all(value is not one for one in GLOBAL)
+    ]
+
+
+def caches_of(module: nn.Module) -> list[Any]:
+    """List the functions under `functools.lru_cache` that a module's forwards may call. Local."""
+    values = [value for _, value in values_in([("", module)])]
+    for kind in {kind for m in module.modules() for kind in type(m).__mro__ if is_own(kind.__module__)}:
+        values += [getattr(value, "__func__", value) for value in vars(kind).values()]
+    return [value for value in values if isinstance(value, CACHED)]
+
+
+def values_in(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
+    """List what layers hold, by name, and what that holds. Local."""
+    found = [(f"{layer}.{name}", value) for layer, module in layers for _, name, value in plain(module)]
     for name, value in held_by(layers).values():
         inner = [own for _, own in closed_over(value)] if isinstance(value, FunctionType) else []
-        values += [(name, own) for own in [*contents(value), *inner]]
-    return [*found, *((name, value) for name, value in values if isinstance(value, nn.Module))]
+        found += [(name, own) for own in [*contents(value), *inner]]
+    return found
 
 
 def closed_over(function: FunctionType) -> list[tuple[str, Any]]:

@@ -6,9 +6,10 @@ import os
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import (
     AbstractContextManager,
+    contextmanager,
     nullcontext,
     suppress,
 )
@@ -37,6 +38,7 @@ from hpctrain.pipeline.exporting import (
     regions_kept,
 )
 from hpctrain.pipeline.hanging import Hanging
+from hpctrain.pipeline.holders import caches_of
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
 from hpctrain.pipeline.state import changed_by, plain_values, without_memory
 
@@ -116,6 +118,7 @@ class Writer:
         self._looked = self._warned = self._told_of_masks = False
         self._own_train = any(type(m).train is not nn.Module.train for m in module.modules())
         self._told_of_train = False
+        self._caches = caches_of(module)
         self._settings: dict[bool, dict[str, Any]] = {}
         self.changed: list[str] = []
         """Plain attributes that the forward changes."""
@@ -198,6 +201,7 @@ class Writer:
     ) -> torch.export.ExportedProgram:
         twin = twin or self.skeleton
         with (
+            self._cleared(),
             warnings.catch_warnings(),
             quiet(),
             own_gradients_refused(twin),
@@ -312,7 +316,7 @@ class Writer:
             return
         self._looked = True
         twin = self._twin()
-        with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+        with self._cleared(), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             self.changed, computes = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
         if computes:
@@ -332,6 +336,15 @@ class Writer:
                     f"changed in place; {OTHERWISE}"
                 )
 
+    @contextmanager
+    def _cleared(self) -> Iterator[None]:
+        """Let the user's caches (`functools.lru_cache`) keep no tensors without memory. Local."""
+        try:
+            yield
+        finally:
+            for cache in self._caches:
+                cache.cache_clear()
+
     def _twin(self) -> nn.Module:
         """Give a copy to be called: what it keeps for later calls has no memory. Local."""
         twin = skeleton(self.module, self.fake)
@@ -347,7 +360,7 @@ class Writer:
         """
         once, twin = self._twin(), skeleton(self.module, self.fake)
         try:
-            with self.fake, Hanging([]), torch.no_grad(), warnings.catch_warnings(), quiet():
+            with self._cleared(), self.fake, Hanging([]), torch.no_grad(), warnings.catch_warnings(), quiet():
                 warnings.simplefilter("ignore")
                 once(*arguments[0], **arguments[1])
             for at in self.changed:
@@ -407,7 +420,7 @@ class Writer:
         if type(error) not in ORDINARY:  # torch has types of its own for numbers that it does not know
             return False
         try:
-            with self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+            with self._cleared(), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
                 warnings.simplefilter("ignore")
                 self.skeleton(*arguments[0], **arguments[1])
         except Exception as other:
