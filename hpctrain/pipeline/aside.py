@@ -142,8 +142,8 @@ def refuse_generators(parts: list[list[tuple[str, nn.Module]]]) -> None:
                 raise ConfigError(
                     f"stages {first} and {stage} have one {type(one).__name__} of random numbers "
                     f"({other} and {name}); each rank has its own, whose numbers would be others than in "
-                    f"one process: draw from torch without a generator, or set parallel.cuts so that one stage "
-                    f"has it"
+                    f"one process: draw from torch without a generator, or set parallel.cuts so that one "
+                    f"stage has it"
                 )
 
 
