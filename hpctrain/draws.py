@@ -224,6 +224,18 @@ def of_others() -> dict[str, Any]:
     return {"NumPy": (np.asarray(numbers).tobytes(), rest), "Python": random.getstate()}
 
 
+@contextmanager
+def streams_kept() -> Iterator[None]:
+    """Put the random streams of torch, NumPy and Python back behind the body. Local."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
 def told_of_others(before: dict[str, Any], what: str) -> str:
     """Say from which of them numbers were drawn since then; nothing if from none. Local."""
     names = [name for name, state in of_others().items() if state != before[name]]

@@ -836,6 +836,22 @@ class HalfAtEnd(nn.Module):
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))) * self.scale.float())
 
 
+class Skipping(nn.Module):
+    """Leaves out layers by Python's random numbers."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.a, self.c = nn.Linear(in_features, 8), nn.Linear(8, out_features)
+        self.inner = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x))
+        for layer in self.inner:
+            if random.random() < 0.5 or np.random.rand() < 0.5:
+                x = x + torch.tanh(layer(x))
+        return self.c(x)
+
+
 class Keeps(nn.Module):
     """Keeps something from call to call, and computes by it or not; or tells it by what it makes."""
 

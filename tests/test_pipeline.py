@@ -1,6 +1,7 @@
 """Stages against one process: every model that pipelines tend to get wrong, bit for bit where sums keep their order."""
 
 import pickle
+import random as python
 import re
 import sys
 import time
@@ -1620,6 +1621,21 @@ def test_what_is_kept_and_computes_nothing_has_the_bits_of_one_process(world, bu
     if world.size != 2:
         pytest.skip("two stages")
     has_bits_of_one_process(world, build("Keeps", 2, arguments={"what": what}, micro_batches=5), "Keeps")
+
+
+@pytest.mark.mpi
+def test_a_forward_that_branches_by_pythons_numbers_is_the_same_on_all_ranks(world, build, caplog):
+    """It is told of; each rank's own numbers made graphs of their own."""
+    if world.size == 1:
+        pytest.skip("one rank agrees with itself")
+    python.seed(world.rank)
+    np.random.seed(world.rank)
+    with caplog.at_level("WARNING", LOGGER.name):
+        job = build("Skipping", layouts(world.size)[0], micro_batches=4)
+        run(job, 5)  # to an epoch's last batch, of another size
+    assert "draws from the global random numbers of NumPy and Python" in caplog.text
+    own = python.Random(world.rank)
+    assert python.random() == own.random()
 
 
 @pytest.mark.mpi

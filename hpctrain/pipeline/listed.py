@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hpctrain.draws import streams_kept
 from hpctrain.errors import ConfigError
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.exporting import quiet
-from hpctrain.pipeline.profile import streams_kept
 from hpctrain.pipeline.trace import skeleton
 from hpctrain.tensors import Looking, tensors_in
 

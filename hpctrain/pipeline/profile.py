@@ -8,20 +8,19 @@ The model itself is not run: copies of layers are, so no random stream of it mov
 What a layer counts outside of itself (in its class, say) is counted there too.
 """
 
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from mpi4py import MPI
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from hpctrain.draws import streams_kept
 from hpctrain.errors import text_of
 from hpctrain.gradient import StraightIntoPlace, hooked
 from hpctrain.pipeline.held import Living, bytes_kept
@@ -351,18 +350,6 @@ def made_up(like: torch.Tensor, grad: bool = True) -> torch.Tensor:
 def differentiable(dtype: torch.dtype) -> bool:
     """Whether numbers of a type have gradients. Pure."""
     return dtype.is_floating_point or dtype.is_complex
-
-
-@contextmanager
-def streams_kept() -> Iterator[None]:
-    """Put the random streams of torch, NumPy and Python back behind the body."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
 
 
 def may_wait(tensors: Iterable[torch.Tensor], seen: Iterable[int]) -> set[int]:

@@ -3,6 +3,7 @@
 import copy
 import linecache
 import os
+import random
 import traceback
 import warnings
 from collections import deque
@@ -16,13 +17,14 @@ from contextlib import (
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
-from hpctrain.draws import of_others, told_of_others
+from hpctrain.draws import of_others, streams_kept, told_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.hidden import notes_on
@@ -124,7 +126,13 @@ class Writer:
         """Plain attributes that the forward changes."""
 
     def write(self, samples: int, training: bool, like: Like) -> Traced:
-        """Write the forward down with torch.export, on tensors without memory."""
+        """Write the forward down with torch.export, on tensors without memory; the same on all ranks."""
+        with streams_kept():
+            random.seed(0)  # by which a forward may branch
+            np.random.seed(0)
+            return self._write(samples, training, like)
+
+    def _write(self, samples: int, training: bool, like: Like) -> Traced:
         self.module.train(training)  # a user's train() may keep parts in eval mode
         self.look_at_settings(training)
         # what a forward leaves on it (a table that it makes once) is not there in the other mode
@@ -140,7 +148,8 @@ class Writer:
         arguments = ((), fakes) if self.named else (tuple(fakes.values()), {})
         others = of_others()
         program = self._exported(arguments, samples, like)
-        if made := [name for name in names_in(self.skeleton) if name not in names_in(self._pristine)]:
+        before = set(names_in(self._pristine))
+        if made := [name for name in names_in(self.skeleton) if name not in before]:
             raise UnwritableError(
                 f"parallel.stages = {self.stages}: the forward registers {made[0]}, which operators can't: "
                 f"do that in the constructor (a table may be kept as a plain attribute); {OTHERWISE}"
