@@ -1638,6 +1638,16 @@ def test_a_forward_that_branches_by_pythons_numbers_is_the_same_on_all_ranks(wor
     assert python.random() == own.random()
 
 
+def test_a_hook_that_looks_at_the_module_itself_is_no_error_of_the_forward():
+    """What is written down is a copy, and the hook knows the module that the user made."""
+    module = stage_models.Hooked(5, 2)
+    assert module(torch.zeros(4, 5)).shape == (4, 2)
+    with pytest.raises(
+        ConfigError, match=r"torch.export can't write Hooked down, so it can't be cut, at .*IndexEr"
+    ):
+        Graph(module, {"x": torch.zeros(4, 5)}, False, 2)
+
+
 @pytest.mark.mpi
 def test_tables_that_python_keeps_have_the_bits_of_one_process(world, build):
     """Of those that are made while the forward is written down, none may be met when it runs."""

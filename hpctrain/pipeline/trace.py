@@ -27,7 +27,7 @@ from torch.utils import _pytree
 from hpctrain.draws import of_others, streams_kept, told_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
-from hpctrain.hidden import notes_on
+from hpctrain.hidden import has_hooks, notes_on
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import Replaced
 from hpctrain.pipeline.exporting import (
@@ -427,6 +427,8 @@ class Writer:
     def _fails_anyway(self, error: Exception, arguments: tuple[Any, dict[str, Any]]) -> bool:
         """Whether a forward that is not written down fails alike: not for what stages ask for. Local."""
         if type(error) not in ORDINARY:  # torch has types of its own for numbers that it does not know
+            return False
+        if any(map(has_hooks, self.module.modules())):  # which may look at the module, and not at this copy
             return False
         try:
             with self._cleared(), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
