@@ -1641,7 +1641,8 @@ def test_a_forward_that_branches_by_pythons_numbers_is_the_same_on_all_ranks(wor
 def test_a_hook_that_looks_at_the_module_itself_is_no_error_of_the_forward():
     """What is written down is a copy, and the hook knows the module that the user made."""
     module = stage_models.Hooked(5, 2)
-    assert module(torch.zeros(4, 5)).shape == (4, 2)
+    with torch.no_grad():
+        assert module(torch.zeros(4, 5)).shape == (4, 2)
     with pytest.raises(
         ConfigError, match=r"torch.export can't write Hooked down, so it can't be cut, at .*IndexEr"
     ):
