@@ -1,6 +1,5 @@
 """Tensors and words that hang on a module where torch does not look: plain attributes, notes on tensors."""
 
-import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -37,13 +36,6 @@ def plain(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         for name, value in list(vars(owner).items()):
             if name not in OURS:
                 yield owner, name, value
-
-
-def is_plain(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is the module's own, or a class's that nothing computes. Local."""
-    missing = object()
-    of_class = inspect.getattr_static(type(module), name, missing)
-    return name in vars(module) or not (of_class is missing or hasattr(type(of_class), "__get__"))
 
 
 def has_hooks(module: nn.Module) -> bool:

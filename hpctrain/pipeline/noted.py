@@ -4,6 +4,7 @@ Tensors that it makes and autograd.Functions that it applies become calls; what 
 must stay; what it computes with the model's own numbers, and what it changes of a module, is refused.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import OURS, is_plain
+from hpctrain.hidden import OURS
 from hpctrain.pipeline.stand import asked_by_user
 from hpctrain.pipeline.state import plain
 from hpctrain.tensors import Looking, storage_of, tensors_in
@@ -100,6 +101,13 @@ class Reads:
                     f"parallel.cuts: the forward around the cuts reads {path}, which a module that it calls "
                     f"changes: it is read once, when the model is cut; give it out of that module's forward"
                 )
+
+
+def is_plain(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is the module's own, or a class's that nothing computes. Local."""
+    missing = object()
+    of_class = inspect.getattr_static(type(module), name, missing)
+    return name in vars(module) or not (of_class is missing or hasattr(type(of_class), "__get__"))
 
 
 class OwnNumbers(Looking):
