@@ -889,6 +889,9 @@ class Keeps(nn.Module):
         elif self.what == "listed":
             self.means = [*self.means, mean][-3:]
             h = h - sum(self.means)
+        elif self.what == "given":
+            before, self.late = self.late, x.detach()
+            h = h if before is None else h + before[:, :1]
         elif self.what == "made":
             if self.late is None:
                 self.late = nn.Linear(8, 8)
@@ -900,6 +903,7 @@ class Keeps(nn.Module):
             h = h * self.table
         elif self.what == "log":
             self.seen.append(h)
+            self.late = x
             self.mean, self.term = 0.9 * self.mean + 0.1 * mean, h.square().mean()
             h = h + self.term
         else:

@@ -1660,9 +1660,10 @@ def test_tables_that_python_keeps_have_the_bits_of_one_process(world, build):
     assert type(stage_models.ramp(8)) is type(stage_models.Cached.rows(3)) is torch.Tensor
 
 
-@pytest.mark.parametrize("what", ["replaced", "changed", "number", "listed", "made"])
+@pytest.mark.parametrize("what", ["replaced", "changed", "number", "listed", "given", "made"])
 def test_what_is_kept_of_a_call_for_the_next_is_refused_by_operators(what):
     told = {"number": "changes scale and computes", "made": r"registers late\.weight, which operators can't"}
+    told["given"] = "keeps late of one call"
     told |= {"replaced": "keeps mean of one call", "changed": "keeps mean of one call"}
     with pytest.raises(
         ConfigError, match=f"the forward {told.get(what, 'keeps means of one call and computes')}"

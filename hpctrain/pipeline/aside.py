@@ -22,7 +22,7 @@ from torch import nn
 
 from hpctrain.errors import ConfigError
 from hpctrain.hidden import OURS
-from hpctrain.log import LOGGER
+from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.holders import (
     contents,
@@ -120,15 +120,16 @@ class Asides:
                     f"outputs, or set parallel.cuts so that one stage has both"
                 )
             for path, name in sorted(own.read & there.counted):
-                self._tell(other, f"{path}.{name}", path)
+                self._tell(other, f"{path}.{name}", path, **ALIKE)
 
-    def _tell(self, stage: int, here: str, there: str) -> None:
+    def _tell(self, stage: int, here: str, there: str, **extra: bool) -> None:
         if not self._warned:
             self._warned = True
             LOGGER.warning(
                 "stage %d changes numbers of %s, which another stage has, too, as %s: each rank has its "
                 "own, so nothing that the model computes may hang on them",
                 *(stage, here, there),
+                extra=extra,
             )
 
 

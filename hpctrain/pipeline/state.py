@@ -1,7 +1,7 @@
 """What modules keep in attributes of their own, and which of it a forward changes."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +20,14 @@ MOST_LEAVES = 100
 """Of a list or dictionary that is looked at."""
 
 
-def changed_by(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[str], list[str]]:
+def changed_by(
+    module: nn.Module, forward: Callable[[], Any], data: Sequence[torch.Tensor] = ()
+) -> tuple[list[str], list[str]]:
     """Name the attributes that a forward changes, and those by which a later one computes. Local.
 
     It is called twice, as far as it goes. Something that the first call makes and the second only uses is no
     change; what hangs on the data or the weights is something to compute by, where it comes from an earlier
-    call.
+    call. `data` is what each call makes its own copies of: what is kept of the first is not the second's.
     """
     own = [*module.parameters(), *module.buffers()]
     weights = {storage_of(tensor) for tensor in own}
@@ -33,7 +35,7 @@ def changed_by(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[str]
     kept, computes = dict[str, list[torch.Tensor]](), list[str]()
     for turn in range(2):
         alive += [dict(vars(m)) for m in module.modules()]
-        before = [*own] if not turn else [tensor for tensors in kept.values() for tensor in tensors]
+        before = [*own, *data] if not turn else [tensor for tensors in kept.values() for tensor in tensors]
         try:
             with Hanging(before) as hanging:
                 found = forward()

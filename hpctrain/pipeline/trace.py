@@ -43,6 +43,7 @@ from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.holders import caches_of
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
 from hpctrain.pipeline.state import changed_by, plain_values, without_memory
+from hpctrain.tensors import tensors_in, with_tensors
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -324,10 +325,15 @@ class Writer:
         if self._looked:
             return
         self._looked = True
-        twin = self._twin()
+        twin, data = self._twin(), tensors_in(arguments)
+
+        def forward() -> Any:
+            given, named = with_tensors(torch.clone, arguments)
+            return twin(*given, **named)
+
         with self._cleared(), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            self.changed, computes = changed_by(twin, lambda: twin(*arguments[0], **arguments[1]))
+            self.changed, computes = changed_by(twin, forward, data)
         if computes:
             raise UnwritableError(
                 f"parallel.stages = {self.stages}: the forward keeps {', '.join(computes[:3])} of one call "
