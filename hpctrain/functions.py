@@ -30,6 +30,22 @@ class Product(NamedTuple):
 
 
 @dataclass
+class FreshProduct:
+    """The same of a layer that is at times left to autograd: computed as there, by itself, then added."""
+
+    g: torch.Tensor
+    x: torch.Tensor
+
+    def alone(self) -> "FreshProduct":
+        """Give it without what made its tensors. Local."""
+        return FreshProduct(*Product(self.g, self.x).alone())
+
+    def of_weights(self, now: bool) -> tuple[torch.Tensor]:
+        """Compute it; `now`: in the backward. Local."""
+        return (self.g.t() @ self.x,)
+
+
+@dataclass
 class Correlation:
     """The gradients of a convolution's weight and bias, from its input x and the gradient g of its output."""
 
@@ -65,7 +81,7 @@ class Correlation:
         return found[1:]
 
 
-Work = Product | Correlation
+Work = Product | FreshProduct | Correlation
 
 
 class Owner(Protocol):
@@ -90,17 +106,24 @@ class Owner(Protocol):
 
 
 class Linear(torch.autograd.Function):
-    """F.linear."""
+    """F.linear; `as_torch`: with its bits, as it has it itself in another micro-batch or layout."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, owner: Owner
+        ctx: Any,
+        x: torch.Tensor,
+        weight: nn.Parameter,
+        bias: torch.Tensor | None,
+        owner: Owner,
+        as_torch: bool,
     ) -> torch.Tensor:
         """Compute the layer."""
         ctx.save_for_backward(x, weight)
         ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
-        ctx.by_onednn = owner.by_onednn
-        if owner.by_onednn:
+        ctx.by_onednn, ctx.as_torch = owner.by_onednn, as_torch
+        if as_torch:
+            found = LINEAR(x, weight, bias)
+        elif owner.by_onednn:
             found = products.linear(x, weight, bias, owner.laid.get(weight, True))
         else:
             turned = products.turned(x, weight, bias)
@@ -112,7 +135,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Give the gradients that autograd is to have."""
         (x, weight), owner, parameter = ctx.saved_tensors, ctx.owner, ctx.parameter
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         g = gradient if gradient.ndim == 2 else gradient.reshape(-1, gradient.size(-1))
         to_x = to_weight = to_bias = None
         if of_x:
@@ -122,11 +145,14 @@ class Linear(torch.autograd.Function):
                 to_x = torch.matmul(gradient, weight)
         if of_weight:
             rows = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
-            if not owner.take([parameter], Product(g, rows)):
+            work = FreshProduct(g, rows) if ctx.as_torch else Product(g, rows)
+            if not owner.take([parameter], work):
                 to_weight = g.t() @ rows
         if ctx.has_bias and of_bias:
-            to_bias = g.sum(dim=0)
-        return to_x, to_weight, to_bias, None
+            # torch, too, flattens what comes for a contiguous input; else it sums as the gradient lies
+            flat = not ctx.as_torch or (x.is_contiguous() and x.ndim < 4)
+            to_bias = g.sum(dim=0) if flat else gradient.sum(dim=tuple(range(gradient.ndim - 1)))
+        return to_x, to_weight, to_bias, None, None
 
 
 class Convolution(torch.autograd.Function):

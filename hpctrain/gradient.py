@@ -30,10 +30,15 @@ from hpctrain import products
 from hpctrain.functions import EMBEDDING, LINEAR, Convolution, Embedding, Linear, Product, Work
 from hpctrain.modes import Replaced, watched
 from hpctrain.products import LaidWeights
-from hpctrain.waiting import Order, WaitingGradients
+from hpctrain.tensors import hooked
+from hpctrain.waiting import Order, WaitingGradients, few_rows, rows_together
 
 SMALLEST = 2**17
 """Elements: below it a call of ours costs more than the passes over memory that it saves (measured)."""
+
+LARGE = 2**20
+"""The same where MKL computes, of products that don't wait for other micro-batches': smaller ones are left to
+autograd, or wait with its bits. Between products caches are cold: a call of ours takes 0.14 ms (measured)."""
 
 SMALLEST_FILTER = 1024
 """The same for convolutions, whose work is many times that of a product with their weight."""
@@ -67,6 +72,9 @@ class Places(Order, Protocol):
     def filled(self, parameter: torch.Tensor) -> None:
         """Note that a gradient has been added in its place."""
 
+    def came(self) -> None:
+        """Take what a backward that has ended has brought by autograd."""
+
     def left(self, *parameters: torch.Tensor, waits: bool) -> bool:
         """Tell whether autograd may bring a layer's gradients, in the same order of the sum; it will then.
 
@@ -88,7 +96,9 @@ class StraightIntoPlace(WaitingGradients):
         """Sums of |g|ᵀ·|x| of each weight's products, if someone wants them: `verify` does."""
         self._forward_of = -1
         self._called: set[int] = set()
-        """Weights and biases of convolutions that were called in this forward."""
+        """Weights and biases of layers that were called in this forward, some left to torch."""
+        self._settled: dict[int, float] = {}
+        """Weights of linear layers that are left where nothing waits, and to which size of an input not."""
         self.compiled = any(
             type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None)
             for m in module.modules()
@@ -126,6 +136,7 @@ class StraightIntoPlace(WaitingGradients):
             yield
         finally:
             self._active, self._micro_batch, self._whole = False, -1, False
+        self._places.came()
 
     def begin(self, micro_batches: int, waits: bool = False, behind: Container[int] = ()) -> None:
         """Start a step of so many micro-batches: no product waits, and weights are new. Local.
@@ -136,14 +147,14 @@ class StraightIntoPlace(WaitingGradients):
         self.nothing_waits(behind)
         self.laid.begin(micro_batches, waits)
 
-    def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether a convolution's gradients are left to torch: calling ours costs some percent. Local.
+    def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None = None, light: bool = False) -> bool:
+        """Whether a layer's gradients are left to torch: calling ours costs some percent. Local.
 
         Of several calls with one weight or bias the first: torch would add those of all before they join.
         """
         ids = {id(one) for one in (weight, bias) if one is not None}
         parameters = [one for one in (weight, bias) if one is not None and one.requires_grad]
-        waits = self.may_wait(parameters, self._forward_of)
+        waits = self._waits_light(weight) if light else self.may_wait(parameters, self._forward_of)
         first = self._called.isdisjoint(ids)
         self._called |= ids
         return first and self._places.left(*parameters, waits=waits)
@@ -159,11 +170,47 @@ class StraightIntoPlace(WaitingGradients):
     def _linear(
         self, function: Any, input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self._is_settled(input, weight):
+            return function(input, weight, bias)  # type: ignore[no-any-return]
         own = function is LINEAR and self._takes(input, weight, bias)
         if not own or (bias is not None and bias.ndim != 1):
             return function(input, weight, bias)  # type: ignore[no-any-return]
+        light = self._is_light(input, weight)
+        if light and self._leaves(weight, light=True):
+            if not self._waits_light(weight):
+                self._settled[id(weight)] = self._few_rows(weight) * weight.size(1)
+            return function(input, weight, bias)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():
-            return APPLY_LINEAR(unwrap(input), weight, bias, self)  # type: ignore[no-any-return]
+            return APPLY_LINEAR(unwrap(input), weight, bias, self, light)  # type: ignore[no-any-return]
+
+    def _is_settled(self, x: Any, weight: torch.Tensor) -> bool:
+        """Whether a call is known to be left to torch, without a closer look: it would take 50 µs. Local."""
+        at = id(weight)
+        if at not in self._settled or at in self._called or self.by_onednn or type(x) is not torch.Tensor:
+            return False
+        if x.numel() <= self._settled[at] or (x.ndim == 2 and not x.is_contiguous()):
+            return False
+        if self._waits_light(weight):
+            return False
+        self._called.add(at)
+        return True
+
+    def _is_light(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether a product need not be called by us where it does not wait: a rule of shapes. Local."""
+        if self.by_onednn or weight.numel() >= LARGE or not x.numel():
+            return False
+        if x.ndim == 1 or (x.ndim == 2 and not x.is_contiguous()):  # torch has ways of its own
+            return False
+        return x.numel() > self._few_rows(weight) * x.size(-1)
+
+    def _waits_light(self, weight: torch.Tensor) -> bool:
+        """Whether a light product waits: by `fast`, which measures no split, at a step's end. Local."""
+        at = self._forward_of
+        return at >= 0 and (not self.fast or at in self._behind) and self.may_wait([weight], at)
+
+    def _few_rows(self, weight: torch.Tensor) -> float:
+        """Rows up to which products gain by waiting for other micro-batches'. Local."""
+        return rows_together(weight) if self.fast else few_rows(weight)
 
     def _embedding(
         self, function: Any, input: torch.Tensor, weight: Any, padding_idx: int | None = None,
@@ -174,6 +221,7 @@ class StraightIntoPlace(WaitingGradients):
         if special or not self._takes(weight, weight) or not -len(weight) <= (padding_idx or 0) < len(weight):
             rest = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
             return function(input, weight, *rest)  # type: ignore[no-any-return]
+        self._called.add(id(weight))
         padding = -1 if padding_idx is None else padding_idx % len(weight)
         with torch._C.DisableTorchFunction():
             if max_norm is not None:  # before the rows are read, as torch does
@@ -204,7 +252,7 @@ class StraightIntoPlace(WaitingGradients):
         """Whether a gradient of this backward goes straight into its place. Local."""
         own_way = (
             not self.filling
-            or hooked(parameter, ours=1)  # the user's want to see the gradient; `Places` has one
+            or hooked(parameter)  # the user's want to see the gradient
             or parameter.dtype != dtype
         )
         return not own_way and self._places.place(parameter) is not None
@@ -263,11 +311,6 @@ class StraightIntoPlace(WaitingGradients):
         found = self._places.place(parameter)
         assert found is not None
         return found
-
-
-def hooked(parameter: torch.Tensor, ours: int = 0) -> bool:
-    """Whether a hook of the user's is to be called with a parameter's gradient; `ours` are not. Local."""
-    return bool(parameter._backward_hooks) or len(parameter._post_accumulate_grad_hooks or ()) > ours
 
 
 def seen(module: nn.Module) -> dict[int, torch.Tensor]:

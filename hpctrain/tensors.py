@@ -2,11 +2,24 @@
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class OurHook(partial[None]):
+    """A hook of ours on a parameter: `hooked` asks for those of users."""
+
+
+def hooked(parameter: torch.Tensor) -> bool:
+    """Whether a hook of the user's is to be called with a parameter's gradient. Local."""
+    behind = parameter._post_accumulate_grad_hooks
+    return bool(parameter._backward_hooks) or (
+        bool(behind) and not all(isinstance(hook, OurHook) for hook in behind.values())
+    )
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:

@@ -219,9 +219,14 @@ def is_short(work: Work, weight: torch.Tensor) -> bool:
 
     Not where it would hold much more memory than its own: that of a tensor of which it has a few rows.
     """
-    if not isinstance(work, Product) or TOGETHER * work.g.size(0) > rows_together(weight):
+    if not isinstance(work, Product) or work.g.size(0) > few_rows(weight):
         return False
     return all(t.untyped_storage().nbytes() <= 2 * t.nbytes for t in work)
+
+
+def few_rows(weight: torch.Tensor) -> float:
+    """Give the rows up to which products gain by being computed together, one after the other. Pure."""
+    return rows_together(weight) / TOGETHER
 
 
 def gains_merged(work: Work, weight: torch.Tensor) -> bool:

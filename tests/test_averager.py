@@ -81,6 +81,7 @@ def test_gradients_come_home_to_the_spaces_aligned(world):
     averager = averager_of(module, world)
     averager.begin([world.rank])
     loss_of(module, 3).backward()
+    averager.places.came()
     begin = [flat.data_ptr() for flat in averager.medium.slots[0]]
     for name, parameter in averager.named.items():
         view, fresh = averager.places.place(parameter)

@@ -17,6 +17,7 @@ from hpctrain.averaging.places import Places
 from hpctrain.averaging.space import deal
 from hpctrain.draws import Draws
 from hpctrain.gradient import StraightIntoPlace
+from hpctrain.tensors import OurHook
 
 
 class Owner:
@@ -26,7 +27,7 @@ class Owner:
         self.places = {id(p): torch.full_like(p, 7.0) for p in module.parameters()}
         self.joined, self.caught, self.back, self.waits = [], [], [], True
         for p in (p for p in module.parameters() if p.requires_grad):
-            p.register_post_accumulate_grad_hook(self.ready)
+            p.register_post_accumulate_grad_hook(OurHook(self.ready))
 
     def place(self, parameter):
         return self.places[id(parameter)], id(parameter) not in self.joined
@@ -45,6 +46,9 @@ class Owner:
     def left(self, *parameters, waits):
         return False
 
+    def came(self):
+        pass
+
     def taken_back(self, parameter):
         self.back.append(id(parameter))
 
@@ -59,6 +63,7 @@ class Owner:
 @pytest.fixture(autouse=True)
 def small_weights(monkeypatch):
     monkeypatch.setattr(gradient, "SMALLEST", 1)
+    monkeypatch.setattr(gradient, "LARGE", 1)
 
 
 class Tied(nn.Module):
@@ -625,6 +630,109 @@ def convolutions(kind):
         "transposed": (nn.ConvTranspose2d(3, 4, 2, stride=2), (2, 3, 4, 4)),
     }
     return made[kind]
+
+
+class Laid(nn.Module):
+    """A linear layer whose input and output lie in the order of some dimensions."""
+
+    def __init__(self, shape, order, bias=True):
+        super().__init__()
+        self.order, self.layer = order, nn.Linear(shape[order[-1]], 40, bias=bias)
+
+    def forward(self, x):
+        y = self.layer(x.permute(self.order)).permute(self.order)
+        return torch.tanh(y.contiguous() * 0.1)
+
+
+LIGHT = {
+    "rows": ((70, 24), (0, 1)),
+    "many rows": ((700, 24), (0, 1)),
+    "three dimensions": ((7, 11, 24), (0, 1, 2)),
+    "transposed": ((11, 7, 24), (1, 0, 2)),
+    "four dimensions": ((5, 3, 7, 24), (0, 1, 2, 3)),
+    "four transposed": ((5, 3, 7, 24), (2, 0, 1, 3)),
+}
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Lets small weights' products be light; lists those that are called by us."""
+    monkeypatch.setattr(gradient, "LARGE", 2**20)
+    monkeypatch.setattr(products, "AVAILABLE", False)
+    called, apply = [], gradient.APPLY_LINEAR
+
+    def applying(*given):
+        called.append(given[-1])
+        return apply(*given)
+
+    monkeypatch.setattr(gradient, "APPLY_LINEAR", applying)
+    return called
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("kind", LIGHT)
+def test_light_products_have_autograds_bits(kind, waits, bias, light):
+    """Left to it, or computed after the backward; in the first step all are called by us."""
+    shape, order = LIGHT[kind]
+    torch.manual_seed(0)
+    plain = Laid(shape, order, bias)
+    batches = [torch.randn(shape) for _ in range(3)]
+    inputs, found = steps(copy.deepcopy(plain), batches, waits, count=3)
+    for x, gradient_of_x in zip(batches, inputs, strict=True):
+        own = x.clone().requires_grad_()
+        plain(own).square().sum().backward()
+        assert torch.equal(gradient_of_x, own.grad)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name
+    assert light == [True] * (9 if waits else 3)
+
+
+def test_a_product_is_light_by_its_shape_alone(light, monkeypatch):
+    """A weight whose calls were left is looked at again where rows are few, or an input lies otherwise."""
+    layer = nn.Linear(256, 320)
+    straight, few = StraightIntoPlace(layer, real_places(layer)[0]), 11
+    assert few < waiting.few_rows(layer.weight) < few + 1
+    with straight.forward():
+        for x, own in ((torch.ones(few, 256), False), (torch.ones(few + 1, 256), True)):
+            layer(x)
+            assert light.pop() == own
+        layer(torch.ones(256, 99).t())
+        assert light.pop() is False
+    straight._places.begin()
+    straight._places.begin()
+    for rows in (few + 1, few, few + 1):
+        with straight.forward():
+            layer(torch.ones(rows, 256))
+        assert light == [False] * (rows == few)
+        light.clear()
+    assert straight._settled == {id(layer.weight): waiting.few_rows(layer.weight) * 256}
+    with straight.forward():
+        layer(torch.ones(few + 1, 256))
+        layer(torch.ones(few + 1, 256))
+        layer(torch.ones(256, 99).t())
+    assert light == [True, False], "of a forward's calls one may be left, and none that torch takes otherwise"
+    light.clear()
+    monkeypatch.setattr(gradient, "LARGE", 256 * 320)
+    straight = StraightIntoPlace(layer, real_places(layer)[0])
+    with straight.forward():
+        layer(torch.ones(few + 1, 256))
+    assert light == [False]
+
+
+def test_a_weight_that_was_looked_up_is_not_left(light):
+    """Else its product would join behind the rows, and before them where stages share it."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(30, 24)
+
+        def forward(self, x):
+            return functional.linear(self.table((x[:, 0] * 9).long().abs() % 30), self.table.weight)
+
+    steps(Both(), [torch.randn(50, 4) for _ in range(2)], waits=False, count=3)
+    assert light == [True] * 6
 
 
 UNSEEN = ["same", "transposed"]

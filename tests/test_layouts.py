@@ -109,6 +109,7 @@ def test_invariant_averaging_gives_the_same_bits_as_one_process(
 ):
     """Losses, norms, weights, buffers and optimizer state, over an epoch's short last batch."""
     monkeypatch.setattr("hpctrain.gradient.SMALLEST", 1)
+    monkeypatch.setattr("hpctrain.gradient.LARGE", 1)
     config = config_of(files, f"helpers.{model}", clip=clip)
     config.parallel.micro_batches = micro_batches
     config.averaging.invariant = True

@@ -390,6 +390,7 @@ def test_gradients_of_other_ranks_are_added_before_theirs_leave(world, way):
 def test_gradients_that_wait_are_told_when_they_have_come(world, way, monkeypatch):
     """Products of both micro-batches are computed after both backward passes: the bits of a run without waiting."""
     monkeypatch.setattr("hpctrain.gradient.SMALLEST", 1)
+    monkeypatch.setattr("hpctrain.gradient.LARGE", 1)
     early = []
 
     def work(averager, straight, v, loss):

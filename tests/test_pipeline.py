@@ -84,6 +84,7 @@ def waits(monkeypatch):
     from hpctrain.averaging.places import Places
 
     monkeypatch.setattr(gradient, "SMALLEST", 1)
+    monkeypatch.setattr(gradient, "LARGE", 1)
     monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
     monkeypatch.setattr(weigh, "SPLIT_WORTH", float("inf"))  # of so small ones no split is repaid
     asked, later = [], Places.later
@@ -926,6 +927,63 @@ def test_weight_gradients_that_wait_keep_the_bits(world, build, waits, model, sc
             m for m in job.engine.module.modules() if isinstance(m, torch.nn.Linear) and m.weight is not None
         ]
         assert any(waits) or not linear or "tied" in model.lower() or model == "mixed_row"
+
+
+@pytest.fixture
+def light(waits, monkeypatch):
+    """Lets linear layers be light: left to autograd where they don't wait; notes what was computed how."""
+    monkeypatch.setattr(gradient, "LARGE", 2**20)
+    monkeypatch.setattr(products, "AVAILABLE", False)
+    found, compute, settled = (
+        set(),
+        gradient.StraightIntoPlace._compute,
+        gradient.StraightIntoPlace._is_settled,
+    )
+
+    def computing(self, parameters, work, **how):
+        found.add(type(work).__name__)
+        compute(self, parameters, work, **how)
+
+    def looking(self, *given):
+        if settled(self, *given):
+            found.add("left")
+            return True
+        return False
+
+    monkeypatch.setattr(gradient.StraightIntoPlace, "_compute", computing)
+    monkeypatch.setattr(gradient.StraightIntoPlace, "_is_settled", looking)
+    return found
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["plain_row", "Skips", "Tied", "tied_row"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "interleaved"])
+@pytest.mark.parametrize("dear", [False, True])
+def test_light_products_have_the_bits_of_one_process(world, build, light, schedule, model, dear):
+    """Left to autograd, or waiting, all of them or in the last micro-batches alone."""
+    if world.size not in layouts(world.size, model) or (schedule == "interleaved" and "ied" in model):
+        pytest.skip("as many stages as ranks, two at least; each weight on one rank")
+    job = build(model, world.size, micro_batches=5, schedule=schedule)
+    if dear:
+        job.engine.straight.at_once(job.engine.module.parameters())
+    has_bits_of_one_process(world, job, model)
+    ways = set().union(*world.allgather(light))
+    assert "Product" not in ways
+    assert "FreshProduct" in ways
+    assert ("left" in ways) or schedule.startswith("zb")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", TIED)
+def test_light_products_of_shared_weights_have_the_bits_of_one_process(world, build, light, model):
+    """Micro-batch by micro-batch: which of a weight's uses is left hangs on the forward alone."""
+    for stages in layouts(world.size):
+        job = build(model, stages, micro_batches=6, invariant=True)
+        losses = run(job, 4, clip=0.05)
+        expected, state = alone_like(job, 4, clip=0.05)
+        assert losses == expected
+        other = [n for n, v in tensors_of(job.engine.module).items() if not torch.equal(v, state[n])]
+        assert not other, (stages, other)
 
 
 @pytest.mark.mpi

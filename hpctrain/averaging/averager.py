@@ -188,7 +188,7 @@ class Averager:
             self.sums.begin(self._coming)
         if self.overlap:
             self.overlap.begin()
-        self.places.begin()
+        self.places.begin(several=len(self._coming) > 1 and not self.sums)
         self.places.point(0, self.medium.slots[0])
         self.medium.begin()
         self._told_last = False
@@ -236,6 +236,7 @@ class Averager:
 
     def joined_part(self, micro_batch: int, part: int) -> None:
         """Note that a part of a micro-batch's backward is done, which takes its place in the tree. Local."""
+        self.places.came()
         if self.sums:
             self.sums.take(micro_batch, part)
 

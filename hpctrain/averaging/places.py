@@ -3,6 +3,7 @@
       place(p)    where the gradient of p is to be computed, and filled(p) that it was; or
       later(p…)   it will be, after the backward, and caught_up(p) that none of p's waits any more; or
       ready(p)    autograd's hook: p has all its gradient of this backward, in `.grad` or in place
+      came()      a backward has ended: the same for parameters without a hook
       complete()  what nothing has joined is zero
 
 In the last backward of a step a bucket is full when every parameter that lies in it is ready;
@@ -10,7 +11,6 @@ buckets are told in their order, so that all ranks mean the same ones.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,12 @@ from torch import nn
 from hpctrain.averaging.across import Bucket
 from hpctrain.averaging.space import Space
 from hpctrain.errors import HpctrainError
+from hpctrain.tensors import OurHook
+
+SMALL = 2**16
+"""Elements up to which a parameter has a hook only where buckets wait for it. Between products, which leave
+nothing of it in the caches, a hook takes 25 µs (measured): so larger ones, too, have theirs only in a step's
+first backward, in which what autograd brings is new memory that should not last until its end."""
 
 
 class Places:
@@ -38,10 +44,9 @@ class Places:
         self._counts = [0] * len(self.named)
         """What it had counted when it was looked at last."""
         self._slot = [-1] * len(self.named)
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self.ready, p))  # type: ignore[no-untyped-call]
-            for p in self.named.values()
-        ]
+        self._hooks: dict[int, Any] = {}
+        self._unhooked = list(enumerate(self.named.values()))
+        self._several = False
         self._telling: Callable[[int], None] | None = None
         self._buckets_of: list[list[int]] = [[] for _ in self.named]
         self.order: list[int] = []
@@ -67,8 +72,23 @@ class Places:
         self.repeats = False
         """Whether one backward has brought a parameter's gradient in several portions."""
 
+    def _hook(self, above: int) -> None:
+        """Let autograd tell of parameters with more elements. Local."""
+        for index, parameter in self._unhooked:
+            if parameter.numel() > above:
+                hook = OurHook(self.ready, parameter)
+                self._hooks[index] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._unhooked = [(index, p) for index, p in self._unhooked if index not in self._hooks]
+
+    def _unhook(self, indices: Iterable[int]) -> None:
+        """Let it tell of these no more. Local."""
+        for index in indices:
+            self._hooks.pop(index).remove()
+        self._unhooked = [one for one in enumerate(self.named.values()) if one[0] not in self._hooks]
+
     def watch(self, buckets: Sequence[Bucket]) -> None:
         """Take the buckets; their order is that of the list until another is learnt. Local."""
+        self._hook(-1)
         for at, (space, start, stop) in enumerate(buckets):
             for seat in self.spaces[space].inside(start, stop):
                 self._buckets_of[seat.index].append(at)
@@ -86,12 +106,17 @@ class Places:
                 last[at] = max(last[at], self._came.get(index, len(self.named)))
         return sorted(range(len(last)), key=lambda at: (last[at], at))
 
-    def begin(self) -> None:
-        """Start a step: no gradient has joined. Local."""
+    def begin(self, several: bool = False) -> None:
+        """Start a step: no gradient has joined. Local.
+
+        `several`: what its backwards bring will be added up by autograd, in the memory of the first.
+        """
         self.used[:] = 0.0
         self._telling, self._missing, self._final = None, [], set()
         self._waiting.clear()
         self._steps += 1
+        self._hook(SMALL)
+        self._several = several and not self.order
 
     def last_backward(
         self, tell: Callable[[int], None] | None, parameters: Iterable[nn.Parameter] | None = None
@@ -229,6 +254,21 @@ class Places:
         if final and index not in self._waiting:
             self._note_final(index)
 
+    def came(self) -> None:
+        """Take what a backward that has ended has brought for parameters without a hook. Local."""
+        for index, parameter in self._unhooked:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            usual = index in self._mixed or index in self._left
+            if grad is not self._handed[index] or index in self._waiting or not usual:
+                self.ready(parameter)
+            elif grad._version != self._counts[index]:
+                self._counts[index] = grad._version
+                self.filled(parameter)
+        if self._several and self._hooks:
+            self._unhook([index for index in self._hooks if not self._fresh[index]])
+
     def _note_final(self, index: int) -> None:
         if self._missing and index not in self._shared:
             self._note(index)
@@ -265,6 +305,7 @@ class Places:
 
     def complete(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Zero the gradients, of all or some, that nothing has joined: there are old ones. Local."""
+        self.came()
         for index in self._indices(parameters):
             if self._fresh[index]:
                 self._clear(index)
@@ -275,6 +316,7 @@ class Places:
 
     def gradient(self, name: str) -> torch.Tensor:
         """Give what has joined the gradient of a parameter; zeros where nothing has. Local."""
+        self.came()
         index = self._index[id(self.named[name])]
         if self._fresh[index]:
             self._clear(index)
@@ -282,5 +324,4 @@ class Places:
 
     def close(self) -> None:
         """Take the hooks off the user's parameters. Local."""
-        for hook in self._hooks:
-            hook.remove()
+        self._unhook([*self._hooks])

@@ -24,9 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpctrain.gradient import hooked
 from hpctrain.hidden import ON_BUFFERS, notes_on, plain, registered
-from hpctrain.tensors import storage_of, tensors_in
+from hpctrain.tensors import hooked, storage_of, tensors_in
 
 SMALL = 4096
 """Elements: tensors up to this size are made as ever, so constructors may look at them."""

@@ -7,14 +7,13 @@ and which get its new numbers after each step.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from mpi4py import MPI
 from torch import nn
 
 from hpctrain.errors import ConfigError, HpctrainError
-from hpctrain.gradient import Places, hooked
+from hpctrain.gradient import Places
 from hpctrain.hidden import notes_on
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
@@ -22,6 +21,7 @@ from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.ties import Copies, Relay, Tie
 from hpctrain.pipeline.trace import Like
 from hpctrain.pipeline.transport import KINDS, TIED, Transport
+from hpctrain.tensors import OurHook, hooked
 from hpctrain.wire import together
 
 
@@ -279,7 +279,7 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
                     kept[name] = None
     for name, tensor in everything:
         if id(tensor) not in here_too and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-            tensor.register_post_accumulate_grad_hook(partial(_elsewhere, name))  # type: ignore[no-untyped-call]
+            tensor.register_post_accumulate_grad_hook(OurHook(_elsewhere, name))  # type: ignore[no-untyped-call]
     if hasattr(cut, "adopt"):
         cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in here_too})
     return Share(mine, ties, elsewhere)

@@ -22,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hpctrain.draws import streams_kept
 from hpctrain.errors import text_of
-from hpctrain.gradient import StraightIntoPlace, hooked
+from hpctrain.gradient import StraightIntoPlace
 from hpctrain.pipeline.held import Living, bytes_kept
 from hpctrain.pipeline.operators import called, changes
 from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, behind
 from hpctrain.pipeline.simulate import Cost
 from hpctrain.pipeline.trace import Traced, skeleton
 from hpctrain.room import ran_out
-from hpctrain.tensors import containers_copied, tensors_in, with_tensors
+from hpctrain.tensors import containers_copied, hooked, tensors_in, with_tensors
 
 REPEATS, MOST_REPEATS = 3, 12
 """Of each measurement, behind one to warm up; the least of them counts."""
@@ -309,6 +309,9 @@ class MadeUpPlaces:
 
     def filled(self, parameter: torch.Tensor) -> None:
         """Nothing to note."""
+
+    def came(self) -> None:
+        """Nothing to take: autograd has its own `.grad`."""
 
     def later(self, *parameters: torch.Tensor) -> bool:
         """All may wait."""

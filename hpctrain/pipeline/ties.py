@@ -16,6 +16,7 @@ from hpctrain.gradient import Places
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.stage import raise_first
 from hpctrain.pipeline.transport import RELAYED, Transport
+from hpctrain.tensors import OurHook
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Copies:
         self._fresh = dict.fromkeys(self._views, True)
         for copy in copies:
             if copy.requires_grad:
-                copy.register_post_accumulate_grad_hook(self._brought)  # type: ignore[no-untyped-call]
+                copy.register_post_accumulate_grad_hook(OurHook(self._brought))  # type: ignore[no-untyped-call]
 
     def _brought(self, copy: torch.Tensor) -> None:
         """Add what autograd has brought at once: it may lie in one memory with another weight's. Local."""
@@ -85,6 +86,10 @@ class Copies:
             self._fresh[id(parameter)] = False
         else:
             self._own.filled(parameter)
+
+    def came(self) -> None:
+        """Take what a backward that has ended has brought by autograd. Local."""
+        self._own.came()
 
     def later(self, *parameters: torch.Tensor) -> bool:
         """Tell whether gradients may be computed after their backward; if so they are waited for. Local.
