@@ -647,6 +647,7 @@ class Laid(nn.Module):
 LIGHT = {
     "rows": ((70, 24), (0, 1)),
     "many rows": ((700, 24), (0, 1)),
+    "wide": ((40, 1200), (0, 1)),
     "three dimensions": ((7, 11, 24), (0, 1, 2)),
     "transposed": ((11, 7, 24), (1, 0, 2)),
     "four dimensions": ((5, 3, 7, 24), (0, 1, 2, 3)),
@@ -658,7 +659,8 @@ LIGHT = {
 def light(monkeypatch):
     """Lets small weights' products be light; lists those that are called by us."""
     monkeypatch.setattr(gradient, "LARGE", 2**20)
-    monkeypatch.setattr(products, "AVAILABLE", False)
+    for name, value in (("AVAILABLE", False), ("TURNS", True), ("WIDE", 1), ("FEW", range(1, 999))):
+        monkeypatch.setattr(products, name, value)
     called, apply = [], gradient.APPLY_LINEAR
 
     def applying(*given):
@@ -712,6 +714,13 @@ def test_a_product_is_light_by_its_shape_alone(light, monkeypatch):
         layer(torch.ones(few + 1, 256))
         layer(torch.ones(256, 99).t())
     assert light == [True, False], "of a forward's calls one may be left, and none that torch takes otherwise"
+    light.clear()
+    straight.nothing_waits(behind=[1])
+    straight.at_once([layer.weight])
+    for v in (0, 1):
+        with straight.forward(v):
+            layer(torch.ones(few + 1, 256))
+    assert light == [True], "what is dear to split waits in the last micro-batches"
     light.clear()
     monkeypatch.setattr(gradient, "LARGE", 256 * 320)
     straight = StraightIntoPlace(layer, real_places(layer)[0])

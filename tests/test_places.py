@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hpctrain.averaging.across import Bucket
-from hpctrain.averaging.places import Places
+from hpctrain.averaging.places import SMALL, Places
 from hpctrain.averaging.space import UNIT, deal
 from hpctrain.errors import HpctrainError
 
@@ -47,6 +47,38 @@ def test_each_gradient_joins_once(moved):
             (parameter.sum() if brings else Nothing.apply(parameter)).backward()
         assert places.used.tolist() == [3.0]
         assert places.gradient("0").tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize(("several", "buckets"), [(False, False), (True, False), (True, True)])
+def test_hooks_are_there_while_they_are_needed(several, buckets, monkeypatch):
+    """A large one's first gradient of a step comes at once, so its memory goes; buckets hear of all of each."""
+    asked, ready = [], Places.ready
+    monkeypatch.setattr(Places, "ready", lambda self, p, *_: asked.append(p.numel()) or ready(self, p))
+    small, large = nn.Parameter(torch.zeros(SMALL)), nn.Parameter(torch.zeros(SMALL + 1))
+    unused = nn.Parameter(torch.zeros(SMALL + 1))
+    named = {"small": small, "large": large, "unused": unused}
+    spaces = deal(named, {id(p): 0 for p in named.values()}, 1)
+    places = Places(named, spaces)
+    if buckets:
+        places.watch([Bucket(0, *b) for b in spaces[0].buckets])
+    flats = [torch.zeros(space.size) for space in spaces]
+    for _ in range(3):
+        places.begin(several)
+        places.point(0, flats)
+        for at in range(3):
+            asked.clear()
+            (small.sum() + large.sum()).backward()
+            assert (
+                sorted(asked)
+                == [SMALL, SMALL + 1][not buckets : 2 if at == 0 or buckets or not several else 0]
+            )
+            places.came()
+        hooks = [len(p._post_accumulate_grad_hooks or ()) for p in named.values()]
+        assert hooks == [buckets, buckets or not several, True]
+        assert [float(places.gradient(name)[-1]) for name in named] == [3.0, 3.0, 0.0]
+        assert places.used.tolist() == [3.0, 3.0, 0.0]
+    places.close()
+    assert not any(p._post_accumulate_grad_hooks for p in named.values())
 
 
 class Nothing(torch.autograd.Function):
