@@ -19,7 +19,7 @@ takes autograd's own way: hooks on the weight, gradients of gradients, `torch.au
 the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -147,17 +147,21 @@ class StraightIntoPlace(WaitingGradients):
         self.nothing_waits(behind)
         self.laid.begin(micro_batches, waits)
 
-    def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None = None, light: bool = False) -> bool:
+    def _leaves(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
         """Whether a layer's gradients are left to torch: calling ours costs some percent. Local.
 
         Of several calls with one weight or bias the first: torch would add those of all before they join.
         """
         ids = {id(one) for one in (weight, bias) if one is not None}
         parameters = [one for one in (weight, bias) if one is not None and one.requires_grad]
-        waits = self._waits_light(weight) if light else self.may_wait(parameters, self._forward_of)
         first = self._called.isdisjoint(ids)
         self._called |= ids
-        return first and self._places.left(*parameters, waits=waits)
+        return first and self._places.left(*parameters, waits=self._waits(parameters))
+
+    def _waits(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether what is never merged waits: by `fast`, which measures no split, at a step's end. Local."""
+        at = self._forward_of
+        return at >= 0 and (not self.fast or at in self._behind) and self.may_wait(parameters, at)
 
     def _takes(self, x: torch.Tensor, weight: Any, bias: Any = None, layouts: Container[Any] = USUAL) -> bool:
         """Whether a call of a layer is taken. Local."""
@@ -176,8 +180,8 @@ class StraightIntoPlace(WaitingGradients):
         if not own or (bias is not None and bias.ndim != 1):
             return function(input, weight, bias)  # type: ignore[no-any-return]
         light = self._is_light(input, weight)
-        if light and self._leaves(weight, light=True):
-            if not self._waits_light(weight):
+        if light and self._leaves(weight):
+            if not self._waits([weight]):
                 self._settled[id(weight)] = self._few_rows(weight) * weight.size(1)
             return function(input, weight, bias)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():
@@ -190,7 +194,7 @@ class StraightIntoPlace(WaitingGradients):
             return False
         if x.numel() <= self._settled[at] or (x.ndim == 2 and not x.is_contiguous()):
             return False
-        if self._waits_light(weight):
+        if self._waits([weight]):
             return False
         self._called.add(at)
         return True
@@ -202,11 +206,6 @@ class StraightIntoPlace(WaitingGradients):
         if x.ndim == 1 or (x.ndim == 2 and not x.is_contiguous()):  # torch has ways of its own
             return False
         return x.numel() > self._few_rows(weight) * x.size(-1)
-
-    def _waits_light(self, weight: torch.Tensor) -> bool:
-        """Whether a light product waits: by `fast`, which measures no split, at a step's end. Local."""
-        at = self._forward_of
-        return at >= 0 and (not self.fast or at in self._behind) and self.may_wait([weight], at)
 
     def _few_rows(self, weight: torch.Tensor) -> float:
         """Rows up to which products gain by waiting for other micro-batches'. Local."""
