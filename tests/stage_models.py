@@ -1,6 +1,8 @@
 """Models that pipelines tend to get wrong; all map (n, 5) to (n, 2)."""
 
+import itertools
 import random
+import types
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -913,6 +915,37 @@ class Keeps(nn.Module):
         return self.c(torch.tanh(self.b(h)))
 
 
+class InTurn(nn.Module):
+    """Computes something else in each call by what is no plain attribute; or only tells of it."""
+
+    def __init__(self, in_features: int, out_features: int, what: str):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, out_features)
+        self.what, self.turns, self.own = what, itertools.count(), random.Random(3)
+        self.notes = types.SimpleNamespace(calls=0, seen=[])
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        if self.what == "iterator" and next(self.turns) % 2:
+            h = torch.relu(h)
+        elif self.what == "object":
+            self.notes.calls += 1
+            h = h / self.notes.calls
+        elif self.what == "generator":
+            h = h * self.own.random()
+        elif self.what == "tensor of a number":
+            h = h * torch.tensor(float(next(self.turns)))
+        elif self.what == "told":
+            self.notes.seen.append(h.detach().mean())
+            self.notes.calls = torch.stack(self.notes.seen).mean() * len(self.notes.seen)
+        elif self.what == "made once":
+            self.notes.calls = self.notes.calls or next(self.turns) + 2.0
+            h = h * self.notes.calls
+        elif self.what == "drawn":
+            h = h * (2.0 if random.random() < 2.0 else 1.0)
+        return self.c(torch.tanh(self.b(h)))
+
+
 class Shrinking(nn.Module):
     """Takes samples of three numbers at least."""
 
@@ -1132,6 +1165,20 @@ class HookingByAnotherName(Net):
         if h.requires_grad:
             h.register_hook(lambda g: 2 * g)
         return me.second(h)
+
+
+class Packing(Net):
+    """Keeps less of tensors for its backward, or elsewhere."""
+
+    def __init__(self, in_features: int, out_features: int, halves: bool = True):
+        super().__init__(in_features, out_features)
+        self.halves = halves
+
+    def forward(self, x):
+        graph = torch.autograd.graph
+        packed = graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.float())
+        with packed if self.halves else graph.save_on_cpu():
+            return self.second(torch.tanh(self.first(x)))
 
 
 class HookingModule(Net):

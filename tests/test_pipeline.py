@@ -302,6 +302,7 @@ def test_products_in_every_way_have_the_bits_of_one_process(world, build, waits,
         ("HookingByAnotherName", r"\(HookingByAnotherName\), stage_models.py:\d+: `h.register_hook"),
         ("Hooking", r"\(Hooking\), stage_models.py:\d+: `h.register_hook.*hook on a tensor's gradient"),
         ("HookingModule", r"backward hook of first would be lost"),
+        ("Packing", r"\(Packing\), stage_models.py:\d+: .*what hooks make of tensors saved"),
     ],
 )
 def test_a_backward_of_ones_own_is_refused_not_lost(world, build, model, what):
@@ -314,6 +315,15 @@ def test_a_backward_of_ones_own_is_refused_not_lost(world, build, model, what):
     assert "layers()" in str(raised.value)
     assert torch.autograd.Function.apply == apply
     assert torch.Tensor.register_hook is register_hook
+
+
+@pytest.mark.mpi
+def test_what_torch_itself_keeps_elsewhere_has_the_bits_of_one_process(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(
+        world, build("Packing", 2, arguments={"halves": False}, micro_batches=5), "Packing"
+    )
 
 
 @pytest.mark.mpi
@@ -1727,6 +1737,21 @@ def test_what_is_kept_of_a_call_for_the_next_is_refused_by_operators(what):
         ConfigError, match=f"the forward {told.get(what, 'keeps means of one call and computes')}"
     ):
         Graph(stage_models.Keeps(5, 2, what), {"x": torch.zeros(4, 5)}, False, 2)
+
+
+@pytest.mark.parametrize("what", ["iterator", "object", "generator", "tensor of a number"])
+def test_what_differs_from_call_to_call_is_refused_by_operators(what):
+    """No attribute says so; the second call and the third do."""
+    with pytest.raises(ConfigError, match=r"computes something else in each call, .* \(aten"):
+        Graph(stage_models.InTurn(5, 2, what), {"x": torch.zeros(4, 5)}, False, 2)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("what", ["told", "made once", "drawn"])
+def test_what_differs_and_computes_nothing_has_the_bits_of_one_process(world, build, what):
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build("InTurn", 2, arguments={"what": what}, micro_batches=5), "InTurn")
 
 
 @pytest.mark.mpi

@@ -95,7 +95,13 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
     def hooked(tensor: torch.Tensor, hook: Any) -> Any:
         raise NotImplementedError("the hook on a tensor's gradient would be lost")
 
-    requires_grad = tensor.requires_grad_
+    requires_grad, saving = tensor.requires_grad_, torch.autograd.graph.saved_tensors_hooks
+    enter = saving.__enter__
+
+    def saved(self: Any) -> None:
+        if str(self.pack_hook.__module__).split(".")[0] not in ("torch", "hpctrain"):
+            raise NotImplementedError("what hooks make of tensors saved for the backward would be lost")
+        enter(self)
 
     def switched(tensor: torch.Tensor, on: bool = True) -> torch.Tensor:
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad != on:
@@ -107,11 +113,13 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
             raise NotImplementedError(f"the backward hook of {name or 'the model'} would be lost")
     function.apply, tensor.register_hook = classmethod(applied), hooked  # type: ignore[assignment, method-assign]
     tensor.requires_grad_ = switched  # type: ignore[method-assign, assignment]
+    saving.__enter__ = saved  # type: ignore[method-assign]
     try:
         yield
     finally:
         function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
         tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
+        saving.__enter__ = enter  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def followed(
 
     try:
         with quiet():
-            changed, _ = changed_by(root, tried)
+            changed, *_ = changed_by(root, tried)
         if errors:
             raise errors[0]
     except Exception as error:

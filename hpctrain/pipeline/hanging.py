@@ -1,11 +1,12 @@
 """What is computed from some tensors: followed operator by operator."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree
 
 from hpctrain.pipeline.holders import inside
@@ -13,6 +14,8 @@ from hpctrain.tensors import Looking, storage_of, tensors_in
 
 NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 """Operators that give a tensor's number."""
+MOST_SAID = 16
+"""Elements of a tensor whose numbers are said."""
 
 
 class Hanging(Looking):
@@ -24,12 +27,16 @@ class Hanging(Looking):
         self.storages = {storage_of(tensor) for tensor in tensors}
         self.numbers = False
         """Whether a Python number was made of one."""
+        self.made = list[str]()
+        """Every operator, with the shapes and numbers that it was given."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, and note what hangs on what it gets."""
         given = tensors_in((args, kwargs))
+        leaves = _pytree.tree_leaves((args, kwargs))
+        self.made.append(f"{func}({', '.join(map(said, leaves))})")
         asks = func in NUMBER
         if asks and isinstance(given[0], FakeTensor):  # which has no number: any does
             found = torch.tensor(3.0 if given[0].is_floating_point() else 1, dtype=given[0].dtype).item()
@@ -43,6 +50,11 @@ class Hanging(Looking):
             self.storages -= {storage_of(tensor) for tensor in tensors_in(found)}
         return found
 
+    def other(self, before: Sequence[str]) -> str:
+        """Give the first operator that is another than in an earlier call; "" if there is none. Local."""
+        pairs = zip_longest(self.made, before, fillvalue="nothing more")
+        return next((f"{now} where it was {old}" for now, old in pairs if now != old), "")
+
     def has(self, value: Any) -> bool:
         """Whether a value has a tensor that hangs on them. Local."""
         return any(storage_of(leaf) in self.storages for leaf in tensors_in(inside(value)))
@@ -51,3 +63,14 @@ class Hanging(Looking):
         """Whether a value has an array, or a number or a word while a number was made of one. Local."""
         kinds = (np.generic, bool, int, float, complex, str) if self.numbers else ()
         return any(isinstance(leaf, (np.ndarray, *kinds)) for leaf in _pytree.tree_leaves(inside(value)))
+
+
+def said(leaf: Any) -> str:
+    """Say what an operator is given: a number, a tensor's shape, or what a small one holds. Pure."""
+    if not isinstance(leaf, torch.Tensor):
+        return str(leaf)
+    plain = type(leaf) is torch.Tensor and leaf.is_cpu and leaf.layout is torch.strided
+    if not plain or leaf.numel() > MOST_SAID:
+        return str(tuple(leaf.shape))
+    with unset_fake_temporarily():
+        return str(leaf.tolist())

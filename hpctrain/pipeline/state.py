@@ -22,18 +22,20 @@ MOST_LEAVES = 100
 
 def changed_by(
     module: nn.Module, forward: Callable[[], Any], data: Sequence[torch.Tensor] = ()
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str], str]:
     """Name the attributes that a forward changes, and those by which a later one computes. Local.
 
-    It is called twice, as far as it goes. Something that the first call makes and the second only uses is no
-    change; what hangs on the data or the weights is something to compute by, where it comes from an earlier
-    call. `data` is what each call makes its own copies of: what is kept of the first is not the second's.
+    It is called three times, as far as it goes. Something that the first call makes and the second only uses
+    is no change; what hangs on the data or the weights is something to compute by, where it comes from an
+    earlier call. `data` is what each call makes its own copies of: what is kept of the first is not the
+    second's. Says, too, which operator of the third call is another than in the second, if one is: the first
+    may have made tables.
     """
     own = [*module.parameters(), *module.buffers()]
     weights = {storage_of(tensor) for tensor in own}
     seen, alive = [plain_values(module)], list[Any]()  # a tensor's id is another's once it is gone
-    kept, computes = dict[str, list[torch.Tensor]](), list[str]()
-    for turn in range(2):
+    kept, computes, made, other = dict[str, list[torch.Tensor]](), list[str](), list[str](), ""
+    for turn in range(3):
         alive += [dict(vars(m)) for m in module.modules()]
         before = [*own, *data] if not turn else [tensor for tensors in kept.values() for tensor in tensors]
         try:
@@ -41,16 +43,19 @@ def changed_by(
                 found = forward()
         except Exception:
             break
+        if turn == 2:
+            other = hanging.other(made)
+            break
         seen.append(plain_values(module))
         if turn:
-            computes = [*kept] if hanging.has(found) else []
-            break
+            computes, made = [*kept] if hanging.has(found) else [], hanging.made
+            continue
         for owner, name, value in plain_of(module):
             tensors = [t for t in tensors_in(inside(value)) if storage_of(t) not in weights]
             if hanging.has(tensors):
                 kept[f"{owner}.{name}".lstrip(".")] = [t for t in tensors if hanging.has(t)]
     pairs = [(name, a[name], b.get(name)) for a, b in pairwise(seen) for name in a]
-    return list(dict.fromkeys(name for name, before, after in pairs if before != after)), computes
+    return list(dict.fromkeys(name for name, before, after in pairs if before != after)), computes, other
 
 
 def without_memory(module: nn.Module, fake: FakeTensorMode) -> None:

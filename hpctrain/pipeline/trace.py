@@ -129,8 +129,7 @@ class Writer:
     def write(self, samples: int, training: bool, like: Like) -> Traced:
         """Write the forward down with torch.export, on tensors without memory; the same on all ranks."""
         with streams_kept():
-            random.seed(0)  # by which a forward may branch
-            np.random.seed(0)
+            seed_others()
             return self._write(samples, training, like)
 
     def _write(self, samples: int, training: bool, like: Like) -> Traced:
@@ -328,12 +327,13 @@ class Writer:
         twin, data = self._twin(), tensors_in(arguments)
 
         def forward() -> Any:
+            seed_others()
             given, named = with_tensors(torch.clone, arguments)
             return twin(*given, **named)
 
         with self._cleared(), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            self.changed, computes = changed_by(twin, forward, data)
+            self.changed, computes, other = changed_by(twin, forward, data)
         if computes:
             raise UnwritableError(
                 f"parallel.stages = {self.stages}: the forward keeps {', '.join(computes[:3])} of one call "
@@ -350,6 +350,14 @@ class Writer:
                     f"that runs as it is (between parallel.cuts, or in a row), or in a buffer that is "
                     f"changed in place; {OTHERWISE}"
                 )
+        if other and self._written_in_turn(arguments):
+            raise UnwritableError(
+                f"parallel.stages = {self.stages}: the forward computes something else in each call, but is "
+                f"written down once ({other}; it counts in an object or a global, takes the next of an "
+                f"iterator, draws from a generator of its own, or asks the time): count in a submodule that "
+                f"runs as it is (between parallel.cuts, or in a row), or in a buffer that is changed in "
+                f"place; {OTHERWISE}"
+            )
 
     @contextmanager
     def _cleared(self) -> Iterator[None]:
@@ -390,6 +398,26 @@ class Writer:
                 return self._written(arguments, twin)
         except Exception:
             return None
+
+    def _written_in_turn(self, arguments: tuple[Any, dict[str, Any]]) -> bool:
+        """Whether the forward is written down otherwise behind two calls than behind one. Local.
+
+        What only a log of the user's computes is not written down, nor where a log has tensors in its way.
+        """
+        found = []
+        for calls in (1, 2):
+            twin = skeleton(self.module, self.fake)
+            try:
+                with self._cleared(), self.fake, Hanging([]), torch.no_grad(), quiet():
+                    for _ in range(calls):
+                        seed_others()
+                        twin(*arguments[0], **arguments[1])
+                seed_others()
+                with answered_no():
+                    found.append(fingerprint(self._written(arguments, twin)))
+            except Exception:
+                return False
+        return found[0] != found[1]
 
     def _sayable(self, node: fx.Node, constants: dict[str, Any]) -> None:
         """Refuse an operator that would do something else by itself than in its forward. Local."""
@@ -445,6 +473,12 @@ class Writer:
         return False
 
 
+def seed_others() -> None:
+    """Let Python's and NumPy's global random numbers, by which a forward may branch, begin anew. Local."""
+    random.seed(0)
+    np.random.seed(0)
+
+
 def names_in(module: nn.Module) -> list[str]:
     """Name a module's buffers, parameters and submodules. Local."""
     every = module.named_buffers(), module.named_parameters(), module.named_modules()
@@ -452,9 +486,32 @@ def names_in(module: nn.Module) -> list[str]:
 
 
 def fingerprint(program: torch.export.ExportedProgram) -> list[str]:
-    """Give what tells one forward from another: operators, what they are given, small constants. Pure."""
-    plain = [repr(c) for c in program.constants.values() if memory_of(c) and c.numel() <= MOST_COMPARED]
-    return [*plain, *(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes)]
+    """Give what tells one forward from another: operators, what they are given, small constants. Pure.
+
+    Of those that something hangs on: what the forward gives, or a tensor that is changed in place.
+    """
+    every = [*program.graph.nodes]
+    left = [
+        n
+        for n in every
+        if n.op == "output" or getattr(getattr(n.target, "_schema", None), "is_mutable", False)
+    ]
+    live = set[fx.Node]()
+    while left:
+        node = left.pop()
+        if node not in live:
+            live.add(node)
+            left += node.all_input_nodes
+    names = {node: f"%{at}" for at, node in enumerate(n for n in every if n in live)}
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    found = []
+    for node in names:
+        given = fx.node.map_arg((node.args, dict(node.kwargs)), lambda one: names[one])
+        constant = program.constants.get(lifted.get(node.name, ""))
+        if constant is not None and memory_of(constant) and constant.numel() <= MOST_COMPARED:
+            found.append(repr(constant))
+        found.append(f"{node.op} {'' if node.op == 'placeholder' else node.target} {given}")
+    return found
 
 
 def memory_of(tensor: torch.Tensor) -> int:
