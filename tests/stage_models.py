@@ -2037,6 +2037,24 @@ class Switching(nn.Module):
         return self.b(torch.tanh(self.a(x)))
 
 
+class ListsOthers(nn.Module):
+    """Lists layers that differ from its forward in one thing."""
+
+    def __init__(self, in_features: int, out_features: int, what: str = ""):
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(in_features, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.act, self.out, self.what = nn.LeakyReLU(0.1), nn.Linear(16, out_features), what
+
+    def layers(self):
+        return [self.first, self.act, self.a, self.b, self.out]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = functional.leaky_relu(self.first(x), 0.2 if self.what == "numbers" else 0.1)
+        h = self.a(self.b(h)) if self.what == "order" else self.b(self.a(h))
+        found = self.out(h)
+        return found if self.training or self.what != "evaluation" else torch.softmax(found, 1)
+
+
 class Lists(nn.Module):
     """Lists its layers; with `skips` its forward adds what they leave out, with `asks` it looks at numbers."""
 

@@ -634,6 +634,26 @@ def test_listed_layers_must_do_what_the_forward_does(world, build, caplog):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ("numbers", r"its forward computes leaky_relu of shape \(2, 16\) with the numbers 0\.2, which"),
+        (
+            "order",
+            r"its forward computes \w* with b\.bias where layers\(\) computes \w* with a\.bias",
+        ),
+        ("evaluation", r"its forward computes _?softmax .*, which layers\(\) leaves out \(in evaluation\)"),
+    ],
+)
+def test_listed_layers_must_not_differ_in_one_thing(world, build, other, what):
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build("ListsOthers", 2, micro_batches=4), "ListsOthers")
+    with pytest.raises(ConfigError, match=f"ListsOthers would be another model in stages.*: {what}"):
+        build("ListsOthers", 2, micro_batches=4, arguments={"what": other})
+
+
+@pytest.mark.mpi
 def test_a_stages_replicas_share_the_optimizers_state(world, build):
     """With the same bits as where each has all of it, in half the memory."""
     if world.size != 4:

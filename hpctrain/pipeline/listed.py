@@ -1,7 +1,8 @@
 """Whether the layers that a model lists (`layers()`) do what its forward does: stages run them alone.
 
-Both run on copies without memory; what they compute (operators and the shapes of what those give) is counted,
-in any order, views left out.
+Both run on copies without memory, in training and in evaluation. What they compute is counted, in any
+order, views left out: operators, the numbers that they are given, the shapes of what they give. Those that
+compute with weights are to come in one order.
 """
 
 from collections import Counter
@@ -11,22 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
 
 from hpctrain.draws import streams_kept
 from hpctrain.errors import ConfigError
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.exporting import quiet
 from hpctrain.pipeline.trace import skeleton
-from hpctrain.tensors import Looking, tensors_in
+from hpctrain.tensors import Looking, storage_of, tensors_in
 
 
 class Counting(Looking):
     """Counts what is computed."""
 
-    def __init__(self) -> None:
-        """Nothing yet."""
+    def __init__(self, module: nn.Module) -> None:
+        """Nothing yet; take whose weights are computed with."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found = Counter[tuple[str, tuple[int, ...]]]()
+        self._weights = {storage_of(tensor): name for name, tensor in module.named_parameters()}
+        self.found = Counter[tuple[str, str, tuple[int, ...]]]()
+        self.order: list[str] = []
+        """Names of the weights, as they are computed with."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -34,7 +39,12 @@ class Counting(Looking):
         """Run an operator."""
         given = func(*args, **(kwargs or {}))
         if not getattr(func, "is_view", False) and func.namespace == "aten" and "view" not in str(func):
-            self.found.update((func.overloadpacket.__name__, tuple(t.shape)) for t in tensors_in(given))
+            leaves = _pytree.tree_leaves((args, kwargs))
+            numbers = ", ".join(str(leaf) for leaf in leaves if type(leaf) in (bool, int, float))
+            name = func.overloadpacket.__name__
+            self.found.update((name, numbers, tuple(t.shape)) for t in tensors_in(given))
+            names = (self._weights.get(storage_of(t)) for t in tensors_in(leaves))
+            self.order += [f"{name} with {weight}" for weight in names if weight]
         return given
 
 
@@ -47,7 +57,7 @@ def refuse_others(module: nn.Module, names: Sequence[str], value: torch.Tensor) 
         return
     try:
         with quiet(), streams_kept():
-            forward, row = counted(module, None, value), counted(module, names, value)
+            both = [[counted(module, way, value, t) for way in (None, names)] for t in (True, False)]
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "")
         LOGGER.warning(
@@ -57,26 +67,36 @@ def refuse_others(module: nn.Module, names: Sequence[str], value: torch.Tensor) 
             extra=ALIKE,
         )
         return
-    for more, less, what in (
-        (forward, row, "its forward computes {}, which layers() leaves out"),
-        (row, forward, "layers() computes {}, which its forward does not"),
-    ):
-        for operator, shape in more - less:
+    for (forward, row), training in zip(both, (True, False)):
+        if what := difference(forward, row):
             raise ConfigError(
                 f"parallel.stages: {type(module).__name__} would be another model in stages, which run what "
-                f"layers() lists: {what.format(f'{operator} of shape {shape}')}; let both do the same, or "
+                f"layers() lists: {what}{'' if training else ' (in evaluation)'}; let both do the same, or "
                 f"leave layers() out and name cuts (parallel.cuts)"
             )
 
 
-def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor) -> Counter[Any]:
-    """Count what a module's forward computes, or its submodules of those names, in training. Local."""
+def difference(forward: Counting, row: Counting) -> str:
+    """Say what a forward and a row of layers do not both compute; "" if there is nothing. Pure."""
+    for more, less, what in (
+        (forward.found, row.found, "its forward computes {}, which layers() leaves out"),
+        (row.found, forward.found, "layers() computes {}, which its forward does not"),
+    ):
+        for operator, numbers, shape in more - less:
+            given = f" with the numbers {numbers}" if numbers else ""
+            return what.format(f"{operator} of shape {shape}{given}")
+    pairs = (pair for pair in zip(forward.order, row.order) if pair[0] != pair[1])
+    return next((f"its forward computes {ours} where layers() computes {its}" for ours, its in pairs), "")
+
+
+def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor, training: bool) -> Counting:
+    """Count what a module's forward computes, or its submodules of those names. Local."""
     fake = FakeTensorMode()
-    twin = skeleton(module, fake).train()
+    twin = skeleton(module, fake).train(training)
     with fake:
         given: Any = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    with fake, Counting() as counting:
+    counting = Counting(twin)
+    with fake, counting:
         for part in [twin] if names is None else [twin.get_submodule(name) for name in names]:
             given = part(given)
-    found: Counter[Any] = counting.found
-    return found
+    return counting
