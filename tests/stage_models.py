@@ -946,6 +946,19 @@ class InTurn(nn.Module):
         return self.c(torch.tanh(self.b(h)))
 
 
+class Scaled(nn.Module):
+    """Uses one weight at its start and at its end."""
+
+    def __init__(self, in_features: int, out_features: int, trained: bool):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(in_features, 8), nn.Linear(8, 8), nn.Linear(8, out_features)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8), requires_grad=trained)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x) * self.scale)
+        return self.c(torch.tanh(self.b(h)) * self.scale)
+
+
 class Shrinking(nn.Module):
     """Takes samples of three numbers at least."""
 

@@ -45,6 +45,8 @@ from hpctrain.pipeline.schedule import SCHEDULES, Backward, Forward, program
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.ties import Copies
 from hpctrain.pipeline.trace import Writer
+from hpctrain.pipeline.transport import TIED as OF_TIES
+from hpctrain.pipeline.transport import Transport
 from hpctrain.pipeline.watch import ASK, Watch
 from hpctrain.recipes.samples import Samples
 from hpctrain.report import summary
@@ -852,6 +854,30 @@ def test_samples_may_have_another_shape_in_another_batch(world, build, monkeypat
     monkeypatch.setattr(Samples, "batch", crop)
     for stages in layouts(world.size, "Named"):
         assert compare(build("Averaging", stages, micro_batches=4 * world.size // stages), 2) is None
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_of_several_stages_are_sent_as_often_as_they_change(world, build, monkeypatch, trained):
+    """The owner's to the copies: in each step if it is trained, else only where all may be others."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("Scaled", 2, arguments={"trained": trained}, micro_batches=4, cuts=["b"])
+    assert [tie.name for tie in job.pipeline.ties] == ["scale"]
+    sent, start = [], Transport.start
+
+    def starting(self, *messages):
+        sent.extend(message for message in messages if message[1] == OF_TIES)
+        start(self, *messages)
+
+    monkeypatch.setattr(Transport, "start", starting)
+    for number in range(2):
+        job.engine.step(number, job.loader.read(8 * number))
+        assert world.allreduce(len(sent)) == 2 * (number + 1) * trained, "its gradient and its number"
+    sent.clear()
+    job.engine.refresh()
+    assert world.allreduce(len(sent)) == 1
+    has_bits_of_one_process(world, build("Scaled", 2, arguments={"trained": trained}, cuts=["b"]), "Scaled")
 
 
 @pytest.mark.mpi
