@@ -26,7 +26,8 @@ from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidd
 from hpctrain.pipeline.part import INPUT, Part, begins, links_of, refuse_loops
 from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner, place_of
-from hpctrain.pipeline.trace import OTHERWISE, Like, Traced, Writer
+from hpctrain.pipeline.skeleton import OTHERWISE
+from hpctrain.pipeline.trace import Like, Traced, Writer
 from hpctrain.pipeline.weigh import choose, used_once
 
 MOST_SHAPES = 64
@@ -65,12 +66,12 @@ class Graph:
     def place(self, cuts: list[str], scales: Scales | None = None) -> None:
         """Cut it where `cuts` says, else by measured or estimated work. Collective, if there are scales."""
         traced = self._first
-        if self.writer.changed:
+        if self.writer.later.changed:
             LOGGER.warning(
                 "the forward changes %s: it is written down once, so in stages that stays as it is, and what "
                 "hangs on it, too (hpctrain verify compares with one process); where parallel.cuts names "
                 "modules, what is around them alone may be written down so",
-                ", ".join(self.writer.changed[:3]),
+                ", ".join(self.writer.later.changed[:3]),
                 extra=ALIKE,
             )
         self._place(traced, cuts, scales)

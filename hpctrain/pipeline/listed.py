@@ -18,7 +18,7 @@ from hpctrain.draws import streams_kept
 from hpctrain.errors import ConfigError
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.exporting import quiet
-from hpctrain.pipeline.trace import skeleton
+from hpctrain.pipeline.skeleton import skeleton
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
 

@@ -27,7 +27,8 @@ from hpctrain.pipeline.held import Living, bytes_kept
 from hpctrain.pipeline.operators import called, changes
 from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, behind
 from hpctrain.pipeline.simulate import Cost
-from hpctrain.pipeline.trace import Traced, skeleton
+from hpctrain.pipeline.skeleton import skeleton
+from hpctrain.pipeline.trace import Traced
 from hpctrain.room import ran_out
 from hpctrain.tensors import containers_copied, hooked, tensors_in, with_tensors
 

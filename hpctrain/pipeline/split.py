@@ -23,7 +23,7 @@ from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.layers import Layers, in_a_row, layers_of
 from hpctrain.pipeline.listed import refuse_others
 from hpctrain.pipeline.part import Cut
-from hpctrain.pipeline.trace import UnwritableError
+from hpctrain.pipeline.skeleton import UnwritableError
 
 
 def write(
@@ -65,7 +65,7 @@ def write(
         if not cuts:
             raise
         return Calls(module, inputs, named, stages, cuts, around)
-    if cuts and graph.writer.changed:  # which operators can't say, and modules do
+    if cuts and graph.writer.later.changed:  # which operators can't say, and modules do
         with suppress(ConfigError):
             return Calls(module, inputs, named, stages, cuts, around)
     return graph

@@ -1,33 +1,27 @@
 """Writes a model's forward down as operators, with torch.export, on tensors without memory."""
 
-import copy
 import linecache
 import os
-import random
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import (
     AbstractContextManager,
-    contextmanager,
     nullcontext,
     suppress,
 )
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from hpctrain.draws import of_others, streams_kept, told_of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
-from hpctrain.hidden import has_hooks, notes_on
+from hpctrain.hidden import has_hooks
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import Replaced
 from hpctrain.pipeline.exporting import (
@@ -39,41 +33,19 @@ from hpctrain.pipeline.exporting import (
     quiet,
     regions_kept,
 )
-from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.holders import caches_of
+from hpctrain.pipeline.later import SETTINGS, Later, cleared, seed_others
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
-from hpctrain.pipeline.state import changed_by, plain_values, without_memory
-from hpctrain.tensors import tensors_in, with_tensors
+from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, memory_of, skeleton
+from hpctrain.pipeline.state import plain_values
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
 
 LIBRARY = os.path.join(os.path.dirname(torch.__file__), "")
 
-OTHERWISE = (
-    "name by parallel.cuts the modules where stages are to begin (what has no cut inside runs as it is), "
-    "make the model an nn.Sequential, or give it a method layers() that lists submodules which follow one "
-    "another"
-)
-"""What to do about a forward that can't be written down."""
-
-MOST_COMPARED = 64
-"""Numbers of a constant that are looked at."""
-
-SETTINGS = (bool, int, float, str)
-"""Plain values of a module by which its forward may differ."""
-
-NUMBERS = (int, float)
-
-LATER = (1, 2, 3, 4, 5, 10, 100, 1_000_001)
-"""Calls after which a forward is looked at again: what it does every so often, or only at first, shows."""
-
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
-
-
-class UnwritableError(ConfigError):
-    """A forward that operators can't say; what stands in the way."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +95,7 @@ class Writer:
         self._told_of_train = False
         self._caches = caches_of(module)
         self._settings: dict[bool, dict[str, Any]] = {}
-        self.changed: list[str] = []
-        """Plain attributes that the forward changes."""
+        self.later = Later(module, self.fake, stages, self._caches, self._written)
 
     def write(self, samples: int, training: bool, like: Like) -> Traced:
         """Write the forward down with torch.export, on tensors without memory; the same on all ranks."""
@@ -157,7 +128,9 @@ class Writer:
         told = told_of_others(others, "written down once, each stays the same number")
         if told and not self._looked:
             LOGGER.warning("%s", told, extra=ALIKE)
-        self._look_for_state(arguments, program)
+        if not self._looked:
+            self._looked = True
+            self.later.look(arguments, program)
         return self._read(program, list(fakes))
 
     def look_at_settings(self, training: bool) -> None:
@@ -210,7 +183,7 @@ class Writer:
     ) -> torch.export.ExportedProgram:
         twin = twin or self.skeleton
         with (
-            self._cleared(),
+            cleared(self._caches),
             warnings.catch_warnings(),
             quiet(),
             own_gradients_refused(twin),
@@ -314,111 +287,6 @@ class Writer:
                     f"that a method or a module, or {OTHERWISE}"
                 )
 
-    def _look_for_state(
-        self, arguments: tuple[Any, dict[str, Any]], program: torch.export.ExportedProgram
-    ) -> None:
-        """Find once which plain attributes a forward changes; torch.export puts them back. Local.
-
-        Raises UnwritableError where it computes with them.
-        """
-        if self._looked:
-            return
-        self._looked = True
-        twin, data = self._twin(), tensors_in(arguments)
-
-        def forward() -> Any:
-            seed_others()
-            given, named = with_tensors(torch.clone, arguments)
-            return twin(*given, **named)
-
-        with self._cleared(), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
-            warnings.simplefilter("ignore")
-            self.changed, computes, other = changed_by(twin, forward, data)
-        if computes:
-            raise UnwritableError(
-                f"parallel.stages = {self.stages}: the forward keeps {', '.join(computes[:3])} of one call "
-                f"and computes by it in the next, but is written down once: make that a buffer which is "
-                f"changed in place, or keep it in a submodule that runs as it is (between parallel.cuts, or "
-                f"in a row); {OTHERWISE}"
-            )
-        for calls in LATER if self.changed else ():
-            later = self._written_after(calls, arguments)
-            if later and fingerprint(later) != fingerprint(program):
-                raise UnwritableError(
-                    f"parallel.stages = {self.stages}: the forward changes {', '.join(self.changed[:3])} "
-                    f"and computes something else by it, but is written down once: count in a submodule "
-                    f"that runs as it is (between parallel.cuts, or in a row), or in a buffer that is "
-                    f"changed in place; {OTHERWISE}"
-                )
-        if other and self._written_in_turn(arguments):
-            raise UnwritableError(
-                f"parallel.stages = {self.stages}: the forward computes something else in each call, but is "
-                f"written down once ({other}; it counts in an object or a global, takes the next of an "
-                f"iterator, draws from a generator of its own, or asks the time): count in a submodule that "
-                f"runs as it is (between parallel.cuts, or in a row), or in a buffer that is changed in "
-                f"place; {OTHERWISE}"
-            )
-
-    @contextmanager
-    def _cleared(self) -> Iterator[None]:
-        """Let the user's caches (`functools.lru_cache`) keep no tensors without memory. Local."""
-        try:
-            yield
-        finally:
-            for cache in self._caches:
-                cache.cache_clear()
-
-    def _twin(self) -> nn.Module:
-        """Give a copy to be called: what it keeps for later calls has no memory. Local."""
-        twin = skeleton(self.module, self.fake)
-        without_memory(twin, self.fake)
-        return twin
-
-    def _written_after(
-        self, calls: int, arguments: tuple[Any, dict[str, Any]]
-    ) -> torch.export.ExportedProgram | None:
-        """Write the forward down as it is after so many calls; None where that can't be told. Local.
-
-        Of more than one its numbers have changed as often by as much as in the first.
-        """
-        once, twin = self._twin(), skeleton(self.module, self.fake)
-        try:
-            with self._cleared(), self.fake, Hanging([]), torch.no_grad(), warnings.catch_warnings(), quiet():
-                warnings.simplefilter("ignore")
-                once(*arguments[0], **arguments[1])
-            for at in self.changed:
-                path, _, name = at.rpartition(".")
-                old, new = (vars(m.get_submodule(path))[name] for m in (twin, once))
-                leaves = _pytree.tree_leaves([old, [*new] if isinstance(new, (set, deque)) else new])
-                if not all(type(leaf) in SETTINGS for leaf in leaves):  # tables that it keeps, say
-                    return None
-                counts = type(old) in NUMBERS and type(new) in NUMBERS
-                setattr(twin.get_submodule(path), name, old + (new - old) * calls if counts else new)
-            with answered_no():
-                return self._written(arguments, twin)
-        except Exception:
-            return None
-
-    def _written_in_turn(self, arguments: tuple[Any, dict[str, Any]]) -> bool:
-        """Whether the forward is written down otherwise behind two calls than behind one. Local.
-
-        What only a log of the user's computes is not written down, nor where a log has tensors in its way.
-        """
-        found = []
-        for calls in (1, 2):
-            twin = skeleton(self.module, self.fake)
-            try:
-                with self._cleared(), self.fake, Hanging([]), torch.no_grad(), quiet():
-                    for _ in range(calls):
-                        seed_others()
-                        twin(*arguments[0], **arguments[1])
-                seed_others()
-                with answered_no():
-                    found.append(fingerprint(self._written(arguments, twin)))
-            except Exception:
-                return False
-        return found[0] != found[1]
-
     def _sayable(self, node: fx.Node, constants: dict[str, Any]) -> None:
         """Refuse an operator that would do something else by itself than in its forward. Local."""
         if draws_inside(node, constants):
@@ -465,7 +333,7 @@ class Writer:
         if any(map(has_hooks, self.module.modules())):  # which may look at the module, and not at this copy
             return False
         try:
-            with self._cleared(), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+            with cleared(self._caches), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
                 warnings.simplefilter("ignore")
                 self.skeleton(*arguments[0], **arguments[1])
         except Exception as other:
@@ -473,50 +341,10 @@ class Writer:
         return False
 
 
-def seed_others() -> None:
-    """Let Python's and NumPy's global random numbers, by which a forward may branch, begin anew. Local."""
-    random.seed(0)
-    np.random.seed(0)
-
-
 def names_in(module: nn.Module) -> list[str]:
     """Name a module's buffers, parameters and submodules. Local."""
     every = module.named_buffers(), module.named_parameters(), module.named_modules()
     return [name for named in every for name, _ in named]
-
-
-def fingerprint(program: torch.export.ExportedProgram) -> list[str]:
-    """Give what tells one forward from another: operators, what they are given, small constants. Pure.
-
-    Of those that something hangs on: what the forward gives, or a tensor that is changed in place.
-    """
-    every = [*program.graph.nodes]
-    left = [
-        n
-        for n in every
-        if n.op == "output" or getattr(getattr(n.target, "_schema", None), "is_mutable", False)
-    ]
-    live = set[fx.Node]()
-    while left:
-        node = left.pop()
-        if node not in live:
-            live.add(node)
-            left += node.all_input_nodes
-    names = {node: f"%{at}" for at, node in enumerate(n for n in every if n in live)}
-    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
-    found = []
-    for node in names:
-        given = fx.node.map_arg((node.args, dict(node.kwargs)), lambda one: names[one])
-        constant = program.constants.get(lifted.get(node.name, ""))
-        if constant is not None and memory_of(constant) and constant.numel() <= MOST_COMPARED:
-            found.append(repr(constant))
-        found.append(f"{node.op} {'' if node.op == 'placeholder' else node.target} {given}")
-    return found
-
-
-def memory_of(tensor: torch.Tensor) -> int:
-    """Give where a tensor's memory begins; 0 where it has none. Local."""
-    return 0 if isinstance(tensor, FakeTensor) or not tensor.numel() else tensor.untyped_storage().data_ptr()
 
 
 def line_of(node: fx.Node) -> str:
@@ -538,35 +366,3 @@ def where(error: Exception, module: nn.Module) -> str:
             text = linecache.getline(path, number).strip()
             found = f": {layer}({type(owner).__name__}), {os.path.basename(path)}:{number}: `{text}`"
     return found
-
-
-def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """Copy a module without its memory."""
-    memo: dict[int, Any] = {}
-    tensors = [*module.parameters(), *module.buffers()]
-    for tensor in tensors:
-        with fake:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        wanted = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if wanted else empty
-    noted = [leaf for t in tensors for leaf in _pytree.tree_leaves(notes_on(t))]
-    for tensor in (leaf for leaf in noted if isinstance(leaf, torch.Tensor) and id(leaf) not in memo):
-        with fake:
-            memo[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    for tensor in tensors:
-        vars(memo[id(tensor)]).update(copy.deepcopy(notes_on(tensor), memo))
-    for value in (value for m in module.modules() for value in vars(m).values()):
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # a hook computes it in each call
-            with fake:
-                memo[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    try:
-        twin = copy.deepcopy(module, memo)
-    except TypeError as error:  # "cannot pickle …"
-        raise UnwritableError(
-            f"parallel.stages: {type(module).__name__} can't be copied to be written down ({error}): keep "
-            f"such an object elsewhere, {OTHERWISE}"
-        ) from error
-    for norm in twin.modules():
-        if isinstance(norm, _BatchNorm) and norm.momentum is None:
-            norm.momentum = 0.1  # the module itself is run, whose plain mean no operator can say
-    return twin
