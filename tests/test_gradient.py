@@ -680,13 +680,7 @@ def test_light_products_have_autograds_bits(kind, waits, bias, light):
     torch.manual_seed(0)
     plain = Laid(shape, order, bias)
     batches = [torch.randn(shape) for _ in range(3)]
-    inputs, found = steps(copy.deepcopy(plain), batches, waits, count=3)
-    for x, gradient_of_x in zip(batches, inputs, strict=True):
-        own = x.clone().requires_grad_()
-        plain(own).square().sum().backward()
-        assert torch.equal(gradient_of_x, own.grad)
-    for name, parameter in plain.named_parameters():
-        assert torch.equal(found[name], parameter.grad), name
+    steps_have_autograds_bits(plain, batches, waits, count=3)
     assert light == [True] * (9 if waits else 3)
 
 
@@ -789,6 +783,17 @@ def steps(module, batches, waits, count=2):
     return [x.grad for x in own], {n: places.place(p)[0] for n, p in places.named.items()}
 
 
+def steps_have_autograds_bits(plain, batches, waits, count=2):
+    """Of inputs and weights."""
+    inputs, found = steps(copy.deepcopy(plain), batches, waits, count)
+    for x, gradient_of_x in zip(batches, inputs, strict=True):
+        own = x.clone().requires_grad_()
+        plain(own).square().sum().backward()
+        assert torch.equal(gradient_of_x, own.grad)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name
+
+
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolutions_have_autograds_bits(kind, waits, watched):
@@ -796,13 +801,7 @@ def test_convolutions_have_autograds_bits(kind, waits, watched):
     layer, shape = convolutions(kind)
     batches = [torch.randn(shape, generator=torch.Generator().manual_seed(v)) for v in range(3)]
     plain = nn.Sequential(layer, nn.Tanh())
-    inputs, found = steps(copy.deepcopy(plain), batches, waits)
-    for x, gradient_of_x in zip(batches, inputs, strict=True):
-        own = x.clone().requires_grad_()
-        plain(own).square().sum().backward()
-        assert torch.equal(gradient_of_x, own.grad)
-    for name, parameter in plain.named_parameters():
-        assert torch.equal(found[name], parameter.grad), name
+    steps_have_autograds_bits(plain, batches, waits)
     together = len(list(plain.parameters()))
     expected_waits = [] if kind in UNSEEN or not waits else 3 * [(together, False)] + 3 * [(together, True)]
     assert watched == expected_waits

@@ -22,6 +22,9 @@ QUESTIONS = ("is_exporting", "is_compiling")
 PASSED_ON = ("torch._dynamo.external_utils", "torch._utils")
 """Modules of torch that ask these for others."""
 
+KEEPING = ("torch.autograd.graph", "torch.utils.checkpoint", "hpctrain.")
+"""Where hooks on saved tensors are from that give back what was saved: elsewhere, or computed again."""
+
 
 @contextmanager
 def answered_no() -> Iterator[list[str]]:
@@ -99,7 +102,7 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
     enter = saving.__enter__
 
     def saved(self: Any) -> None:
-        if str(self.pack_hook.__module__).split(".")[0] not in ("torch", "hpctrain"):
+        if not str(getattr(self.pack_hook, "__module__", "")).startswith(KEEPING):
             raise NotImplementedError("what hooks make of tensors saved for the backward would be lost")
         enter(self)
 

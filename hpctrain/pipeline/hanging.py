@@ -27,16 +27,12 @@ class Hanging(Looking):
         self.storages = {storage_of(tensor) for tensor in tensors}
         self.numbers = False
         """Whether a Python number was made of one."""
-        self.made = list[str]()
-        """Every operator, with the shapes and numbers that it was given."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, and note what hangs on what it gets."""
         given = tensors_in((args, kwargs))
-        leaves = _pytree.tree_leaves((args, kwargs))
-        self.made.append(f"{func}({', '.join(map(said, leaves))})")
         asks = func in NUMBER
         if asks and isinstance(given[0], FakeTensor):  # which has no number: any does
             found = torch.tensor(3.0 if given[0].is_floating_point() else 1, dtype=given[0].dtype).item()
@@ -50,11 +46,6 @@ class Hanging(Looking):
             self.storages -= {storage_of(tensor) for tensor in tensors_in(found)}
         return found
 
-    def other(self, before: Sequence[str]) -> str:
-        """Give the first operator that is another than in an earlier call; "" if there is none. Local."""
-        pairs = zip_longest(self.made, before, fillvalue="nothing more")
-        return next((f"{now} where it was {old}" for now, old in pairs if now != old), "")
-
     def has(self, value: Any) -> bool:
         """Whether a value has a tensor that hangs on them. Local."""
         return any(storage_of(leaf) in self.storages for leaf in tensors_in(inside(value)))
@@ -63,6 +54,27 @@ class Hanging(Looking):
         """Whether a value has an array, or a number or a word while a number was made of one. Local."""
         kinds = (np.generic, bool, int, float, complex, str) if self.numbers else ()
         return any(isinstance(leaf, (np.ndarray, *kinds)) for leaf in _pytree.tree_leaves(inside(value)))
+
+
+class Listing(Hanging):  # type: ignore[no-untyped-call]
+    """Lists every operator, too, with the shapes and numbers that it was given."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Begin with these."""
+        super().__init__(tensors)
+        self.made = list[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and note it."""
+        self.made.append(f"{func}({', '.join(map(said, _pytree.tree_leaves((args, kwargs))))})")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def other(self, before: Sequence[str]) -> str:
+        """Give the first operator that is another than in an earlier call; "" if there is none. Local."""
+        pairs = zip_longest(self.made, before, fillvalue="nothing more")
+        return next((f"{now} where it was {old}" for now, old in pairs if now != old), "")
 
 
 def said(leaf: Any) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
-from hpctrain.pipeline.hanging import Hanging
+from hpctrain.pipeline.hanging import Listing
 from hpctrain.pipeline.holders import inside
 from hpctrain.tensors import storage_of, tensors_in, with_tensors
 
@@ -39,7 +39,7 @@ def changed_by(
         alive += [dict(vars(m)) for m in module.modules()]
         before = [*own, *data] if not turn else [tensor for tensors in kept.values() for tensor in tensors]
         try:
-            with Hanging(before) as hanging:
+            with Listing(before) as hanging:
                 found = forward()
         except Exception:
             break
