@@ -723,6 +723,46 @@ def test_a_product_is_light_by_its_shape_alone(light, monkeypatch):
     assert light == [False]
 
 
+def test_by_fast_more_rows_are_few_and_light_products_wait_at_a_steps_end(light):
+    """Up to those that are merged; no split is measured there."""
+    layer = nn.Linear(256, 320)
+    places, _ = real_places(layer)
+    places.begin()
+    places.begin()
+    straight, merged = StraightIntoPlace(layer, places, fast=True), 35
+    assert merged < waiting.rows_together(layer.weight) < merged + 1
+    straight.nothing_waits(behind=[1])
+    for v, rows, called in ((0, merged, [False]), (0, merged + 1, []), (1, merged + 1, [True])):
+        with straight.forward(v):
+            layer(torch.ones(rows, 256))
+        assert light == called
+        light.clear()
+
+
+@pytest.mark.parametrize("when", ["before ours", "behind it"])
+def test_a_users_hook_sees_each_gradient(when):
+    """As autograd's: none goes past it into the place."""
+    layer = nn.Linear(6, 5, bias=False)
+
+    def double(parameter):
+        parameter.grad.mul_(2.0)
+
+    if when == "before ours":
+        layer.weight.register_post_accumulate_grad_hook(double)
+    places, flats = real_places(layer)
+    if when == "behind it":
+        layer.weight.register_post_accumulate_grad_hook(double)
+    straight, x = StraightIntoPlace(layer, places), torch.randn(7, 6)
+    places.begin()
+    places.point(0, flats)
+    with straight.forward():
+        loss = layer(x).square().sum()
+    with straight.accumulating():
+        loss.backward()
+    (own,) = torch.autograd.grad(layer(x).square().sum(), [layer.weight])
+    torch.testing.assert_close(places.gradient("weight"), 2.0 * own)  # oneDNN may have computed the first
+
+
 def test_a_weight_that_was_looked_up_is_not_left(light):
     """Else its product would join behind the rows, and before them where stages share it."""
 
