@@ -85,6 +85,7 @@ def build(
             if config.parallel.cuts and not topology.world_rank:
                 LOGGER.warning("parallel.cuts does nothing with parallel.stages = 1")
         refuse_extra_state(module)
+        refuse_sparse(module)
         synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)
     pipeline, pieces, scales, schedule, at_once = None, None, None, "", []
@@ -251,6 +252,17 @@ def refuse_extra_state(module: torch.nn.Module) -> None:
             "builds it anew from the configuration",
             ", ".join(others[:3]),
         )
+
+
+def refuse_sparse(module: torch.nn.Module) -> None:
+    """Refuse weights and buffers that are laid otherwise than by strides: no rank could send them. Local."""
+    for name, tensor in every_tensor(module):
+        if tensor.layout is not torch.strided:
+            raise ConfigError(
+                f"{name} of the model is {tensor.layout}: weights and buffers are sent from rank to rank and "
+                f"kept in checkpoints as dense ones; register its indices and values instead, or keep it as "
+                f"a plain attribute, which each rank makes by itself"
+            )
 
 
 def same_parameters(module: torch.nn.Module, comm: MPI.Intracomm) -> None:

@@ -25,6 +25,7 @@ from hpctrain.errors import ConfigError, HpctrainError, text_of
 from hpctrain.gradient import Places
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
+from hpctrain.pipeline.holders import modules_of
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.schedule import (
@@ -177,12 +178,8 @@ class StagedEngine(Engine):
                 if isinstance(instruction, (Backward, BackwardInput)):
                     self._name_layer(error, number, step.micro_batches[v], stage, part, instruction)
                 note(error, self._place(number, v, stage))
-                if (owner := called_of(error, self.pipeline.elsewhere)) is not None:
-                    error.add_note(
-                        f"it calls a {type(owner).__name__} whose weights another stage has, and which it "
-                        f"does not have as a submodule (a function or object remembers it): register it "
-                        f"there, or set parallel.cuts so that one stage makes all its calls"
-                    )
+                if said := lacks(error, self.pipeline.elsewhere):
+                    error.add_note(said)
                 if "modified by an inplace operation" in text_of(error) and len(stage.kept) > 1:
                     error.add_note(SEVERAL_AT_ONCE)
                 failure = error
@@ -465,10 +462,20 @@ class StagedEngine(Engine):
         pipeline.transport.grow()  # all stages are behind their programs
 
 
-def called_of(error: Exception, modules: Sequence[nn.Module]) -> nn.Module | None:
-    """Give the one of some modules that was being called when an error was raised. Local."""
-    callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return next((caller for caller in callers if any(caller is one for one in modules)), None)
+def lacks(error: Exception, elsewhere: Sequence[nn.Module]) -> str:
+    """Say that what failed uses a module whose weights another stage has, if so; else "". Local."""
+    callers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [caller for caller in callers if isinstance(caller, nn.Module)]
+    called = [module for module in own if any(module is one for one in elsewhere)]
+    users = own[-1:] if isinstance(error, (TypeError, AttributeError)) else []  # None has no number, no shape
+    held = [m for _, m in modules_of([("", user) for user in users]) if any(m is one for one in elsewhere)]
+    if not called and not held:
+        return ""
+    return (
+        f"it {'calls' if called else 'holds'} a {type((called or held)[0]).__name__} whose weights another "
+        f"stage has, and which it does not have as a submodule (a function or object remembers it): register "
+        f"it there, or set parallel.cuts so that one stage makes all its calls"
+    )
 
 
 @contextmanager

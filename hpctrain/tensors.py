@@ -107,8 +107,19 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Give the bytes of tensors' memory, each once, by its place. Local."""
-    return dict(map(_place, tensors))
+    """Give the bytes of tensors' memory, each once, by its place; sparse ones have several. Local."""
+    return dict(place for tensor in tensors for part in parts_of(tensor) for place in [_place(part)])
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Give the tensors that hold a tensor's numbers: itself, or those that a sparse one is made of. Local."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:

@@ -1194,6 +1194,16 @@ class Packing(Net):
             return self.second(torch.tanh(self.first(x)))
 
 
+class Widening(Net):
+    """Sets the default dtype for a part of its forward."""
+
+    def forward(self, x):
+        torch.set_default_dtype(torch.float64)
+        factor = torch.full((1,), 1 / 3)
+        torch.set_default_dtype(torch.float32)
+        return self.second((torch.tanh(self.first(x)) * factor).float())
+
+
 class HookingModule(Net):
     """Has a layer with a backward hook."""
 
@@ -1594,6 +1604,14 @@ def calling_row(in_features: int, out_features: int) -> nn.Sequential:
     row = remembering_row(in_features, out_features)
     first = row[0]
     row[4].function = lambda x: first(x)
+    return row
+
+
+def holding_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Its last layer but one reads the first one's weight, which it holds in a list."""
+    row = remembering_row(in_features, out_features)
+    held = [row[0]]
+    row[4].function = lambda x: functional.linear(x, held[0].weight)
     return row
 
 

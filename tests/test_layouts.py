@@ -319,6 +319,7 @@ def test_all_ranks_start_from_the_same_bits(world, topology, files):
             "gives ranks different parameters .* must not depend on the rank",
         ),
         ({"model": ClassPath("test_layouts.Extra")}, "the model keeps _extra_state by get_extra_state"),
+        ({"model": ClassPath("test_layouts.SparseTable")}, "graph of the model is torch.sparse_coo: .*plain"),
         (
             {"loss": ClassPath("torch.nn.MSELoss", {"reduction": "sum"})},
             "reduction = 'sum': the mean is taken over all",
@@ -349,6 +350,12 @@ class ByRank(torch.nn.Module):
 class Extra(Net):
     def get_extra_state(self):
         return {"a": 1}
+
+
+class SparseTable(Net):
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.register_buffer("graph", torch.eye(4).to_sparse())
 
 
 @pytest.mark.mpi

@@ -305,10 +305,11 @@ def test_products_in_every_way_have_the_bits_of_one_process(world, build, waits,
         ("Hooking", r"\(Hooking\), stage_models.py:\d+: `h.register_hook.*hook on a tensor's gradient"),
         ("HookingModule", r"backward hook of first would be lost"),
         ("Packing", r"\(Packing\), stage_models.py:\d+: .*what hooks make of tensors saved"),
+        ("Widening", r"\(Widening\), stage_models.py:\d+: .*sets the default dtype to torch.float64"),
     ],
 )
-def test_a_backward_of_ones_own_is_refused_not_lost(world, build, model, what):
-    """torch.export would leave it out of the operators."""
+def test_what_torch_export_would_leave_out_is_refused(world, build, model, what):
+    """A backward of one's own, and the dtype that tensors have where none is said."""
     if world.size != 2:
         pytest.skip("a model of two layers")
     apply, register_hook = torch.autograd.Function.apply, torch.Tensor.register_hook
@@ -317,6 +318,7 @@ def test_a_backward_of_ones_own_is_refused_not_lost(world, build, model, what):
     assert "layers()" in str(raised.value)
     assert torch.autograd.Function.apply == apply
     assert torch.Tensor.register_hook is register_hook
+    assert torch.get_default_dtype() is torch.float32
 
 
 @pytest.mark.mpi
@@ -1632,6 +1634,11 @@ def test_weights_of_other_stages_that_are_used_from_elsewhere_are_refused(world,
     job = build("calling_row", 2, cuts=["3"], micro_batches=3)
     with pytest.raises(
         TypeError, match=r"(?s)in layer 4 \(Remembers\).*calls a Linear whose weights another st"
+    ):
+        job.engine.step(0, job.loader.read(0))
+    job = build("holding_row", 2, cuts=["3"], micro_batches=3)
+    with pytest.raises(
+        TypeError, match=r"(?s)in layer 4 \(Remembers\).*holds a Linear whose weights another st"
     ):
         job.engine.step(0, job.loader.read(0))
     job = build("held_row", 2, cuts=["2"], micro_batches=3, loss=ClassPath("stage_models.Penalty"))

@@ -75,8 +75,8 @@ def exchange(old: dict[str, Callable[[], bool]], new: dict[str, Callable[[], boo
 
 
 @contextmanager
-def own_gradients_refused(module: nn.Module) -> Iterator[None]:
-    """Raise where a forward has a say in its backward, which operators don't write down. Local.
+def lost_refused(module: nn.Module) -> Iterator[None]:
+    """Raise where a forward says what operators don't: of its backward, or of torch's default dtype. Local.
 
     Raises NotImplementedError; torch.export would leave it out, and gradients would be others, silently.
     """
@@ -111,18 +111,29 @@ def own_gradients_refused(module: nn.Module) -> Iterator[None]:
             raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
         return requires_grad(tensor, on)
 
+    set_dtype = torch.set_default_dtype
+
+    def chosen(dtype: torch.dtype) -> None:
+        if dtype != torch.get_default_dtype():
+            raise NotImplementedError(
+                f"the forward sets the default dtype to {dtype}, which would be lost: give dtype= where "
+                f"tensors are made"
+            )
+
     for name, m in module.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
             raise NotImplementedError(f"the backward hook of {name or 'the model'} would be lost")
     function.apply, tensor.register_hook = classmethod(applied), hooked  # type: ignore[assignment, method-assign]
     tensor.requires_grad_ = switched  # type: ignore[method-assign, assignment]
     saving.__enter__ = saved  # type: ignore[method-assign]
+    torch.set_default_dtype = chosen
     try:
         yield
     finally:
         function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
         tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
         saving.__enter__ = enter  # type: ignore[method-assign]
+        torch.set_default_dtype = set_dtype
 
 
 @contextmanager

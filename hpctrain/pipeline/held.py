@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpctrain.tensors import storages, tensors_in
+from hpctrain.tensors import parts_of, storages, tensors_in
 
 
 def bytes_kept(
@@ -22,9 +22,7 @@ def bytes_kept(
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.update((at, size) for at, size in storages([tensor]).items() if at not in own)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -32,7 +30,7 @@ def bytes_kept(
     given = storages(inputs)  # until its end what was found has memory of its own
     gives = {id(leaf): leaf for leaf in tensors_in(found)}
     made = sum(size for at, size in kept.items() if at not in given)
-    return sum(kept.values()), made, sum(leaf.nbytes for leaf in gives.values())
+    return sum(kept.values()), made, sum(part.nbytes for leaf in gives.values() for part in parts_of(leaf))
 
 
 class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -57,5 +57,6 @@ def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Give where a tensor's memory begins; 0 where it has none. Local."""
-    return 0 if isinstance(tensor, FakeTensor) or not tensor.numel() else tensor.untyped_storage().data_ptr()
+    """Give where a tensor's memory begins; 0 where it has none, or several (a sparse one). Local."""
+    none = isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided or not tensor.numel()
+    return 0 if none else tensor.untyped_storage().data_ptr()

@@ -28,8 +28,8 @@ from hpctrain.pipeline.exporting import (
     answered_no,
     causal_masks_known,
     inference_without_gradients,
+    lost_refused,
     marked,
-    own_gradients_refused,
     quiet,
     regions_kept,
 )
@@ -186,7 +186,7 @@ class Writer:
             cleared(self._caches),
             warnings.catch_warnings(),
             quiet(),
-            own_gradients_refused(twin),
+            lost_refused(twin),
             regions_kept(),
             inference_without_gradients(),
             causal_masks_known() as unknown,
