@@ -34,7 +34,7 @@ from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
 from hpctrain.piece import tensors_of
-from hpctrain.pipeline import profile, split, weigh
+from hpctrain.pipeline import channel, profile, split, weigh
 from hpctrain.pipeline.graph import Graph
 from hpctrain.pipeline.held import Living
 from hpctrain.pipeline.operators import forbidden
@@ -1622,6 +1622,27 @@ def test_a_forward_that_differs_by_mode_is_evaluated_as_in_one_process(world, bu
     assert run(job, 1) == run(alone, 1)
     alone.close()
     alone.topology.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h2", "interleaved"])
+@pytest.mark.parametrize("model", ["plain_row", "Skips"])
+def test_on_a_node_no_memory_is_made_for_messages_once_steps_are_alike(
+    world, build, monkeypatch, model, schedule
+):
+    """Neither a buffer for what comes nor a copy of what leaves, for whole and uneven micro-batches."""
+    if world.size not in layouts(world.size) or (schedule == "interleaved" and world.size > 2):
+        pytest.skip("as many stages as ranks")
+    job = build(model, world.size, micro_batches=5, batch=8, schedule=schedule)
+    made, start, make = [], Transport._start, channel.Buffer.__init__
+    monkeypatch.setattr(Transport, "_start", lambda *given: (made.append("copy"), start(*given))[1])
+    monkeypatch.setattr(channel.Buffer, "__init__", lambda *given: (made.append("buffer"), make(*given))[1])
+    run(job, 6)
+    assert "copy" in world.allreduce(made)  # the ring is as large as what the first steps sent
+    made.clear()
+    for number in range(6, 10):
+        job.engine.step(number, job.loader.read(number))
+    assert world.allreduce(made) == []
 
 
 @pytest.mark.mpi
