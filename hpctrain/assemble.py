@@ -269,7 +269,8 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
         most = max(order.sizes(train.batch, count))
         return task.batch(index.splits["train"].samples(np.arange(most))).inputs
 
-    portion = portions.build(config, topology, task, example, count, trains)
+    batches = {min(train.batch, length), length % train.batch or train.batch}
+    portion = portions.build(config, topology, task, example, count, batches, trains)
     if trains and total_steps(config, index) * train.batch > length:
         warn_of_single_samples(portion.module, length, train.batch, count)
     with together(world):

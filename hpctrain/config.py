@@ -76,11 +76,6 @@ class Parallel:
     cuts: list[str] = field(default_factory=list)
     """Modules that begin a stage, such as ["encoder.3", "decoder.0"] for three; empty: cut by work."""
 
-    @property
-    def virtual(self) -> int:
-        """Stages that each rank is asked to run; `auto` may choose to run more."""
-        return self.virtual_stages if self.schedule == "interleaved" and self.stages > 1 else 1
-
 
 @dataclass
 class Averaging:

@@ -32,7 +32,7 @@ from hpctrain.batch import Batch
 from hpctrain.data import order
 from hpctrain.data.loader import Step
 from hpctrain.draws import Drawing, Draws, again, of_others, run_again, set_generators, told_of_others
-from hpctrain.errors import DivergedError, HpctrainError, RankError
+from hpctrain.errors import FEWER_MICRO_BATCHES, TOO_FEW, DivergedError, HpctrainError, RankError, text_of
 from hpctrain.gradient import Places, StraightIntoPlace
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
@@ -386,6 +386,8 @@ def note(error: Exception, place: str) -> None:
             "no memory is left: take more parallel.stages or parallel.micro_batches, a smaller train.batch, "
             "parallel.recompute = always, fewer ranks a node, or nodes with more memory"
         )
+    elif TOO_FEW in text_of(error):
+        error.add_note(f"this micro-batch is too small for BatchNorm: {FEWER_MICRO_BATCHES}")
 
 
 def precision(autocast: str, device: str) -> AbstractContextManager[Any]:

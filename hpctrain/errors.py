@@ -53,6 +53,11 @@ class StopAskedError(HpctrainError):
     status = STOPPED_EARLY
 
 
+TOO_FEW = "more than 1 value per channel"
+"""In what torch says where BatchNorm has a single number of a channel."""
+FEWER_MICRO_BATCHES = "set parallel.micro_batches lower; the last batch of an epoch may have few samples"
+
+
 def text_of(error: BaseException) -> str:
     """Give an error's text, though its own code may fail to make it. Local."""
     try:

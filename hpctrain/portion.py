@@ -8,7 +8,7 @@ Everything that is decided here is decided alike on all ranks: names and shapes 
 
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from hpctrain.pipeline.part import Cut
 from hpctrain.pipeline.pipeline import Pipeline, Share, every_tensor, take_share, users_of
 from hpctrain.pipeline.transport import Transport
 from hpctrain.room import ran_out
-from hpctrain.scales import scales_of, schedules
+from hpctrain.scales import scales_of, schedules, stages_a_rank
 from hpctrain.task import Task
 from hpctrain.topology import Topology
 from hpctrain.wire import together
@@ -62,10 +62,12 @@ def build(
     task: Task,
     example: Callable[[], dict[str, torch.Tensor]],
     count: int,
+    batches: Collection[int],
     trains: bool = True,
 ) -> Portion:
     """Build it; `example` reads one micro-batch's inputs, `count` is the step's micro-batches. Collective.
 
+    `batches`: the samples that steps may have: a whole batch's, and what an epoch leaves for its last one.
     Where nothing is trained, nothing is measured either: the cut is by estimate.
     """
     world = topology.comms.world
@@ -89,7 +91,7 @@ def build(
         synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)
     pipeline, pieces, scales, schedule, at_once = None, None, None, "", []
-    stages = topology.stages * config.parallel.virtual
+    stages = topology.stages * stages_a_rank(config, config.parallel.schedule)
     if topology.stages > 1:
         with together(world), told_of_memory(topology):  # what may fail on one rank alone comes first
             inputs = example()
@@ -103,11 +105,12 @@ def build(
     with together(world), told_of_memory(topology):
         if pieces is not None:
             pieces.place(config.parallel.cuts, scales)
-            own = order.most_working(topology.replicas, count, config.train.batch)
+            works = {n for batch in batches for n in order.working(topology.replicas, count, batch)}
+            own = max(works)
             schedule = pieces.choice.schedule or schedules(config, synced, own)[0]
             if config.parallel.schedule == "auto" and trains and not pieces.choice.schedule:
                 LOGGER.info("the schedule is %s: no times were measured to choose by", schedule)
-            kept = most_kept(schedule, topology, pieces, own)
+            kept = most_kept(schedule, topology, pieces, works)
             say(topology, pieces, schedule, own)
             share, optimizer = share_of(config, topology, module, deferred, pieces)
             again = recomputes(config, pieces, synced)
@@ -214,11 +217,14 @@ def say(topology: Topology, pieces: Cut, schedule: str, micro_batches: int) -> N
         LOGGER.warning("%s", line)
 
 
-def most_kept(schedule: str, topology: Topology, pieces: Cut, micro_batches: int) -> int:
-    """Prove the schedule for a cut; give the most micro-batches on their way at once on a stage. Pure."""
-    virtual = pieces.stages // topology.stages
-    proof = simulate.check(schedule, topology.stages, range(micro_batches), *pieces.links(), virtual)
-    return max(proof.kept)
+def most_kept(schedule: str, topology: Topology, pieces: Cut, works: Iterable[int]) -> int:
+    """Prove the schedule for a cut; give the most micro-batches on their way at once on a stage. Pure.
+
+    `works`: how many a replica may have in a step.
+    """
+    virtual, links = pieces.stages // topology.stages, pieces.links()
+    proofs = [simulate.check(schedule, topology.stages, range(n), *links, virtual) for n in works]
+    return max(kept for proof in proofs for kept in proof.kept)
 
 
 def mine(stage: int, topology: Topology) -> bool:

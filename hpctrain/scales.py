@@ -38,7 +38,7 @@ def scales_of(
     if topology.device != "cpu":
         return None
     node = topology.comms.node
-    own = order.most_working(topology.replicas, count, config.train.batch)
+    own = max(order.working(topology.replicas, count, config.train.batch))
     # inputs and targets, about as much again, of the steps that are read ahead and of the one that runs
     read = 2 * (AHEAD + 1) * own * sum(x.nbytes for x in inputs.values())
     at_stage = world.allgather(topology.stage)
@@ -65,7 +65,7 @@ def scales_of(
 
     plans = []
     for schedule in schedules(config, synced, own):
-        virtual = config.parallel.virtual_stages if schedule in SEVERAL else 1
+        virtual = stages_a_rank(config, schedule)
         dry = simulate.check(schedule, topology.stages, range(own), virtual=virtual)
         plans.append(Plan(schedule, virtual, dry.lives, CHOSEN.get(schedule, 1.0)))
     return Scales(
@@ -122,3 +122,8 @@ def splits(config: Config) -> str:
     if config.averaging.invariant:
         return "never"
     return "always" if config.parallel.gradients == "fast" else "auto"  # in fast the bits hang on it
+
+
+def stages_a_rank(config: Config, schedule: str) -> int:
+    """Say how many stages a schedule runs on each rank; `auto` may choose one that runs more. Pure."""
+    return config.parallel.virtual_stages if schedule in SEVERAL else 1

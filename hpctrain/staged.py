@@ -152,7 +152,7 @@ class StagedEngine(Engine):
         given = {v: step.micro_batches[v].inputs if v in step.micro_batches else {} for v in working}
         batches = {v: (sizes[v], inputs) for v, inputs in given.items()}
         try:
-            parts = pipeline.parts(batches, True, f"at step {number}")
+            parts = pipeline.parts(batches, True, f"at step {number}", unread=failure is not None)
         except HpctrainError as error:
             if not error.agreed:
                 raise
@@ -481,10 +481,14 @@ def lacks(error: Exception, elsewhere: Sequence[nn.Module]) -> str:
 @contextmanager
 def unswitched(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let modules whose weights are elsewhere switch as torch does while the body runs. Local."""
+    own = [(module, vars(module).get("train")) for module in modules]
     for module in modules:
         vars(module)["train"] = partial(nn.Module.train, module)
     try:
         yield
     finally:
-        for module in modules:
-            del vars(module)["train"]
+        for module, train in own:
+            if train is None:
+                del vars(module)["train"]
+            else:
+                vars(module)["train"] = train

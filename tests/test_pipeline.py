@@ -2160,16 +2160,20 @@ def test_a_rank_that_does_not_answer_is_named(world, monkeypatch, caplog):
 
 
 @pytest.mark.mpi
-def test_reading_that_fails_on_one_stage_ends_on_all(world, build):
-
+@pytest.mark.parametrize("rank", [0, -1])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("model", ["Row", "plain_row"])
+def test_reading_that_fails_on_one_stage_ends_on_all(world, build, model, steps, rank):
+    """In the first step, where the others write forwards down, or behind it, where they run them at once."""
     if world.size == 1:
         pytest.skip("needs two ranks")
-    job = build("Row", world.size)
+    job = build(model, world.size)
+    run(job, steps)
     step = job.loader.read(0)
-    if world.rank == world.size - 1:
+    if world.rank == rank % world.size:
         step = replace(step, micro_batches={}, failure=OSError("disk trouble"))
-    with pytest.raises(HpctrainError, match="disk trouble"):
-        job.engine.step(0, step)
+    with pytest.raises(HpctrainError, match=f"rank {rank % world.size} of .*disk trouble"):
+        job.engine.step(steps, step)
 
 
 @pytest.mark.mpi

@@ -119,14 +119,14 @@ def replica_micro_batches(replica: int, replicas: int, count: int) -> range:
     return range(*block(replica, replicas, count))
 
 
-def most_working(replicas: int, count: int, batch: int) -> int:
-    """Say how many micro-batches with samples a replica has in a whole batch, at most.
+def working(replicas: int, count: int, batch: int) -> list[int]:
+    """Say how many micro-batches with samples each replica has of a batch.
 
-    >>> [most_working(2, count, 10) for count in (5, 8, 30)]
-    [3, 4, 5]
+    >>> [working(2, count, 10) for count in (5, 8, 30)]
+    [[2, 3], [4, 4], [5, 5]]
     """
     work = sizes(batch, count)
-    return max(sum(work[v] > 0 for v in replica_micro_batches(r, replicas, count)) for r in range(replicas))
+    return [sum(work[v] > 0 for v in replica_micro_batches(r, replicas, count)) for r in range(replicas)]
 
 
 def replicas_of(replicas: int, count: int) -> list[int]:

@@ -20,9 +20,12 @@ from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
 from hpctrain.pipeline.ties import Copies, Relay, Tie
 from hpctrain.pipeline.trace import Like
-from hpctrain.pipeline.transport import KINDS, TIED, Transport
+from hpctrain.pipeline.transport import KINDS, TIED, PeerFailedError, Transport
 from hpctrain.tensors import OurHook, hooked
 from hpctrain.wire import together
+
+MOST_PARTS = 64
+"""That are kept, beside those of the batches that run."""
 
 
 class Pipeline:
@@ -57,8 +60,8 @@ class Pipeline:
         self.stages = [Stage(cut, number, transport, recomputes) for number in numbers]
         for stage in self.stages:
             stage.shared = [(tie.name, tie.marks) for tie in ties if self.rank in (tie.owner, *tie.others)]
-        self._met = set[tuple[int, bool, str]]()
-        """Numbers of samples that parts were made for, whether in training, shapes if it hangs on them."""
+        self._parts: dict[tuple[int, int, bool, str], Part] = {}
+        """By stage, number of samples, whether in training, and shapes if it hangs on them."""
         self._change = [tie.tensor.requires_grad for tie in ties]
         """Whether a step changes what several stages use."""
 
@@ -76,42 +79,45 @@ class Pipeline:
         return [self.cut.rows(stage.stage) for stage in self.stages]
 
     def parts(
-        self, batches: Mapping[int, tuple[int, Env]], training: bool, when: str
+        self, batches: Mapping[int, tuple[int, Env]], training: bool, when: str, unread: bool = False
     ) -> dict[tuple[Stage, int], Part]:
-        """Say what each stage does with each micro-batch, given its samples and inputs.
+        """Say what each stage does with each micro-batch, given its samples and inputs. Collective (stages).
 
-        Local, but where there are as many samples as never before, or of other shapes: then a forward may
-        have to be written down, and what fails on one stage is raised on all. `when` is for that error.
+        Where there are as many samples as never before, or of other shapes, a forward may have to be written
+        down, and what fails on one stage is raised on all; `when` is for that error. What hangs on shapes a
+        stage that has not read (`unread`) can't say: PeerFailedError on all of them.
         """
-        shaped = self.cut.by_shape
-        new = {(n, training, repr(like_of(inputs)) if shaped else "") for n, inputs in batches.values()}
-        new -= self._met
-        if not new:
-            return self._parts(batches, training, when)
-        self._met |= new
-        with together(self.transport.comm):
-            return self._parts(batches, training, when)
+        shapes = {v: repr(like_of(x)) if self.cut.by_shape else "" for v, (_, x) in batches.items()}
+        keys = {
+            (stage, v): (stage.stage, samples, training, shapes[v])
+            for v, (samples, _) in batches.items()
+            for stage in self.stages
+        }
+        new = not self._parts.keys() >= {*keys.values()}
+        if self.cut.by_shape:  # else all know it: the number of samples says it
+            new, failed = self.transport.anywhere(new, unread)
+            if failed:
+                error = PeerFailedError("a stage has not read its micro-batches")
+                error.agreed = True
+                raise error
+        if new:
+            with together(self.transport.comm):
+                for (stage, v), key in keys.items():
+                    if key not in self._parts:
+                        self._parts[key] = self._part(stage, v, *batches[v], training, when)
+        for old in [key for key in self._parts if key not in keys.values()][: -MOST_PARTS or None]:
+            del self._parts[old]
+        return {at: self._parts[key] for at, key in keys.items()}
 
-    def _parts(
-        self, batches: Mapping[int, tuple[int, Env]], training: bool, when: str
-    ) -> dict[tuple[Stage, int], Part]:
-        made: dict[tuple[Stage, int, str], Part] = {}
-        found = {}
-        for v, (samples, inputs) in batches.items():
-            like = like_of(inputs)
-            for stage in self.stages:
-                key = stage, samples, repr(like)
-                if key not in made:
-                    try:
-                        made[key] = stage.part(samples, training, like)
-                    except Exception as error:
-                        where = f"{when}, micro-batch {v} of {samples} samples, stage {stage.stage}"
-                        if isinstance(error, HpctrainError):
-                            raise type(error)(f"{error} ({where})") from error
-                        error.add_note(where)
-                        raise
-                found[stage, v] = made[key]
-        return found
+    def _part(self, stage: Stage, v: int, samples: int, inputs: Env, training: bool, when: str) -> Part:
+        try:
+            return stage.part(samples, training, like_of(inputs))
+        except Exception as error:
+            where = f"{when}, micro-batch {v} of {samples} samples, stage {stage.stage}"
+            if isinstance(error, HpctrainError):
+                raise type(error)(f"{error} ({where})") from error
+            error.add_note(where)
+            raise
 
     def parameters(self, module: nn.Module) -> list[list[nn.Parameter]]:
         """Give the parameters that each stage owns; one that several use here is the first one's. Local."""

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
 from hpctrain.draws import of_others, streams_kept, told_of_others
-from hpctrain.errors import ConfigError
+from hpctrain.errors import FEWER_MICRO_BATCHES, TOO_FEW, ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.hidden import has_hooks
 from hpctrain.log import ALIKE, LOGGER
@@ -211,10 +211,10 @@ class Writer:
     ) -> ConfigError:
         """Say what torch's error means, where it is and what to do. Local."""
         line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        if "more than 1 value per channel" in line:
+        if TOO_FEW in line:
             return ConfigError(
                 f"a micro-batch of {samples} samples is too small for the model's BatchNorm ({line}): "
-                f"set parallel.micro_batches lower; the last batch of an epoch may have few samples"
+                f"{FEWER_MICRO_BATCHES}"
             )
         cause = f"{where(error, self.skeleton)} ({type(error).__name__}: {line.strip()})"
         if self._fails_anyway(error, arguments):

@@ -183,12 +183,12 @@ class Transport:
         numbers = [packed.micro_batch, ready.number, packed.draws, ready.how, ready.flag, len(ready.text)]
         self._note(*way.say(numbers), way.rank)
         if ready.text:
-            self._start(np.frombuffer(ready.text, np.uint8), way.rank, way.tag + 1)
+            self._start(np.frombuffer(ready.text, np.uint8), way.rank, way.tag + 1, ready.text)
         if ready.buffer is not None:
             ready.buffer.start()
             self._note(ready.buffer.done, ready.buffer, way.rank)
         for piece in ready.pieces:
-            self._start(piece, way.rank, way.tag + 1)
+            self._start(piece, way.rank, way.tag + 1, packed)  # a piece is an address in what that holds
 
     def send_failure(self, rank: int, tag: int, micro_batch: int) -> None:
         """Tell a rank that what it waits for will not come. Local."""
@@ -308,8 +308,8 @@ class Transport:
         self.comm.Free()
         self.node.Free()
 
-    def _start(self, values: Bytes, rank: int, tag: int) -> None:
-        self._note(self.comm.Isend([values, MPI.BYTE], rank, tag).Test, values, rank)
+    def _start(self, values: Bytes, rank: int, tag: int, holder: Any) -> None:
+        self._note(self.comm.Isend([values, MPI.BYTE], rank, tag).Test, (values, holder), rank)
 
     def _note(self, done: Callable[[], bool], memory: Any, rank: int) -> None:
         while len(self._sent) > 64 and self._sent[0][0]():
@@ -335,7 +335,20 @@ class Transport:
         self._until(rank, lambda: self.comm.Iprobe(rank, tag, status))
         return status
 
-    def _until(self, rank: int, done: Callable[[], bool]) -> None:
+    def anywhere(self, *said: bool) -> list[bool]:
+        """Tell of each of some things whether any stage says so. Collective (stages)."""
+        mine = np.array(said, np.uint8)
+        found = np.empty_like(mine)
+        request = self.comm.Iallreduce(mine, found, MPI.MAX)
+        self.watch.doing("waits until all stages have read their micro-batches")
+        try:
+            self._until(None, request.Test)
+        except BaseException:
+            LEFT.append((mine, found, request))  # MPI may write there yet
+            raise
+        return [bool(one) for one in found]
+
+    def _until(self, rank: int | None, done: Callable[[], bool]) -> None:
         """Wait, giving the core away: a rank that waits must not slow those that work."""
         if done():
             return
@@ -345,7 +358,7 @@ class Transport:
         finally:
             self.waited += time.monotonic() - asked
 
-    def _wait_long(self, rank: int, done: Callable[[], bool]) -> None:
+    def _wait_long(self, rank: int | None, done: Callable[[], bool]) -> None:
         for _ in range(YIELDS):
             if done():
                 return

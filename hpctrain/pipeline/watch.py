@@ -77,8 +77,8 @@ class Watch:
         """Note what this rank begins with. Local."""
         self._doing, self._stage, self._of, self._since = what, stage, of, time.monotonic()
 
-    def missing(self, rank: int, seconds: float) -> None:
-        """Tell what all ranks do, if this one is the lowest that waits, for `rank`. Local."""
+    def missing(self, rank: int | None, seconds: float) -> None:
+        """Tell what all ranks do, if this one is the lowest that waits, for `rank` (None: all). Local."""
         others = [other for other in range(self.comm.size) if other != self.comm.rank and self._thread]
         while self.comm.Iprobe(MPI.ANY_SOURCE, ANSWER):
             self.comm.recv(tag=ANSWER)  # to a question of before, too late
@@ -96,9 +96,12 @@ class Watch:
         silent = "does not answer: it has stopped, is gone, or is in code that holds Python's lock"
         found[self.comm.rank] = self.told()
         each = "; ".join(f"{self.names[other]} {found[other] or silent}" for other in sorted(found))
-        if at_work(found[rank], seconds / 4):
-            each += f"; {self.names[rank]} is at work, so this goes on"
-        LOGGER.warning("waiting for %s for %.0f s: %s", self.names[rank], seconds, each)
+        late = [other for other in others if not found[other].startswith("waits")] if rank is None else [rank]
+        for other in late:
+            if at_work(found[other], seconds / 4):
+                each += f"; {self.names[other]} is at work, so this goes on"
+        who = " and ".join(self.names[other] for other in late) or "all stages"
+        LOGGER.warning("waiting for %s for %.0f s: %s", who, seconds, each)
 
     def stop(self) -> None:
         """Answer no more. Local."""

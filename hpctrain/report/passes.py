@@ -17,7 +17,6 @@ from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.profile import Work, cost_of
 from hpctrain.pipeline.schedule import (
     SCHEDULES,
-    SEVERAL,
     Backward,
     BackwardInput,
     BackwardWeight,
@@ -26,6 +25,7 @@ from hpctrain.pipeline.schedule import (
     programs,
 )
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, WireTime, simulate
+from hpctrain.scales import stages_a_rank
 
 
 @dataclass
@@ -86,7 +86,7 @@ def others(job: Job, measured: Simulation) -> dict[str, float]:
     usual, choice = medians(measured), job.pipeline.cut.choice
     mine, found = micro_batches(measured), {}
     for name in SCHEDULES:
-        virtual = job.config.parallel.virtual_stages if name in SEVERAL else 1
+        virtual = stages_a_rank(job.config, name)
         fits = choice.pieces >= virtual * ranks and not choice.shared
         if name == job.schedule or (virtual > 1 and not fits):
             continue
