@@ -987,6 +987,47 @@ def test_weight_gradients_that_wait_keep_the_bits(world, build, waits, model, sc
         assert any(waits) or not linear or "tied" in model.lower() or model == "mixed_row"
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "interleaved"])
+def test_a_gradient_leaves_before_those_of_the_weights_are_computed(
+    world, build, waits, monkeypatch, schedule
+):
+    """By what the engine does: of each micro-batch that others wait for."""
+    if world.size not in layouts(world.size) or (schedule == "interleaved" and world.size > 2):
+        pytest.skip("as many stages as ranks")
+    monkeypatch.setattr(waiting, "is_short", lambda *_: False)  # nor do products for one another
+    job = build("plain_row", world.size, micro_batches=6, schedule=schedule)
+    run(job, 2)
+    did, compute, send = [], gradient.StraightIntoPlace._compute, Stage.send_gradient
+    weights_of = waiting.WaitingGradients.weights_of
+
+    def computing(self, *given, **how):
+        did.append("computes")
+        compute(self, *given, **how)
+
+    def sending(self, v, part):
+        send(self, v, part)
+        did.append(("sent", v))
+
+    def weights(self, v, last):
+        did.append(("weights", v))
+        weights_of(self, v, last)
+
+    monkeypatch.setattr(gradient.StraightIntoPlace, "_compute", computing)
+    monkeypatch.setattr(Stage, "send_gradient", sending)
+    monkeypatch.setattr(waiting.WaitingGradients, "weights_of", weights)
+    job.engine.step(2, job.loader.read(2))
+    if job.topology.stage and schedule != "interleaved":  # the first stage has nobody who waits
+        waited = [at for at in did if at != "computes"]
+        assert did.count("computes") >= 6
+        for v in range(6):
+            assert waited.index(("sent", v)) < waited.index(("weights", v)), waited
+        for at, what in enumerate(did):  # nothing within a backward, nor behind a gradient's leaving
+            if what == "computes":
+                behind = next((before for before in reversed(did[:at]) if before != "computes"), ("", -1))
+                assert behind[0] == "weights", did
+
+
 @pytest.fixture
 def light(waits, monkeypatch):
     """Lets linear layers be light: left to autograd where they don't wait; notes what was computed how."""
@@ -2032,6 +2073,7 @@ def test_an_error_says_step_micro_batch_and_stage(world, build, backward):
         job.engine.step(0, job.loader.read(0))
     last = world.size - 1
     assert f"at step 0, micro-batch 5, stage {last}, rank {last}" in str(raised.value)
+    assert re.search(r"layer 3.1 \(Bad\), given float32 \(\d, \d\)", str(raised.value))
 
 
 @pytest.mark.mpi
