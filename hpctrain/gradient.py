@@ -9,7 +9,8 @@ can be written where it belongs:
 
 and for an embedding only the rows that were looked up are added, place[i] ← place[i] + g, where
 autograd makes a whole table of mostly zeros. Convolutions and norms have no kernel that writes
-where it is told: theirs are added, which is little beside their own work, and autograd does it.
+where it is told: theirs are added, which is little beside their own work; autograd does it, but
+for convolutions' that wait.
 
 What is computed so may wait (`waiting.py`).
 

@@ -6,7 +6,7 @@ process and the bounds from it are left out; work is known, and the simulator sa
 No optimizer and no averaging: they are measured by `bench step`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -33,7 +33,7 @@ from hpctrain.pipeline.layers import Layers
 from hpctrain.pipeline.pipeline import Pipeline, take_share
 from hpctrain.pipeline.profile import Limits
 from hpctrain.pipeline.rows import run_all
-from hpctrain.pipeline.schedule import SEVERAL
+from hpctrain.pipeline.schedule import CHOSEN, SEVERAL
 from hpctrain.pipeline.transport import Transport
 from hpctrain.report.passes import again, as_simulation
 from hpctrain.report.timeline import on_one_clock
@@ -41,15 +41,16 @@ from hpctrain.staged import StagedEngine
 from hpctrain.topology import Topology, usable_cores
 
 CONTENDERS = {
-    "ours": "1F1B, one stage a rank",
+    "ours": "the default: that of the next four which a job chooses by measurement",
+    "ours_1f1b": "1F1B, one stage a rank",
+    "ours_zb_h1": "ZB-H1: a backward in halves, weight gradients where a rank would wait",
+    "ours_zb_h2": "ZB-H2: the same with twice the micro-batches on their way",
+    "ours_interleaved": "interleaved 1F1B, two stages a rank",
     "ours_gpipe": "GPipe",
-    "ours_zb": "ZB-H1: a backward in halves, weight gradients where a rank would wait",
-    "ours_zb2": "ZB-H2: the same with twice the micro-batches on their way",
-    "ours_fast": "ZB-H1 with weight gradients of several micro-batches merged (parallel.gradients = fast)",
-    "ours_zb2_fast": "ZB-H2 with the same",
+    "ours_zb_h1_fast": "ZB-H1 with parallel.gradients = fast: those of several micro-batches are merged",
+    "ours_zb_h2_fast": "ZB-H2 with the same",
     "ours_1f1b_fast": "1F1B with the same",
     "ours_gpipe_fast": "GPipe with the same",
-    "ours_interleaved": "interleaved 1F1B, two stages a rank",
     "ours_interleaved_fast": "interleaved 1F1B with weight gradients merged",
     "ours_plain": "1F1B, each tensor one MPI message",
     "ours_autograd": "1F1B, weight gradients left to torch",
@@ -65,17 +66,17 @@ CONTENDERS = {
     "work": "what the slowest stage has to do (limit without the factor): work ÷ ms is utilisation",
     "bubble": "alone ÷ p times (m+p-1)/m: even stages, free messages, cores that do not disturb one another",
     "simulated_1f1b": "the simulator's 1F1B, messages taking no time",
-    "simulated_zb": "… ZB-H1",
-    "simulated_zb2": "… ZB-H2",
+    "simulated_zb_h1": "… ZB-H1",
+    "simulated_zb_h2": "… ZB-H2",
     "simulated_interleaved": "… interleaved",
 }
 ROUNDS = 9
 
-WATCHED = ("ours", "ours_zb")
+WATCHED = ("ours_1f1b", "ours_zb_h1")
 """Whose passes of a step are told."""
 
 AWAKE = (
-    *("ours_fast", "ours_zb2_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"),
+    *("ours_zb_h1_fast", "ours_zb_h2_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"),
     *("ours_plain", "ours_autograd", "ours_gpipe"),
     *("torch_gpipe", "torch_zb", "torch_zbv", "torch_dualpipev"),
 )
@@ -99,7 +100,8 @@ def one_case(topology: Topology, name: str, rounds: int | None) -> dict[str, Any
     x = torch.randn(case.shape)
     with torch.no_grad():
         y = torch.randn_like(case.make()(x[:1])).expand(len(x), *[-1] * (x.ndim - 1)).contiguous()
-    engines = our_steps(topology, case, x, y)
+    chosen, dear = ("", set[str]()) if case.sleeps else choice(topology, case, x)
+    engines = our_steps(topology, case, x, y, dear)
     contenders = {engine: step for engine, (step, _) in engines.items()}
     for peer, (schedule, virtual) in TORCH.items():
         if virtual == 1 or case.halves(topology.stages):
@@ -108,23 +110,26 @@ def one_case(topology: Topology, name: str, rounds: int | None) -> dict[str, Any
         contenders = {who: step for who, step in contenders.items() if who not in AWAKE}
     else:
         contenders["alone"] = alone_step(topology, case, x, y)
-        contenders["limit"] = limit_step(topology, engines["ours"][1], case, x, y)
+        contenders["limit"] = limit_step(topology, engines["ours_1f1b"][1], case, x, y)
         contenders["autograd_limit"] = limit_step(topology, engines["ours_autograd"][1], case, x, y)
     times = alternate(comm, contenders, rounds or (emulated.ROUNDS if case.sleeps else ROUNDS))
     if case.sleeps:
-        times |= simulated(topology, case)
+        expected = simulated(topology, case)
+        chosen = shortest({s: expected[f"simulated_{ending(s)}"][0] for s in scheduled(topology, case)})
+        times |= expected
     else:
         bubble = (case.micro_batches + topology.stages - 1) / case.micro_batches
         times["work"] = times["limit"]
         for limit in ("limit", "autograd_limit"):
             times[limit] = [seconds * bubble for seconds in times[limit]]
         times["bubble"] = [seconds / topology.stages * bubble for seconds in times["alone"]]
+    times["ours"] = times[f"ours_{ending(chosen)}"]
     passes = {who: passes_of(topology, *engines[who]) for who in WATCHED}
     for engine in {id(engine): engine for _, engine in engines.values()}.values():
         engine.pipeline.close()
         engine.averager.close()
     size = sum(p.numel() for p in case.make().parameters())
-    return row(name, comm.size, 4 * size, times) | {"passes": passes}
+    return row(name, comm.size, 4 * size, times) | {"schedule": chosen, "passes": passes}
 
 
 def passes_of(
@@ -149,14 +154,15 @@ def passes_of(
 
 
 def our_steps(
-    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor
+    topology: Topology, case: Case, x: torch.Tensor, y: torch.Tensor, dear: Container[str] = ()
 ) -> dict[str, tuple[Callable[[], None], StagedEngine]]:
-    """Make all of ours, with their engines."""
+    """Make all of ours, with their engines; `dear` as `choice` gives it."""
     by = partial(one_engine, topology, case, x, y)
+    one = ("1f1b", "zb-h1", "zb-h2")
     found = {
-        **by({"ours": "1f1b", "ours_zb": "zb-h1", "ours_zb2": "zb-h2"}),
+        **by({f"ours_{ending(schedule)}": schedule for schedule in one}),
         **by({"ours_gpipe": "gpipe"}),
-        **by({"ours_fast": "zb-h1", "ours_zb2_fast": "zb-h2", "ours_1f1b_fast": "1f1b"}, fast=True),
+        **by({f"ours_{ending(schedule)}_fast": schedule for schedule in one}, fast=True),
         **by({"ours_gpipe_fast": "gpipe"}, fast=True),
         **by({"ours_plain": "1f1b"}, plain=True),
         **by({"ours_autograd": "1f1b"}),
@@ -165,41 +171,72 @@ def our_steps(
         found |= by({"ours_interleaved": "interleaved"})
         found |= by({"ours_interleaved_fast": "interleaved"}, fast=True)
     if not case.sleeps:
-        dear = dear_to_split(topology, case, x)
         for _, engine in (made for who, made in found.items() if "fast" not in who):
             engine.straight.at_once(p for name, p in engine.module.named_parameters() if name in dear)
         found["ours_autograd"][1].straight = Autograd()  # type: ignore[assignment]
     return found
 
 
-def dear_to_split(topology: Topology, case: Case, x: torch.Tensor) -> set[str]:
-    """Name the parameters whose gradients a job would not let wait, by measurement. Collective."""
+def ending(schedule: str) -> str:
+    """Name a schedule as contenders' names end. Pure.
+
+    >>> ending("zb-h1")
+    'zb_h1'
+    """
+    return schedule.replace("-", "_")
+
+
+def scheduled(topology: Topology, case: Case) -> list[str]:
+    """List the schedules that a job of a case chooses from. Pure."""
+    return [one for one in CHOSEN if one not in SEVERAL or case.halves(topology.stages)]
+
+
+def shortest(seconds: dict[str, float]) -> str:
+    """Name the schedule that a job would choose by simulated steps, given in the order of `CHOSEN`. Pure.
+
+    >>> shortest({"1f1b": 100.0, "zb-h2": 99.5, "zb-h1": 98.0, "interleaved": 95.0})
+    'zb-h1'
+    """
+    best = next(iter(seconds))
+    for schedule, simulated in seconds.items():
+        best = schedule if simulated * CHOSEN[schedule] < seconds[best] else best
+    return best
+
+
+def choice(topology: Topology, case: Case, x: torch.Tensor) -> tuple[str, set[str]]:
+    """Measure a model as a job does. Collective.
+
+    Gives the schedule it would choose, and the parameters whose gradients would wait in a step's last
+    micro-batches alone.
+    """
     stages, any_size = topology.stages, [float("inf")] * topology.stages
     module = case.make()
     pieces = split.write(module, {"x": x[: len(x) // case.micro_batches]}, False, stages)
-    proof = simulate.check("zb-h1", stages, range(case.micro_batches))
+    plans = []
+    for schedule in scheduled(topology, case):
+        virtual = 2 if schedule in SEVERAL else 1
+        proof = simulate.check(schedule, stages, range(case.micro_batches), virtual=virtual)
+        plans.append(Plan(schedule, virtual, proof.lives, CHOSEN[schedule]))
     turns = -(-topology.comms.world.size // len(usable_cores()))
     scales = Scales(
         topology.comms.world,
         [[rank] for rank in range(stages)],
         lambda: Limits(any_size, any_size, float("inf")),
-        [Plan("zb-h1", 1, proof.lives)],
+        plans,
         case.micro_batches,
         copies=0.0,
         turn=(topology.world_rank % turns, turns),
     )
     pieces.place([], scales)
-    return pieces.at_once
+    return pieces.choice.schedule, pieces.at_once
 
 
 def simulated(topology: Topology, case: Case) -> dict[str, list[float]]:
     """Say what the simulator expects where layers sleep, and the work of a stage. Collective."""
     found, stretch = {}, emulated.stretched(topology.comms.world)
-    schedules = {"1f1b": "1f1b", "zb": "zb-h1", "zb2": "zb-h2", "interleaved": "interleaved"}
-    for ours, schedule in schedules.items():
-        if schedule not in SEVERAL or case.halves(topology.stages):
-            expected = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
-            found[f"simulated_{ours}"] = expected.seconds
+    for schedule in scheduled(topology, case):
+        expected = emulated.simulated(schedule, topology.stages, case.micro_batches, stretch)
+        found[f"simulated_{ending(schedule)}"] = expected.seconds
     found["work"] = emulated.work(topology.stages, case.micro_batches, stretch)
     return {who: [seconds, seconds] for who, seconds in found.items()}
 

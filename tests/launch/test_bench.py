@@ -50,14 +50,17 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     ended = launcher.ranks(2, "bench", "pipeline", "--json", "--case", "mlp m=8", *FEW)
     assert ended.status == 0, ended.text
     (row,) = json.loads(ended.out)["rows"]
-    ours = {"ours", "ours_gpipe", "ours_zb", "ours_zb2", "ours_interleaved", "ours_plain", "ours_autograd"}
-    ours |= {"ours_fast", "ours_zb2_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"}
+    each = ("1f1b", "gpipe", "zb_h1", "zb_h2", "interleaved")
+    ours = {f"ours_{one}{how}" for one in each for how in ("", "_fast")}
+    ours |= {"ours", "ours_plain", "ours_autograd"}
     torchs = {f"torch_{peer}" for peer in ("1f1b", "gpipe", "zb", "interleaved", "zbv", "dualpipev")}
     seconds = row["seconds"]
     assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
     assert seconds["bubble"] == pytest.approx(seconds["alone"] / 2 * 9 / 8)
     assert seconds["limit"] == pytest.approx(seconds["work"] * 9 / 8)
-    assert set(row["passes"]) == {"ours", "ours_zb"}
+    assert row["schedule"] in ("1f1b", "zb-h1", "zb-h2", "interleaved")
+    assert seconds["ours"] == seconds[f"ours_{row['schedule'].replace('-', '_')}"]
+    assert set(row["passes"]) == {"ours_1f1b", "ours_zb_h1"}
     for both in row["passes"].values():
         there, dry = ({(p["stage"], p["pass"]) for p in both[how]} for how in ("measured", "simulated"))
         assert there == dry
@@ -69,7 +72,7 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
             for p in both["measured"]
             if p["pass"][0] == "F" and not p["stage"]
         )
-    assert {p["pass"][0] for p in row["passes"]["ours_zb"]["measured"]} == {*"FIW"}
+    assert {p["pass"][0] for p in row["passes"]["ours_zb_h1"]["measured"]} == {*"FIW"}
     alone = launcher.ranks(1, "bench", "pipeline")
     assert alone.status == 2
     assert "bench pipeline measures stages: start it on 2 ranks or more" in alone.err
@@ -81,12 +84,14 @@ def test_stages_that_sleep_are_measured_beside_the_simulator(launcher):
     assert sleeping.status == 0, sleeping.text
     (row,) = json.loads(sleeping.out)["rows"]
     seconds = row["seconds"]
-    simulated = {"simulated_1f1b", "simulated_zb", "simulated_zb2", "simulated_interleaved"}
-    measured = {"ours", "ours_zb", "ours_zb2", "ours_interleaved", "torch_1f1b", "torch_interleaved", "work"}
+    each = ("1f1b", "zb_h1", "zb_h2", "interleaved")
+    simulated = {f"simulated_{one}" for one in each}
+    measured = {*(f"ours_{one}" for one in each), "ours", "torch_1f1b", "torch_interleaved", "work"}
     assert set(seconds) == measured | simulated
     # ideal lengths, so not a timed test: 8 x 3 passes of 30 ms, 6 and 3 of them idle, sleeps of 15 ms at least
-    assert seconds["work"] < seconds["simulated_zb"] < seconds["simulated_1f1b"]
-    assert seconds["simulated_zb"] / seconds["work"] == pytest.approx(27 / 24)
-    assert seconds["simulated_zb2"] / seconds["work"] == pytest.approx(27 / 24)
+    assert row["schedule"] == "zb-h2"
+    assert seconds["work"] < seconds["simulated_zb_h1"] < seconds["simulated_1f1b"]
+    assert seconds["simulated_zb_h1"] / seconds["work"] == pytest.approx(27 / 24)
+    assert seconds["simulated_zb_h2"] / seconds["work"] == pytest.approx(27 / 24)
     assert seconds["simulated_1f1b"] / seconds["work"] == pytest.approx(30 / 24)
     assert seconds["work"] >= 24 * 0.03
