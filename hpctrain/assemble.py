@@ -244,7 +244,7 @@ def build(config: Config, topology: Topology, learn: bool = True, trains: bool =
     train = config.train
     torch.set_num_threads(topology.threads)
     asked = config.parallel.micro_batches
-    count = topology.replicas * wanted(topology, train.batch) if asked == "auto" else asked
+    count = topology.replicas * wanted(config, topology) if asked == "auto" else asked
     if count > max(train.batch, topology.replicas) and not topology.world_rank:
         LOGGER.warning(
             "parallel.micro_batches = %d for train.batch = %d: %d of each step have no samples",
@@ -325,11 +325,14 @@ def engine_of(
     return engine
 
 
-def wanted(topology: Topology, batch: int) -> int:
-    """Micro-batches a replica that the layout asks for: four a stage leave it idle a fifth of the time."""
-    if topology.stages == 1:
+def wanted(config: Config, topology: Topology) -> int:
+    """Micro-batches a replica that the layout asks for: four a stage leave it idle a fifth of the time.
+
+    SyncBatchNorm takes its statistics over one of each replica.
+    """
+    if topology.stages == 1 or config.averaging.sync_batchnorm:
         return 1
-    return max(1, min(4 * topology.stages, batch // topology.replicas))
+    return max(1, min(4 * topology.stages, config.train.batch // topology.replicas))
 
 
 def maker(task: Task, pipeline: Pipeline | None) -> Callable[[NDArray[np.int64]], Batch]:

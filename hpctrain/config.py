@@ -86,8 +86,8 @@ class Averaging:
     integer in parallel.micro_batches, runs 1 thread a rank unless train.threads says more."""
     sync_batchnorm: bool = False
     """Take every BatchNorm's statistics over the whole batch, across the replicas; wants one micro-batch
-    a replica (parallel.micro_batches = auto; with stages the number of replicas). A model's own
-    SyncBatchNorm layers always do."""
+    a replica, which parallel.micro_batches = auto takes then. A model's own SyncBatchNorm layers always
+    do; with stages they want parallel.micro_batches = the number of replicas."""
     wire: Literal["exact", "bf16"] = "exact"
     """What travels between nodes: gradients as they are, or rounded to bfloat16 (8 bits of mantissa), and
     likewise what a step adds to the weights. It halves the bytes and changes the results a little;

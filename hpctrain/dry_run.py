@@ -18,6 +18,9 @@ from hpctrain.topology import Topology
 from hpctrain.validate import Validator
 from hpctrain.wire import together
 
+FEW = 4
+"""Micro-batches that are listed one by one."""
+
 
 def run_model_once(job: Job) -> None:
     """Run model and loss on one small batch: shapes that don't fit are found. Collective.
@@ -34,6 +37,17 @@ def run_model_once(job: Job) -> None:
             job.engine.loss(outputs, batch)
 
 
+def span(numbers: range) -> str:
+    """Write numbers that follow one another.
+
+    >>> span(range(2, 4)), span(range(64)), span(range(0))
+    ('2, 3', '0 … 63', 'none')
+    """
+    if len(numbers) > FEW:
+        return f"{numbers[0]} … {numbers[-1]}"
+    return ", ".join(map(str, numbers)) or "none"
+
+
 def dry_run(config: Config, comm: MPI.Intracomm) -> int:
     """Build all parts, print the layout and the resolved configuration. Collective; writes nothing."""
     with Topology.build(comm, config.parallel.stages, config.train.device, config.train.threads) as topology:
@@ -48,7 +62,7 @@ def dry_run(config: Config, comm: MPI.Intracomm) -> int:
         lines = comm.gather(
             f"rank {topology.world_rank}: replica {topology.replica} stage {topology.stage} "
             f"node {topology.node} {topology.device} threads {topology.threads} "
-            f"micro-batches {list(job.loader.micro_batches)}"
+            f"micro-batches {span(job.loader.micro_batches)}"
         )
         job.close()
         for line in lines or []:

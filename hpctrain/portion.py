@@ -211,10 +211,13 @@ def say(topology: Topology, pieces: Cut, schedule: str, micro_batches: int) -> N
     """Log what was chosen, and what is expected of it with so many micro-batches a replica. Local."""
     if topology.world_rank:  # the log is the first one's
         return
+    LOGGER.info("the model is cut %s", pieces.way)
     for line in [*pieces.choice.said, *expected.table(pieces, schedule, micro_batches, topology.crowded)]:
         LOGGER.info("%s", line)
     for line in pieces.choice.warned:
         LOGGER.warning("%s", line)
+    if bare := [stage for stage in range(pieces.stages) if not pieces.tensors(stage)]:
+        LOGGER.warning("stage %d has no weights: it has little to do while the others compute", bare[0])
 
 
 def most_kept(schedule: str, topology: Topology, pieces: Cut, works: Iterable[int]) -> int:

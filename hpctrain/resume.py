@@ -53,7 +53,7 @@ def resume(config: Config, run: RunFolder, topology: Topology) -> tuple[Config, 
     Raises ConfigError naming each difference.
     """
     asked, stored = from_root(topology.comms.world, lambda: look(config, run))
-    own, count = topology.replicas * wanted(topology, config.train.batch), asked.parallel.micro_batches
+    own, count = topology.replicas * wanted(config, topology), asked.parallel.micro_batches
     kept = stored is not None and config.parallel.micro_batches == "auto" and topology.stages > 1
     if kept and count != "auto" and count < own and not topology.world_rank:
         LOGGER.info(

@@ -25,7 +25,7 @@ def open_run(run: Path, step: int | None = None) -> tuple[Config, loading.Stored
     if step is not None:
         steps = complete_steps(run / "checkpoints")
         if step not in steps:
-            raise CheckpointError(f"{run} has no checkpoint of step {step}: it has {steps}")
+            raise ConfigError(f"{run} has no checkpoint of step {step}: it has {steps}")
         stored = loading.open_checkpoint(run / "checkpoints" / folder_name(step))
         problems = stored.damage()
         if problems:

@@ -696,6 +696,13 @@ class Shaped(nn.Module):
         return self.second(torch.tanh(self.first(x.flatten(1))))
 
 
+class Shifting(Shaped):
+    """Computes before its first weight."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(torch.cumsum(x, 1) - x.std())))
+
+
 class Squash(nn.Module):
     """Keeps three times what it gets for its backward."""
 
@@ -1049,6 +1056,27 @@ class Deciding(Net):
     def forward(self, x):
         h = self.first(x)
         return self.second(torch.tanh(h) if float(h.sum()) > 0 else h)
+
+
+class ByNumpy(nn.Module):
+    """Asks NumPy, in a layer or in the model's own forward."""
+
+    def __init__(self, in_features: int, out_features: int, inside: bool = True):
+        super().__init__()
+        self.inside, self.last = inside, nn.Linear(8, out_features)
+        self.first = Asking(in_features) if inside else nn.Linear(in_features, 8)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(torch.tanh(h if self.inside else h / (1 + float(h.detach().numpy().std()))))
+
+
+class Asking(nn.Linear):
+    def __init__(self, in_features: int):
+        super().__init__(in_features, 8)
+
+    def forward(self, x):
+        return super().forward(x) / (1 + float(np.asarray(x).std()))
 
 
 class Bad(nn.Module):

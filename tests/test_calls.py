@@ -29,6 +29,16 @@ def test_a_model_that_looks_at_numbers(world, build, schedule, recompute):
 
 
 @pytest.mark.mpi
+def test_a_layer_that_asks_numpy(world, build):
+    """Of tensors without memory NumPy knows nothing, as a forward that is wrong in itself fails."""
+    if world.size != 2:
+        pytest.skip("two ranks do")
+    job = build("ByNumpy", 2, cuts=["last"], micro_batches=4)
+    assert isinstance(job.pipeline.cut, Calls)
+    has_bits_of_one_process(world, job, "ByNumpy")
+
+
+@pytest.mark.mpi
 def test_several_stages_a_rank(world, build):
     if world.size != 2:
         pytest.skip("two ranks with two stages each")

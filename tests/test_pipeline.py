@@ -2427,7 +2427,7 @@ def test_evaluation_that_fails_on_one_stage_ends_on_all(world, build, monkeypatc
 
 
 @pytest.mark.mpi
-def test_cuts_where_the_user_says(world, build):
+def test_cuts_where_the_user_says(world, build, caplog):
     if world.size != 2:
         pytest.skip("for two ranks")
     for model, cut, name in (
@@ -2439,15 +2439,23 @@ def test_cuts_where_the_user_says(world, build):
         assert compare(job, 1) is None
         assert (name in job.engine.module.state_dict()) == (world.rank == 1)
     for cuts, text in (
-        (["nowhere"], "parallel.cuts: nowhere is not among the layers 0, 1, 2"),
+        (["nowhere"], "parallel.cuts: 'nowhere' is not among the layers 0, 1, 2"),
         (["00"], "among the layers 0, 1, 2.*: did you mean 0\\?"),
-        (["0"], "parallel.cuts: 0 is the first of the layers: stage 0 begins there anyway"),
+        (["0"], "parallel.cuts: '0' is the first of the layers: stage 0 begins there anyway"),
         (["1", "2"], "names 2 cuts, 2 stages need 1"),
     ):
         with pytest.raises(ConfigError, match=text):
             build("plain_row", 2, cuts=cuts)
     with pytest.raises(ConfigError, match="parallel.cuts: first leaves stage 0 nothing to compute"):
         build("Shaped", 2, cuts=["first"])
+    with caplog.at_level("INFO", LOGGER.name):
+        build("ByNumpy", 2, cuts=["last"], micro_batches=4)
+        assert "stage 0 has no weights" not in caplog.text
+        build("Shifting", 2, cuts=["first"], micro_batches=4)
+    if world.rank == 0:
+        assert "the model is cut between calls of its modules, where parallel.cuts says" in caplog.messages
+        assert "the model is cut between operators, as torch.export writes the forward" in caplog.text
+        assert "stage 0 has no weights: it has little to do" in caplog.text
 
 
 @pytest.mark.mpi
@@ -2493,6 +2501,15 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
         build("ListsAList", world.size)
     with pytest.raises(ConfigError, match=r"the forward registers other, which operators can't"):
         build("RegistersLate", world.size)
+    lost = (
+        r"torch.export can't write ByNumpy down, .*: {}.*`.*` \(RuntimeError: .*\); .* torch.where, {}name by"
+    )
+    with pytest.raises(ConfigError, match=lost.format(r"layer first \(Asking\)", "")):
+        build("ByNumpy", world.size)
+    with pytest.raises(
+        ConfigError, match=lost.format(r"\(ByNumpy\)", "or move this into a submodule; then ")
+    ):
+        build("ByNumpy", world.size, arguments={"inside": False})
     job = build("Shy", world.size)
     with pytest.raises(ConfigError, match=r"runs lines\.\d\.\w+ in another order in eval mode"):
         job.engine.evaluate(job.split_batches("train"), job.task.measure)

@@ -11,6 +11,7 @@ from hpctrain import assemble
 from hpctrain.averaging.averager import Averager
 from hpctrain.averaging.sync_norm import Meeting, PeerEndedError, SyncBatchNorm, convert, join
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError, RankError
+from hpctrain.topology import Topology
 from hpctrain.verify import compare
 
 
@@ -143,6 +144,17 @@ def build(files, topology, model, asked=True, batch=8, **parallel):
     for name, value in parallel.items():
         setattr(config.parallel, name, value)
     return assemble.build(config, topology)
+
+
+@pytest.mark.mpi
+def test_in_stages_it_is_one_micro_batch_a_replica_by_itself(world, files):
+    if world.size % 2:
+        pytest.skip("two stages")
+    with Topology.build(world, 2, device="cpu") as topology:
+        job = build(files, topology, "helpers.Normed")
+        assert job.loader.count == topology.replicas == world.size // 2
+        assert compare(job, 2) is None
+        job.close()
 
 
 @pytest.mark.mpi

@@ -49,8 +49,8 @@ def partition(
     layers = len(costs)
     if layers < stages:
         raise ConfigError(
-            f"the model has {layers} layers that can be cut apart, too few for {stages} stages: "
-            f"set parallel.stages (times parallel.virtual_stages, if interleaved) = {layers} or fewer"
+            f"the model has {layers} layer{'s' * (layers > 1)} that can be cut apart, too few for {stages} "
+            f"stages: set parallel.stages (times parallel.virtual_stages, if interleaved) = {layers} or fewer"
         )
     sums = np.cumsum([0.0, *costs])
     held = [[np.cumsum([0.0, *row]) for row in rows] for rows in needs or [[]] * stages]

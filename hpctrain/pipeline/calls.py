@@ -31,6 +31,8 @@ from hpctrain.tensors import containers_copied, shapes_of
 class Calls(Layers):
     """A model as calls of its modules; a stage makes those from one cut to the next. Local, as `Cut` says."""
 
+    way = "between calls of its modules, where parallel.cuts says"
+
     def __init__(
         self,
         module: nn.Module,

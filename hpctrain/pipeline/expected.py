@@ -42,13 +42,19 @@ def table(cut: Cut, schedule: str, micro_batches: int, crowded: bool = False) ->
     every = programs(schedule, ranks, range(micro_batches), cut.stages // ranks)
     links, back = cut.links()
     found = simulate(every, cost_of(choice.passes, every), links, choice.wire, back)
+    whole = sum(need.held + need.kept for need in choice.needs) + max(need.more for need in choice.needs)
+    fits = whole <= min(need.limit for need in choice.needs)
     return [
         "expected of each stage for a micro-batch, from pieces measured alone (docs/pipeline.md, Balance):",
         *(f"{line}  {name}" for line, name in zip(lines, names)),
         f"{schedule} simulated with them and {messages(choice)}: a step's passes take "
         f"{1e3 * found.seconds:.1f} ms, idle {found.bubble:.0%}"
         f"{'; the ranks share cores, and take longer' if crowded else ''}",
+        *([f"one rank could hold it all ({mebibytes(whole)} MiB): {REPLICAS}"] if fits else []),
     ]
+
+
+REPLICAS = "replicas alone (parallel.stages = 1) idle less and send fewer messages on a node"
 
 
 def messages(choice: Choice) -> str:

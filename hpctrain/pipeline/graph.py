@@ -37,7 +37,7 @@ MOST_SHAPES = 64
 class Graph:
     """A model as operators; a stage runs some, with the model's own parameters. Local, as `Cut` says."""
 
-    by_shape = True
+    way, by_shape = "between operators, as torch.export writes the forward down", True
 
     def __init__(
         self,

@@ -93,7 +93,7 @@ FORWARDS = 3
 class Layers:
     """Layers in a row; a stage runs some of them. Local, as `Cut` says."""
 
-    by_shape = False
+    way, by_shape = "between layers, one behind the other", False
 
     def __init__(self, layers: list[tuple[str, nn.Module]], value: Any, stages: int) -> None:
         """Take the layers by name, and what the first one gets."""

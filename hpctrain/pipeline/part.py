@@ -72,6 +72,8 @@ class Cut(Protocol):
 
     stages: int
     """In all; `place` may choose to have several a rank."""
+    way: str
+    """By what it is cut, for the log."""
     by_shape: bool
     """Whether what a stage does hangs on the shapes of the inputs, which all stages have then."""
     choice: Choice
@@ -181,19 +183,20 @@ def begins(cuts: list[str], owners: list[str], what: str) -> list[tuple[int, int
     """
     edges = [0]
     for name in cuts:
-        at = next((i for i, o in enumerate(owners) if o == name or o.startswith(name + ".")), -1)
+        own = (i for i, o in enumerate(owners) if o == name or o.startswith(name + "."))
+        at = next(own, -1) if name else -1
         if at <= edges[-1]:
             known = [owner for owner in dict.fromkeys(owners) if owner]
             levels = [accumulate(owner.split("."), "{}.{}".format) for owner in known]
             near = difflib.get_close_matches(name, dict.fromkeys(chain(*levels)), 1) if at < 0 else []
             if at == edges[-1] == 0:
                 raise ConfigError(
-                    f"parallel.cuts: {name} is the first of the {what}: stage 0 begins there anyway, so name "
-                    f"where the stages behind it begin"
+                    f"parallel.cuts: {name!r} is the first of the {what}: stage 0 begins there anyway, so "
+                    f"name where the stages behind it begin"
                 )
             why = "is not among" if at < 0 else "does not come behind the cut before it among"
             raise ConfigError(
-                f"parallel.cuts: {name} {why} the {what} {', '.join(known[:12])}"
+                f"parallel.cuts: {name!r} {why} the {what} {', '.join(known[:12])}"
                 f"{', …' if len(known) > 12 else ''}{f': did you mean {near[0]}?' if near else ''}"
             )
         edges.append(at)

@@ -44,6 +44,9 @@ Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 LIBRARY = os.path.join(os.path.dirname(torch.__file__), "")
 
+FOR_WANT_OF_MEMORY = ("FakeTensor", "tensor subclasses", "data pointer")
+"""In what torch says where NumPy, or who asks where a tensor lies, gets one without memory."""
+
 ORDINARY = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model raises that is wrong in itself."""
 
@@ -224,6 +227,8 @@ class Writer:
             )
         lost = isinstance(error, NotImplementedError)  # a part of the backward, no branch
         instead = "" if lost else "write a branch on a tensor's numbers as torch.where, "
+        if cause.startswith(f": ({type(self.skeleton).__name__})"):  # no cut can leave that whole
+            instead += "or move this into a submodule; then "
         return UnwritableError(
             f"parallel.stages = {self.stages}: torch.export can't write {type(self.skeleton).__name__} "
             f"down, so it can't be cut{cause}; {instead}{OTHERWISE}"
@@ -331,6 +336,8 @@ class Writer:
         if type(error) not in ORDINARY:  # torch has types of its own for numbers that it does not know
             return False
         if any(map(has_hooks, self.module.modules())):  # which may look at the module, and not at this copy
+            return False
+        if any(word in str(error) for word in FOR_WANT_OF_MEMORY):
             return False
         try:
             with cleared(self._caches), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():

@@ -27,6 +27,9 @@ from hpctrain.pipeline.schedule import (
 from hpctrain.pipeline.simulate import Cost, Simulation, Span, WireTime, simulate
 from hpctrain.scales import stages_a_rank
 
+MUCH = 2.0
+"""Times as long as expected a step may take before that is explained."""
+
 
 @dataclass
 class Told:
@@ -223,6 +226,11 @@ def table(
     lines.append("other schedules, simulated so: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in by))
     if expected:
         alone = "; the ranks share cores, and take longer" if job.topology.crowded else ""
+        if not alone and measured.seconds > MUCH * expected.seconds:
+            alone = (
+                f": the step took {measured.seconds / expected.seconds:.1f} times as long, as other work on "
+                f"the cores makes it, or passes so short that what is around them counts"
+            )
         lines.append(
             f"expected before the cut, from pieces measured alone: {1e3 * expected.seconds:.1f} ms, "
             f"idle {expected.bubble:.0%}{alone}"

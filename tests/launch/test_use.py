@@ -92,7 +92,7 @@ def test_export_list_and_load(launcher, trained, tmp_path):
     assert listed.out.count("good") == 2
     older = hpctrain.load(trained, step=10).state_dict()
     assert not torch.equal(older["first.weight"], state["first.weight"])
-    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 11: it has \[10, 20\]"):
+    with pytest.raises(ConfigError, match=r"has no checkpoint of step 11: it has \[10, 20\]"):
         hpctrain.load(trained, step=11)
     with pytest.raises(ConfigError, match="holds no run"):
         hpctrain.load(tmp_path)
