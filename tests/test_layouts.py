@@ -1,6 +1,7 @@
 """The same answer on any layout: every model that tends to differ goes through `verify`,
 and one is compared with plain torch, which knows no micro-batches."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +142,42 @@ def test_invariant_averaging_refuses_buffers_that_hang_on_all_micro_batches(
     with pytest.raises(
         ConfigError, match=r"averaging.invariant: the forward changes the buffer last, each of"
     ):
+        trained(config, topology)
+
+
+class Taught(Net):
+    """A copy of its first layer, which is not trained, follows that; or it bounds the weights that are."""
+
+    bounds = False
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.teacher = copy.deepcopy(self.first).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for mine, its in zip(self.teacher.parameters(), self.first.parameters()):
+                its.clamp_(-0.3, 0.3) if self.bounds else mine.mul_(0.9).add_(its, alpha=0.1)
+        return super().forward(x) + self.teacher(x).mean(1, keepdim=True)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("bounds", [False, True])
+def test_parameters_that_forwards_change_are_refused_where_bits_are_promised(
+    topology, files, monkeypatch, bounds
+):
+    """And without the promise a teacher is that of the replica with the last micro-batch, alike on all."""
+    monkeypatch.setattr(Taught, "bounds", bounds)
+    config = config_of(files, "test_layouts.Taught")
+    config.parallel.micro_batches = 6
+    teacher = trained(config, topology)["teacher.weight"]
+    assert all(torch.equal(teacher, other) for other in MPI.COMM_WORLD.allgather(teacher))
+    config.averaging.invariant = True
+    if topology.world_size == 1:
+        assert len(trained(config, topology)["losses"])
+        return
+    what = r"first\.\w+" if bounds else r"teacher\.\w+"
+    with pytest.raises(ConfigError, match=rf"averaging.invariant: the forward changes the parameter {what}"):
         trained(config, topology)
 
 

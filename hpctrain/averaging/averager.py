@@ -277,7 +277,8 @@ class Averager:
         failure = self._take_over()
         self.places.complete()
         self.running.restore()
-        self.flags.changed = int(bool(self.buffers.changed()))
+        trained = self.config.invariant and self.buffers.trained  # refused below
+        self.flags.changed = int(bool(self.buffers.changed() or trained))
         flags, (losses, weights), used, times = self._exchange()
         weight = math.fsum(weights)
         loss = math.fsum(losses) / weight if weight and np.isfinite(losses).all() else math.nan

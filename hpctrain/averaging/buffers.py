@@ -1,12 +1,13 @@
 """Buffers that a forward changes and that are no running statistics of a BatchNorm.
 
-They are taken from the replica whose micro-batch wrote them last. One process has the same only where that
-micro-batch alone says what they become: where every micro-batch overwrites them before it reads them.
+A parameter that is not trained and that a forward moves (a teacher that follows, say) counts as one. They are
+taken from the replica whose micro-batch wrote them last. One process has the same only where that micro-batch
+alone says what they become: where every micro-batch overwrites them before it reads them.
 `averaging.invariant` refuses the rest.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from zlib import crc32
 
 import numpy as np
@@ -41,11 +42,16 @@ class Buffers:
         """Steps and micro-batches whose forwards were looked at."""
         self.latest: dict[str, set[tuple[int, int]]] = {}
         """Which of them overwrote or replaced a buffer."""
+        self.moved, self.trained = set[str](), set[str]()
+        """Parameters that a forward that was looked at changed: frozen ones, and trained ones."""
 
     def now(self) -> dict[str, torch.Tensor]:
         """Give them as they are now, by name: user code may assign new ones. Local."""
         others = {id(b) for norm in self.norms for b in norm.buffers(recurse=False)}
-        return {name: b for name, b in self.module.named_buffers() if id(b) not in others}
+        found: dict[str, torch.Tensor] = {n: b for n, b in self.module.named_buffers() if id(b) not in others}
+        if self.moved:
+            found |= {name: p for name, p in self.module.named_parameters() if name in self.moved}
+        return found
 
     def marks(self) -> dict[str, tuple[int, int]]:
         """Say which tensors they are, and how often each was changed in place. Local."""
@@ -74,16 +80,30 @@ class Buffers:
         """Note which of them a forward changes; `looks`: at what it reads, too. Local."""
         self.seen = micro_batch
         before = self.marks()
-        if not looks or self.steps > STEPS:
+        if self.steps > STEPS:
             yield
         else:
-            with Reads(self.now()) as reads:
+            with self._looking(micro_batch, looks):
                 yield
-            self.read |= reads.read
-            self.looked_at.add((self.steps, micro_batch))
-            for name in reads.latest(self.now()):
-                self.latest.setdefault(name, set()).add((self.steps, micro_batch))
         self.wrote |= {name: micro_batch for name, mark in self.marks().items() if before.get(name) != mark}
+
+    @contextmanager
+    def _looking(self, micro_batch: int, reads: bool) -> Iterator[None]:
+        """Note which parameters a forward changes, and what it reads if that is asked for. Local."""
+        parameters = dict(self.module.named_parameters())
+        versions = {name: p._version for name, p in parameters.items()}
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        looked = Reads(self.now() | frozen) if reads else nullcontext()
+        with looked:
+            yield
+        changed = {name for name, p in parameters.items() if p._version != versions[name]}
+        self.moved |= changed & frozen.keys()
+        self.trained |= changed - frozen.keys()
+        if isinstance(looked, Reads):
+            self.read |= looked.read
+            self.looked_at.add((self.steps, micro_batch))
+            for name in looked.latest(self.now()):
+                self.latest.setdefault(name, set()).add((self.steps, micro_batch))
 
     def check(self, comm: MPI.Intracomm, together: MPI.Intracomm) -> None:
         """Refuse what was changed and hangs on several micro-batches. Collective over `together`.
@@ -91,12 +111,13 @@ class Buffers:
         `comm`: the replicas. Raises ConfigError.
         """
         latest = {name for name, which in self.latest.items() if which == self.looked_at}
-        every = comm.allgather((self.changed(), self.read, latest, bool(self.looked_at)))
-        changed, read = (set[str]().union(*(of[n] for of in every)) for n in (0, 1))
-        exact = [of[2] for of in every if of[3]]
-        names = sorted(changed - (set.intersection(*exact) - read if exact else set()))
+        every = comm.allgather((self.changed(), self.read, self.trained, latest, bool(self.looked_at)))
+        changed, read, trained = (set[str]().union(*(of[n] for of in every)) for n in range(3))
+        exact = [of[3] for of in every if of[4]]
+        names = sorted((changed - (set.intersection(*exact) - read if exact else set())) | trained)
+        what = "parameter" if names and names[0] in trained | self.moved else "buffer"
         failure = ConfigError(
-            f"averaging.invariant: the forward changes the buffer {', '.join(names[:3])}, each of the "
+            f"averaging.invariant: the forward changes the {what} {', '.join(names[:3])}, each of the "
             f"{comm.size} replicas by its own micro-batches, one process by all of them: run one "
             f"replica (as many parallel.stages as ranks), or without averaging.invariant"
         )
