@@ -168,6 +168,13 @@ def check_classes(config: Config) -> None:
     construct.check(config.data.task, "data.task")
     loss_arguments(config.train.loss)
     groups.check(config.optimizer)
+    if (config.parallel.stages > 1 or config.optimizer.sharded is True) and groups.crosses(config.optimizer):
+        key = "parallel.stages" if config.parallel.stages > 1 else "optimizer.sharded"
+        raise ConfigError(
+            f"optimizer.class_path = {config.optimizer.class_path}: what it does to a parameter hangs on the "
+            f"others (a norm over all, say), of which a rank has only some with {key}: take another, "
+            f"train.clip for a bound of the gradients' norm, or leave {key} out"
+        )
     schedules.arguments(config, total=1)
 
 

@@ -138,7 +138,10 @@ class Engine:
         self.averager.begin(
             step.micro_batches, sorted({r for r, size in zip(self.averager.owners, sizes) if size})
         )
-        self.switch(True)
+        try:
+            self.switch(True)
+        except Exception as error:  # of a train() of the user's, on this rank alone, maybe
+            failure = failure or error
         failure = self.run_passes(number, step, sizes, failure)
         flags = self.averager.flags
         flags.errors, flags.stops, flags.saves = int(failure is not None), int(stop), int(save)

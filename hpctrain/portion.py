@@ -88,6 +88,7 @@ def build(
                 LOGGER.warning("parallel.cuts does nothing with parallel.stages = 1")
         refuse_extra_state(module)
         refuse_sparse(module)
+        refuse_own_lists(module)
         synced = synchronise(module, config, count, topology.replicas) if trains else False
     same_parameters(module, world)
     pipeline, pieces, scales, schedule, at_once = None, None, None, "", []
@@ -272,6 +273,18 @@ def refuse_sparse(module: torch.nn.Module) -> None:
                 f"kept in checkpoints as dense ones; register its indices and values instead, or keep it as "
                 f"a plain attribute, which each rank makes by itself"
             )
+
+
+def refuse_own_lists(module: torch.nn.Module) -> None:
+    """Refuse a module whose parameters() leaves some out, or has others: who trains goes by it. Local."""
+    mine = {id(p): name for name, p in torch.nn.Module.named_parameters(module)}
+    listed, named = {id(p) for p in module.parameters()}, {id(p) for _, p in module.named_parameters()}
+    if not mine.keys() == listed == named:
+        other = [name for at, name in mine.items() if at not in listed & named] or ["another"]
+        raise ConfigError(
+            f"the model's own parameters() or named_parameters() is not that of its modules ({other[0]}): "
+            f"leave it out; what is not to be trained says so by requires_grad_(False)"
+        )
 
 
 def same_parameters(module: torch.nn.Module, comm: MPI.Intracomm) -> None:

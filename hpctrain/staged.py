@@ -7,7 +7,7 @@ errors are counted. Evaluation is a program of forwards.
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
@@ -25,6 +25,7 @@ from hpctrain.errors import ConfigError, HpctrainError, text_of
 from hpctrain.gradient import Places
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
+from hpctrain.pipeline.aside import trains_itself, unmoved
 from hpctrain.pipeline.holders import modules_of
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
@@ -48,7 +49,7 @@ from hpctrain.pipeline.trace import where
 from hpctrain.pipeline.transport import PeerFailedError
 from hpctrain.pipeline.unseen import Unseen, needed
 from hpctrain.tensors import tensors_in
-from hpctrain.wire import raise_together
+from hpctrain.wire import raise_together, together
 
 PASSES = (Forward, Backward, BackwardInput, BackwardWeight)
 SEVERAL_AT_ONCE = (
@@ -87,8 +88,9 @@ class StagedEngine(Engine):
         """By virtual stage of this rank."""
         if self.pipeline.virtual > 1:
             self.averager.divide(self.parameters)
-        for training in (False, True):
-            self.switch(training)
+        with unmoved(self.module):
+            for training in (False, True):
+                self.switch(training)
 
     def switch(self, training: bool) -> None:
         """Bring what this rank has of the module into a mode; a layer's own train() may freeze, say. Local.
@@ -245,10 +247,13 @@ class StagedEngine(Engine):
         marks = (buffers.marks(), versions_of(own)) if stage.recomputes else None
         before = buffers.contents() if stage.recomputes and not self._stepped else {}
         unseen = None if self._stepped else Unseen(self.module)
+        trained = [p.requires_grad for p in own]
         taking = self.straight.forward(v if self._splits else -1)
         with taking, self._precision(), self._watching():
             inputs = batch.to(self.topology.device).inputs
             outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
+        if trained != [p.requires_grad for p in own]:
+            self._refuse_freezing(v, stage)
         if unseen:
             self._refuse_unseen(v, stage, unseen)
         if marks and marks == (buffers.marks(), versions_of(own)):  # it changed nothing that it read
@@ -297,6 +302,15 @@ class StagedEngine(Engine):
                 f"the forward of stage {stage.stage} changes {name} through .data or by NumPy, which torch "
                 f"does not count, and the backward of a micro-batch before it needs what was there: "
                 f"{SEVERAL_AT_ONCE}"
+            )
+
+    def _refuse_freezing(self, v: int, stage: Stage) -> None:
+        """Refuse a forward that has changed what is trained, if a backward before it is on its way. Local."""
+        if any(other != v and not kept.gone for other, kept in stage.kept.items()):
+            raise ConfigError(
+                f"the forward of stage {stage.stage} freezes a weight, or thaws one (requires_grad_), while "
+                f"the backward of a micro-batch before it has not run, which would lose that gradient or get "
+                f"it: use weight.detach() there, freeze in train(), or set parallel.recompute = always"
             )
 
     def _runs_again(self, stage: Stage, unseen: Unseen) -> bool:
@@ -411,7 +425,8 @@ class StagedEngine(Engine):
     @torch.no_grad()
     def _forwards(self, batches: list[Batch], use: Callable[[Batch, Any], None]) -> None:
         """Run the program of a few forwards to its end, in name only once this stage has failed."""
-        self.switch(False)
+        with together(self.topology.comms.pipe) if trains_itself(self.module) else nullcontext():
+            self.switch(False)
         pipeline = self.pipeline
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)

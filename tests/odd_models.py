@@ -154,18 +154,25 @@ class NoisyLoss(nn.Module):
         return (output - target + torch.randn_like(output)).square().mean(dim=1)
 
 
-class Progressive(Odd):
-    """Drops more in each step, by its own train(); `fixed` has one that changes nothing."""
+SCALE = [1.0]
 
-    fixed = False
+
+class Progressive(Odd):
+    """Drops more in each step, or from one on, by its own train(); or scales less, by a global; or does neither."""
+
+    way = "always"
+    calls = 0
 
     def train(self, mode=True):
-        if mode and not self.fixed:
+        self.calls += mode and self.way == "later"
+        if mode and (self.way == "always" or self.calls > 10):
             self.drop.p = min(0.9, self.drop.p + 0.01)
+        elif self.way == "elsewhere":
+            SCALE[0] *= 0.9
         return super().train(mode)
 
     def middle(self, x):
-        return self.inner(x)
+        return self.inner(x) * SCALE[0]
 
 
 class Recurrent(Odd):
@@ -464,6 +471,14 @@ class Warming(Odd):
     def middle(self, x):
         self.calls += 1
         return self.inner(x * 2 if self.calls < 6 else x)
+
+
+class Sampled(Odd):
+    """torch.distributions look at the numbers that they are given."""
+
+    def middle(self, x):
+        share = torch.distributions.Beta(0.4, 0.4).sample((len(x), 1))
+        return torch.distributions.Normal(share * x, functional.softplus(self.inner(x))).rsample()
 
 
 class OnGraph(Odd):

@@ -1058,6 +1058,40 @@ class Deciding(Net):
         return self.second(torch.tanh(h) if float(h.sum()) > 0 else h)
 
 
+class TiedLate(Net):
+    """Ties two layers in its forward."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.other = nn.Linear(in_features, 8)
+
+    def forward(self, x):
+        self.other.weight = self.first.weight
+        return super().forward(x) + self.other(x).sum()
+
+
+class Bounding(Net):
+    """Bounds all of its weights before it uses them."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class KeepsByHook(Net):
+    """Keeps what a layer gave by a hook that remembers the model."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.kept: dict[str, torch.Tensor] = {}
+        self.first.register_forward_hook(lambda module, given, found: self.kept.update(first=found))
+
+    def forward(self, x):
+        return super().forward(x) + self.kept["first"].sum()
+
+
 class ByNumpy(nn.Module):
     """Asks NumPy, in a layer or in the model's own forward."""
 
@@ -2075,6 +2109,61 @@ class Freezes(nn.Linear):
     def train(self, mode: bool = True):
         self.bias.requires_grad_(False)
         return super().train(mode)
+
+
+class Thaws(nn.Linear):
+    """Is trained from its second step on, by a count of its own train()."""
+
+    steps = 0
+
+    def train(self, mode: bool = True):
+        self.steps += mode
+        self.requires_grad_(self.steps > 1)
+        return super().train(mode)
+
+
+def thawing_row(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, 16), nn.Tanh(), Thaws(16, 16), nn.Linear(16, out_features))
+
+
+class Cools(nn.Module):
+    """Divides by what its own train() makes smaller."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("heat", torch.ones(()))
+
+    def train(self, mode: bool = True):
+        if mode and self.heat is not None:
+            self.heat.mul_(0.8)
+        return super().train(mode)
+
+    def forward(self, x):
+        return x / self.heat
+
+
+class Annealed(nn.Module):
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.cools, self.last = nn.Linear(in_features, 16), Cools(), nn.Linear(16, out_features)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.cools(self.first(x))))
+
+
+class FreezesByData(nn.Linear):
+    """Is trained by micro-batches whose numbers say so."""
+
+    def forward(self, x):
+        self.requires_grad_(bool(x.detach().mean() > 0))
+        return super().forward(x)
+
+
+def freezing_by_data_row(in_features: int, out_features: int) -> nn.Sequential:
+    n = 16
+    return nn.Sequential(
+        nn.Linear(in_features, n), nn.Tanh(), FreezesByData(n, n), nn.Tanh(), nn.Linear(n, out_features)
+    )
 
 
 def switching_row(in_features: int, out_features: int) -> nn.Sequential:

@@ -49,6 +49,26 @@ def test_any_torch_optimizer_steps(path):
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert not torch.equal(module.first.weight, before)
+    assert not groups.crosses(Optimizer(f"torch.optim.{path}", {"lr": 0.01}))
+
+
+class Normed(torch.optim.SGD):
+    """Steps by the direction of the gradient over all parameters."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        every = [p for group in self.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(every, 1.0)
+        return super().step(closure)
+
+
+def test_what_steps_a_parameter_by_the_others_is_known():
+    assert groups.crosses(Optimizer("test_groups.Normed", {"lr": 0.1}))
+    assert not groups.crosses(Optimizer("torch.optim.Adafactor", {"lr": 0.1}))
+    assert not groups.crosses(Optimizer("torch.optim.Muon", {"lr": 0.1}))
+    state = torch.get_rng_state()
+    groups.crosses(Optimizer("torch.optim.SGD", {"lr": 0.1}))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_complex_parameters_get_no_fused_kernel():

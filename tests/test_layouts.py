@@ -356,6 +356,10 @@ def test_all_ranks_start_from_the_same_bits(world, topology, files):
             "gives ranks different parameters .* must not depend on the rank",
         ),
         ({"model": ClassPath("test_layouts.Extra")}, "the model keeps _extra_state by get_extra_state"),
+        (
+            {"model": ClassPath("test_layouts.OwnList")},
+            r"parameters\(\) or .* of its modules \(first.weight\)",
+        ),
         ({"model": ClassPath("test_layouts.SparseTable")}, "graph of the model is torch.sparse_coo: .*plain"),
         (
             {"loss": ClassPath("torch.nn.MSELoss", {"reduction": "sum"})},
@@ -387,6 +391,29 @@ class ByRank(torch.nn.Module):
 class Extra(Net):
     def get_extra_state(self):
         return {"a": 1}
+
+
+class OwnList(Net):
+    """As some write who want to train a part."""
+
+    def parameters(self, recurse=True):
+        return self.second.parameters(recurse)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("key", ["parallel.stages", "optimizer.sharded"])
+def test_an_optimizer_that_needs_all_parameters_is_refused_where_a_rank_has_some(world, files, key):
+    config = config_of(files)
+    config.optimizer.class_path, config.optimizer.init_args = "test_groups.Normed", {"lr": 0.1}
+    stages = 2 if key == "parallel.stages" and world.size % 2 == 0 else 1
+    config.parallel.stages = stages
+    config.optimizer.sharded = True if key == "optimizer.sharded" else "auto"
+    with Topology.build(world, stages, device="cpu") as topology:
+        if stages == 1 and key == "parallel.stages":
+            assert len(trained(config, topology)["losses"])
+            return
+        with pytest.raises(ConfigError, match=rf"test_groups.Normed: .* has only some with {key}"):
+            assemble.build(config, topology)
 
 
 class SparseTable(Net):

@@ -1321,18 +1321,51 @@ def test_another_dtype_than_was_written_down_is_told(world, build, caplog, autoc
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("fixed", [True, False])
-def test_what_the_models_own_train_changes_is_told(world, build, caplog, monkeypatch, fixed):
+@pytest.mark.parametrize("way", ["never", "later", "always", "elsewhere"])
+def test_what_the_models_own_train_changes_is_told_or_refused(world, build, caplog, monkeypatch, way):
     """It would be another forward each time."""
     if world.size != 2:
         pytest.skip("two stages")
-    monkeypatch.setattr(odd_models.Progressive, "fixed", fixed)
+    monkeypatch.setattr(odd_models.Progressive, "way", way)
+    if way in ("always", "elsewhere"):
+        with pytest.raises(
+            ConfigError, match=r"a train\(\) of the model changes what its forward computes each"
+        ):
+            build("Progressive", 2, module="odd_models", micro_batches=3)
+        assert odd_models.SCALE == [1.0]
+        return
     with caplog.at_level("WARNING", LOGGER.name):
         job = build("Progressive", 2, module="odd_models", micro_batches=3)
         run(job, 2)
         job.engine.evaluate(job.split_batches("train"), job.task.measure)
-    told = [m for m in caplog.messages if m.startswith("train(True) of the model changes drop.p each time")]
-    assert len(told) == (0 if fixed else 1)
+    told = [m for m in caplog.messages if m.startswith("train(True) of the model changes calls each time")]
+    assert len(told) == (way == "later")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["thawing_row", "Annealed"])
+@pytest.mark.parametrize("cuts", [[], ["last"]])
+def test_a_train_of_the_users_is_called_as_often_as_in_one_process(world, build, model, cuts):
+    """It counts, and freezes or thaws by that, or moves a buffer: by rows, operators and calls."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    if cuts and model == "thawing_row":
+        cuts = ["2"]
+    job = build(model, 2, micro_batches=4, cuts=cuts)
+    has_bits_of_one_process(world, job, model)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_a_forward_that_freezes_while_a_backward_is_on_its_way_is_refused(world, build, recompute):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("freezing_by_data_row", 2, micro_batches=4, cuts=["4"], recompute=recompute)
+    if recompute == "always":
+        has_bits_of_one_process(world, job, "freezing_by_data_row")
+        return
+    with pytest.raises(ConfigError, match=r"the forward of stage 0 freezes a weight, or thaws one"):
+        run(job, 3)
 
 
 @pytest.mark.mpi
@@ -2501,6 +2534,19 @@ def test_what_cannot_be_cut_says_why(world, build, capsys):
         build("ListsAList", world.size)
     with pytest.raises(ConfigError, match=r"the forward registers other, which operators can't"):
         build("RegistersLate", world.size)
+    with pytest.raises(
+        ConfigError, match=r"the forward sets the parameter other.weight anew, .* constructor"
+    ):
+        build("TiedLate", world.size)
+    with pytest.raises(
+        ConfigError,
+        match=r"only 1 can begin, .*changes it in place, as .* does; change a copy, weights in the",
+    ):
+        build("Bounding", world.size)
+    with pytest.raises(
+        ConfigError, match=r"\(KeyError: 'first'\); .*make hooks that are inner functions methods"
+    ):
+        build("KeepsByHook", world.size)
     lost = (
         r"torch.export can't write ByNumpy down, .*: {}.*`.*` \(RuntimeError: .*\); .* torch.where, {}name by"
     )

@@ -339,7 +339,8 @@ def test_what_is_expected_of_each_stage_is_told(world, even):
     assert [one.most for one in choice.needs] == [122 * mebi, 39 * mebi]  # a pass, messages at one end
     links, names = {0: [1], 1: []}, [["a", "b", "c"], ["d"]]
     cut = SimpleNamespace(choice=choice, stages=2, names=names.__getitem__, links=lambda: (links, links))
-    _, _, *rows, whole = expected.table(cut, "1f1b", 4)
+    _, _, *rows, whole, fits = expected.table(cut, "1f1b", 4)
+    assert fits.startswith("one rank could hold it all (144.0 MiB): replicas alone")
     assert [re.split("  +", row.strip()) for row in rows] == [
         ["0", expected.several(asked.ranks[0]), *["6.00", "9.00", "15.00", "0.25", "90.0"], "2 x 15.0", "2.0", "122.0", "200", "a … c"],
         ["1", expected.several(asked.ranks[1]), *["6.00", "9.00", "15.00", "0.25", "30.0"], "1 x 5.0", "4.0", "39.0", "any", "d"],
@@ -347,6 +348,8 @@ def test_what_is_expected_of_each_stage_is_told(world, even):
     # even stages: four micro-batches of 30 ms, and a forward and an input gradient, sent first, to wait for
     assert whole.endswith("passes take 135.0 ms, idle 11%")
     assert len(choice.works) == 4
+    choice.needs[0] = replace(choice.needs[0], limit=143 * mebi)
+    assert expected.table(cut, "1f1b", 4)[-1] == whole
     choice.passes = []
     assert expected.table(cut, "1f1b", 4) == ["stage 0: a … c", "stage 1: d"]
 

@@ -59,6 +59,36 @@ def state_copies(config: Optimizer) -> float:
     return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / small.weight.numel()
 
 
+PROBED = 3
+"""Steps, as the first one of many optimizers hangs on a gradient's sign alone."""
+CLOSE = 1e-3
+"""Relative: kernels may round a parameter otherwise where others follow."""
+
+
+def crosses(config: Optimizer) -> bool:
+    """Whether a parameter's step hangs on other parameters: a norm over all, say. Local: steps small ones.
+
+    Then no rank may step a part of them by itself. False where it can't step such parameters.
+    """
+
+    def stepped(others: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        rows = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(1 + others))
+        optimizer = build(config, rows)
+        for step in range(PROBED):
+            for at, parameter in enumerate(rows.parameters()):
+                parameter.grad = torch.linspace(-1.0, 2.0, 16).view(4, 4).roll(step) * 100.0**at
+            optimizer.step()
+        return next(rows.parameters()).detach()
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            alone, among = stepped(0), stepped(1)
+        except Exception:
+            return False
+    return not torch.allclose(alone, among, rtol=CLOSE, atol=1e-6, equal_nan=True)
+
+
 def build(config: Optimizer, module: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the module's trained parameters."""
     arguments = check(config)

@@ -9,7 +9,7 @@ that layers of several stages have, it is noted what they set and read first, an
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hpctrain.errors import ConfigError
 from hpctrain.hidden import OURS
@@ -208,6 +209,35 @@ def untouched(layers: list[tuple[str, nn.Module]]) -> Iterator[None]:
     finally:
         for value, then in before:
             put_back(value, then)
+
+
+@contextmanager
+def unmoved(module: nn.Module) -> Iterator[None]:
+    """Put back behind the body what the module's own train() may move: one process has not called it. Local.
+
+    Modes, attributes and what they hold, what is trained, and the numbers of buffers.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    own = module.buffers() if trains_itself(module) else ()
+    numbers = [(b, b.detach().clone()) for b in own if not (b.is_meta or isinstance(b, FakeTensor))]
+    try:
+        with untouched([("", module)]) if trains_itself(module) else nullcontext():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for parameter, trained in wanted:
+            parameter.requires_grad_(trained)
+        with torch.no_grad():
+            for buffer, then in numbers:
+                if not torch.equal(buffer, then):
+                    buffer.copy_(then)
+
+
+def trains_itself(module: nn.Module) -> bool:
+    """Whether a module in it has a train() of its own. Local."""
+    return any(type(m).train is not nn.Module.train or "train" in vars(m) for m in module.modules())
 
 
 def changes(value: Any, old: list[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
@@ -134,6 +135,17 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
         tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
         saving.__enter__ = enter  # type: ignore[method-assign]
         torch.set_default_dtype = set_dtype
+
+
+@contextmanager
+def distributions_unchecked() -> Iterator[None]:
+    """Let torch.distributions not look at what they are given: they look as a branch would. Local."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextmanager

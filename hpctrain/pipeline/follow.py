@@ -16,6 +16,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
 from hpctrain.hidden import has_hooks
 from hpctrain.modes import Replaced
+from hpctrain.pipeline.aside import unmoved
 from hpctrain.pipeline.exporting import quiet, regions_kept
 from hpctrain.pipeline.noted import OwnNumbers, Reads, functions_noted, look, makers_noted, modes, stands_in
 from hpctrain.pipeline.operators import TAKEN
@@ -40,7 +41,19 @@ def followed(
     `named`: it gets its inputs by name; `around` gives what passes run under (autocast). Raises ConfigError
     saying what can't be followed, and what to do.
     """
-    root.train(mode)
+    with unmoved(root):
+        root.train(mode)
+        return _followed(root, inputs, named, cuts, around, mode)
+
+
+def _followed(
+    root: nn.Module,
+    inputs: list[str],
+    named: bool,
+    cuts: list[str],
+    around: Callable[[], AbstractContextManager[Any]],
+    mode: bool,
+) -> tuple[fx.Graph, dict[str, Any], "Reads"]:
     inner = inside(cuts)
     refuse_hooks(root, inner)
     before, others = torch.default_generator.get_state(), of_others()

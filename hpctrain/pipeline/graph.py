@@ -26,8 +26,8 @@ from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidd
 from hpctrain.pipeline.part import INPUT, Part, begins, links_of, refuse_loops
 from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner, place_of
-from hpctrain.pipeline.skeleton import OTHERWISE
-from hpctrain.pipeline.trace import Like, Traced, Writer
+from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError
+from hpctrain.pipeline.trace import Like, Traced, Writer, line_of
 from hpctrain.pipeline.weigh import choose, used_once
 
 MOST_SHAPES = 64
@@ -145,6 +145,13 @@ class Graph:
         starts = sorted(heavy | set(edges))
         if len(starts) < self.stages:  # fewer weights than stages: between any two operators then
             starts = [i for i in range(len(nodes)) if i not in bad]
+        if len(starts) < self.stages <= len(nodes):
+            late = [node for node in nodes if changes(node)][-1]
+            raise UnwritableError(
+                f"parallel.stages = {self.stages}: only {len(starts)} can begin, as none may between a "
+                f"tensor and what changes it in place, as {late.name} does{line_of(late)}; change a copy, "
+                f"weights in the optimizer or a hook of a parameter, or {OTHERWISE}"
+            )
         named = [*pairwise([*map(starts.index, edges), len(starts)])] if cuts else None
         costs = [cost(node) for node in nodes]
         pieces = list(zip(starts, [*starts[1:], len(nodes)]))

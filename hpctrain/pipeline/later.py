@@ -60,6 +60,7 @@ class Later:
         `program` is what was written down. Raises UnwritableError where later calls compute something else.
         """
         twin, data = self._twin(), tensors_in(arguments)
+        own = dict(twin.named_parameters(remove_duplicate=False))
 
         def forward() -> Any:
             seed_others()
@@ -68,6 +69,13 @@ class Later:
 
         with self._calling():
             self.changed, computes, other = changed_by(twin, forward, data)
+        now = dict(twin.named_parameters(remove_duplicate=False))
+        if tied := [name for name, p in own.items() if now.get(name) is not p]:
+            raise UnwritableError(
+                f"parallel.stages = {self.stages}: the forward sets the parameter {tied[0]} anew, which "
+                f"operators can't: do that in the constructor (a weight that two layers have is tied "
+                f"there); {OTHERWISE}"
+            )
         if computes:
             raise UnwritableError(
                 f"parallel.stages = {self.stages}: the forward keeps {', '.join(computes[:3])} of one call "

@@ -24,9 +24,11 @@ from hpctrain.gradient import CALLED
 from hpctrain.hidden import has_hooks
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import Replaced
+from hpctrain.pipeline.aside import trains_itself, unmoved
 from hpctrain.pipeline.exporting import (
     answered_no,
     causal_masks_known,
+    distributions_unchecked,
     inference_without_gradients,
     lost_refused,
     marked,
@@ -34,7 +36,7 @@ from hpctrain.pipeline.exporting import (
     regions_kept,
 )
 from hpctrain.pipeline.holders import caches_of
-from hpctrain.pipeline.later import SETTINGS, Later, cleared, seed_others
+from hpctrain.pipeline.later import SETTINGS, Later, cleared, fingerprint, seed_others
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
 from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, memory_of, skeleton
 from hpctrain.pipeline.state import plain_values
@@ -94,7 +96,7 @@ class Writer:
         self.fake = FakeTensorMode()
         self._pristine = self.skeleton = skeleton(module, self.fake)
         self._looked = self._warned = self._told_of_masks = False
-        self._own_train = any(type(m).train is not nn.Module.train for m in module.modules())
+        self._own_train, self._runs = trains_itself(module), False
         self._told_of_train = False
         self._caches = caches_of(module)
         self._settings: dict[bool, dict[str, Any]] = {}
@@ -107,14 +109,12 @@ class Writer:
             return self._write(samples, training, like)
 
     def _write(self, samples: int, training: bool, like: Like) -> Traced:
-        self.module.train(training)  # a user's train() may keep parts in eval mode
-        self.look_at_settings(training)
+        with unmoved(self.module) if self._own_train else nullcontext():
+            return self._write_in(training, samples, like)
+
+    def _write_in(self, training: bool, samples: int, like: Like) -> Traced:
         # what a forward leaves on it (a table that it makes once) is not there in the other mode
-        self.skeleton = skeleton(self._pristine, self.fake)
-        for name, m in self.module.named_modules():
-            twin = self.skeleton.get_submodule(name)
-            own = vars(m).items() if self._own_train else [("training", m.training)]
-            vars(twin).update((at, value) for at, value in own if type(value) in SETTINGS)
+        self.skeleton = self._in_mode(training)
         with self.fake:
             fakes = {
                 name: torch.zeros((samples, *shape), dtype=dtype) for name, (shape, dtype) in like.items()
@@ -133,14 +133,34 @@ class Writer:
             LOGGER.warning("%s", told, extra=ALIKE)
         if not self._looked:
             self._looked = True
+            if self._own_train:
+                self._look_at_train(training, arguments, program)
             self.later.look(arguments, program)
         return self._read(program, list(fakes))
+
+    def _in_mode(self, training: bool, times: int = 1) -> nn.Module:
+        """Give a copy as the module is in a mode; before it runs, as it is when it was brought there. Local.
+
+        A train() of the user's may keep parts in eval mode, or change what the forward computes by.
+        """
+        twin = skeleton(self._pristine, self.fake)
+        for name, m in self.module.named_modules():
+            own = vars(m).items() if self._own_train else ()
+            vars(twin.get_submodule(name)).update((at, value) for at, value in own if type(value) in SETTINGS)
+            twin.get_submodule(name).training = m.training
+        for _ in range(0 if self._runs else times):
+            try:
+                twin.train(training)
+            except Exception:  # it asks for numbers, which a copy has not
+                nn.Module.train(twin, training)
+        return twin
 
     def look_at_settings(self, training: bool) -> None:
         """Say once which plain values of the module are others than in this mode before. Local.
 
         A train() of the user's may change some each time; operators keep those that were written down.
         """
+        self._runs = True
         if not self._own_train or self._told_of_train:
             return
         now = {at: value for at, value in plain_values(self.module).items() if isinstance(value, SETTINGS)}
@@ -152,6 +172,22 @@ class Writer:
                 "stages that stays as it was (make the model an nn.Sequential, or give it a method layers())",
                 *(training, ", ".join(others[:3])),
                 extra=ALIKE,
+            )
+
+    def _look_at_train(
+        self, training: bool, arguments: tuple[Any, dict[str, Any]], program: torch.export.ExportedProgram
+    ) -> None:
+        """Refuse a train() of the user's that changes what the forward computes each time. Local."""
+        try:
+            with answered_no():
+                other = self._written(arguments, self._in_mode(training, times=3))
+        except Exception:  # what it kept stands in the way of a copy: it is told of as it runs
+            return
+        if fingerprint(other) != fingerprint(program):
+            raise UnwritableError(
+                f"parallel.stages = {self.stages}: a train() of the model changes what its forward computes "
+                f"each time it is called, and the forward is written down once: keep that in a buffer, or in "
+                f"a submodule that runs as it is (between parallel.cuts, or in a row); {OTHERWISE}"
             )
 
     def _exported(
@@ -191,6 +227,7 @@ class Writer:
             quiet(),
             lost_refused(twin),
             regions_kept(),
+            distributions_unchecked(),
             inference_without_gradients(),
             causal_masks_known() as unknown,
             Replaced(dict.fromkeys(CALLED, marked)),
@@ -227,6 +264,11 @@ class Writer:
             )
         lost = isinstance(error, NotImplementedError)  # a part of the backward, no branch
         instead = "" if lost else "write a branch on a tensor's numbers as torch.where, "
+        if any(map(has_hooks, self.module.modules())) and not lost:
+            instead += (
+                "make hooks that are inner functions methods (they see the model, not the copy that is "
+                "written down), "
+            )
         if cause.startswith(f": ({type(self.skeleton).__name__})"):  # no cut can leave that whole
             instead += "or move this into a submodule; then "
         return UnwritableError(
