@@ -795,11 +795,16 @@ def test_a_schedule_is_proved_for_the_links_before_anything_runs(monkeypatch):
         yield from map(Forward, micro_batches)
 
     two = SimpleNamespace(stages=2)
-    assert portion.most_kept("1f1b", two, cut, 4) == 2
+    assert portion.most_kept("1f1b", two, cut, {4, 1}) == 2
+    sometimes = lambda *given: (hangs if len(given[2]) == 3 else SCHEDULES["gpipe"])(*given)  # noqa: E731
+    monkeypatch.setitem(SCHEDULES, "wrong", sometimes)
+    assert portion.most_kept("wrong", two, cut, {4}) == 4
+    with pytest.raises(HpctrainError, match="before"):  # in an epoch's last batch
+        portion.most_kept("wrong", two, cut, {4, 3})
     for wrong, told in ((hangs, "before"), (lacks, "never all of its backward")):
         monkeypatch.setitem(SCHEDULES, "wrong", wrong)
         with pytest.raises(HpctrainError, match=told):
-            portion.most_kept("wrong", two, cut, 4)
+            portion.most_kept("wrong", two, cut, {4})
 
 
 @pytest.mark.mpi

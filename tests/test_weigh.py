@@ -739,7 +739,7 @@ def test_slow_messages_move_the_cut(world, even):
     links = {0: [1], 1: []}
     names = [["a"], ["b"]]
     cut = SimpleNamespace(choice=found, stages=2, names=names.__getitem__, links=lambda: (links, links))
-    assert "messages between nodes at 1 MB/s, 1,000 µs each" in expected.table(cut, "1f1b", 4)[-1]
+    assert "messages between nodes at 1 MB/s, 1,000 µs each" in expected.table(cut, "1f1b", 4)[-2]
     only_back = [Wire(), WIRE]  # from the last rank to the first: interleaved alone uses it
     assert choose(2, [1] * 4, [Held(0)] * 4, pieces, spread(world, only_back)).parts == [(0, 2), (2, 4)]
 
@@ -774,7 +774,7 @@ def test_what_a_rank_may_take_is_asked_of_the_system(world, monkeypatch):
 
 @pytest.mark.mpi
 def test_too_few_pieces_are_no_question_of_memory(world, even):
-    with pytest.raises(ConfigError, match="the model has 1 layers .* = 1 or fewer$"):
+    with pytest.raises(ConfigError, match="the model has 1 layer .* = 1 or fewer$"):
         choose(2, [1], [Held(1)], works(1), scales(world))
 
 
