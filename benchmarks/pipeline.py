@@ -22,7 +22,8 @@ CASES = ("mlp m=8", "mlp m=16", "mlp m=32", "transformer m=8", "cnn m=8", "cnn c
 FEW = ("mlp m=8", "cnn m=8")
 ASLEEP = ("emulated m=8",)
 """Stages that sleep, so that four can be judged on fewer cores; the picture of passes is of them."""
-PEERS = ("ours_1f1b", "ours_zb_h1", "ours_zb_h2", "ours_interleaved", "ours_plain", "ours_autograd")
+PEERS = ("ours_1f1b", "ours_zb_h1", "ours_zb_h2", "ours_interleaved", "ours_operators")
+PEERS += ("ours_plain", "ours_autograd")
 PEERS += ("torch_1f1b", "torch_gpipe", "torch_zb", "torch_dualpipev", "limit")
 
 
@@ -62,7 +63,7 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     for axis, (place, rows) in zip(axes[0], found.items()):
         for at, name in enumerate(PEERS):
             mine = [(x, row["ratio"][name]) for x, row in enumerate(rows) if name in row["ratio"]]
-            axis.bar([x + 0.077 * (at - 5) for x, _ in mine], [y for _, y in mine], 0.077, label=name)
+            axis.bar([x + 0.07 * (at - 5.5) for x, _ in mine], [y for _, y in mine], 0.07, label=name)
         axis.axhline(1.0, color="black", lw=0.8)
         axis.set(title=place, xticks=range(len(rows)), ylabel="time ÷ ours (the default)")
         axis.set_xticklabels([row["case"] for row in rows], rotation=30, ha="right")

@@ -21,7 +21,7 @@ from hpctrain.batch import Batch
 from hpctrain.bench import emulated
 from hpctrain.bench.autograd import Autograd
 from hpctrain.bench.measure import alternate, each, row
-from hpctrain.bench.stage_cases import CASES, Case
+from hpctrain.bench.stage_cases import CASES, Case, WithForward
 from hpctrain.bench.torch_stages import TORCH, torch_step
 from hpctrain.data import order
 from hpctrain.data.loader import Step
@@ -52,6 +52,7 @@ CONTENDERS = {
     "ours_1f1b_fast": "1F1B with the same",
     "ours_gpipe_fast": "GPipe with the same",
     "ours_interleaved_fast": "interleaved 1F1B with weight gradients merged",
+    "ours_operators": "1F1B, cut between operators, as a model with a forward of its own is",
     "ours_plain": "1F1B, each tensor one MPI message",
     "ours_autograd": "1F1B, weight gradients left to torch",
     "torch_1f1b": "torch.distributed.pipelining over Gloo: Schedule1F1B",
@@ -77,7 +78,7 @@ WATCHED = ("ours_1f1b", "ours_zb_h1")
 
 AWAKE = (
     *("ours_zb_h1_fast", "ours_zb_h2_fast", "ours_1f1b_fast", "ours_gpipe_fast", "ours_interleaved_fast"),
-    *("ours_plain", "ours_autograd", "ours_gpipe"),
+    *("ours_operators", "ours_plain", "ours_autograd", "ours_gpipe"),
     *("torch_gpipe", "torch_zb", "torch_zbv", "torch_dualpipev"),
 )
 """Left out where layers sleep."""
@@ -171,6 +172,7 @@ def our_steps(
         found |= by({"ours_interleaved": "interleaved"})
         found |= by({"ours_interleaved_fast": "interleaved"}, fast=True)
     if not case.sleeps:
+        found |= by({"ours_operators": "1f1b"}, make=lambda: WithForward(*case.make()))
         for _, engine in (made for who, made in found.items() if "fast" not in who):
             engine.straight.at_once(p for name, p in engine.module.named_parameters() if name in dear)
         found["ours_autograd"][1].straight = Autograd()  # type: ignore[assignment]
@@ -249,13 +251,14 @@ def one_engine(
     schedules: dict[str, str],
     fast: bool = False,
     plain: bool = False,
+    make: Callable[[], nn.Sequential] | None = None,
 ) -> dict[str, tuple[Callable[[], None], StagedEngine]]:
     """Give the steps of some contenders by their schedules, and the engine that runs a stage for all of them.
 
     Which memory an engine gets makes some percent, as much as a schedule. Their ring is the largest's.
     """
     torch.manual_seed(1)
-    model = case.make()
+    model = (make or case.make)()
     sizes = order.sizes(len(x), case.micro_batches)
     starts = np.cumsum([0, *sizes])
     virtual = 2 if any(schedule in SEVERAL for schedule in schedules.values()) else 1

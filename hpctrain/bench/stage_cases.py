@@ -37,6 +37,16 @@ def channels_last() -> nn.Sequential:
     return cnn().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+class WithForward(nn.Sequential):
+    """The same layers in a forward of its own, so they are cut between operators."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Call one behind the other."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, its batch, and the number of micro-batches."""

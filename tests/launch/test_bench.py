@@ -52,7 +52,7 @@ def test_pipeline_measures_torchs_own_beside_ours(launcher):
     (row,) = json.loads(ended.out)["rows"]
     each = ("1f1b", "gpipe", "zb_h1", "zb_h2", "interleaved")
     ours = {f"ours_{one}{how}" for one in each for how in ("", "_fast")}
-    ours |= {"ours", "ours_plain", "ours_autograd"}
+    ours |= {"ours", "ours_operators", "ours_plain", "ours_autograd"}
     torchs = {f"torch_{peer}" for peer in ("1f1b", "gpipe", "zb", "interleaved", "zbv", "dualpipev")}
     seconds = row["seconds"]
     assert set(seconds) == ours | torchs | {"alone", "bubble", "limit", "autograd_limit", "work"}
