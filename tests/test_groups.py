@@ -63,7 +63,8 @@ class Normed(torch.optim.SGD):
 
 
 def test_what_steps_a_parameter_by_the_others_is_known():
-    assert groups.crosses(Optimizer("test_groups.Normed", {"lr": 0.1}))
+    for rate in (0.1, 1e-7):
+        assert groups.crosses(Optimizer("test_groups.Normed", {"lr": rate}))
     assert not groups.crosses(Optimizer("torch.optim.Adafactor", {"lr": 0.1}))
     assert not groups.crosses(Optimizer("torch.optim.Muon", {"lr": 0.1}))
     state = torch.get_rng_state()

@@ -172,6 +172,10 @@ def test_parameters_that_forwards_change_are_refused_where_bits_are_promised(
     config.parallel.micro_batches = 6
     teacher = trained(config, topology)["teacher.weight"]
     assert all(torch.equal(teacher, other) for other in MPI.COMM_WORLD.allgather(teacher))
+    config.train.batch, config.parallel.micro_batches = 1, topology.world_size
+    teacher = trained(config, topology, 3)["teacher.weight"]  # the first replica alone has forwards
+    assert all(torch.equal(teacher, other) for other in MPI.COMM_WORLD.allgather(teacher))
+    config.train.batch, config.parallel.micro_batches = 8, 6
     config.averaging.invariant = True
     if topology.world_size == 1:
         assert len(trained(config, topology)["losses"])

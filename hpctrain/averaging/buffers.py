@@ -153,11 +153,14 @@ class Buffers:
             self._take(name, comm.bcast(now[name].detach().cpu() if comm.rank == root else None, root))
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
-        """Set a buffer, which there may not have been. Local."""
+        """Set a buffer, which there may not have been, or a parameter that counts as one. Local."""
         where, _, leaf = name.rpartition(".")
         owner = self.module.get_submodule(where)
         like = next((t for t in [*self.module.parameters(), *self.module.buffers()]), tensor)
-        if leaf in owner._buffers:
+        if (moved := owner._parameters.get(leaf)) is not None:  # which no forward of this replica has moved
+            with torch.no_grad():
+                moved.copy_(tensor)
+        elif leaf in owner._buffers:
             owner._buffers[leaf] = tensor.to(like.device)
         else:
             owner.register_buffer(leaf, tensor.to(like.device))

@@ -105,8 +105,10 @@ class Pipeline:
                 for (stage, v), key in keys.items():
                     if key not in self._parts:
                         self._parts[key] = self._part(stage, v, *batches[v], training, when)
-        for old in [key for key in self._parts if key not in keys.values()][: -MOST_PARTS or None]:
-            del self._parts[old]
+        if len(self._parts) > MOST_PARTS + len(batches):
+            wanted = {*keys.values()}
+            for old in [key for key in self._parts if key not in wanted][:-MOST_PARTS]:
+                del self._parts[old]
         return {at: self._parts[key] for at, key in keys.items()}
 
     def _part(self, stage: Stage, v: int, samples: int, inputs: Env, training: bool, when: str) -> Part:

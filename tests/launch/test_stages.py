@@ -159,6 +159,7 @@ def test_a_job_recomputes_where_its_memory_asks_for_it(launcher, small, tmp_path
 def test_a_model_too_large_for_one_rank_trains_in_four_stages(launcher, small, tmp_path):
     """A gibibyte of weights, gradients and moments; each rank may have 900 MiB, the libraries' own included."""
     words = ["train", "small.toml", "--model.class_path", "stage_models.heavy", "--train.steps", "2"]
+    words += ["--train.threads", "1", "--parallel.micro_batches", "4"]  # the bits of one process
 
     def limited(ranks, folder, most=900):
         command = [sys.executable, "-m", "hpctrain", *words, "--parallel.stages", str(ranks)]
@@ -179,7 +180,10 @@ def test_a_model_too_large_for_one_rank_trains_in_four_stages(launcher, small, t
     assert not (tmp_path / "halves" / "checkpoints").exists()
     staged = limited(4, "staged")
     assert staged.status == 0, staged.text
+    alone = limited(1, "alone", 8192)
+    assert alone.status == 0, alone.text
     assert losses(tmp_path / "staged").keys() == {1, 2}
+    assert losses(tmp_path / "staged") == losses(tmp_path / "alone")
 
 
 BUSY = """
