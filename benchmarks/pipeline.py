@@ -63,12 +63,13 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     for axis, (place, rows) in zip(axes[0], found.items()):
         for at, name in enumerate(PEERS):
             mine = [(x, row["ratio"][name]) for x, row in enumerate(rows) if name in row["ratio"]]
-            axis.bar([x + 0.07 * (at - 5.5) for x, _ in mine], [y for _, y in mine], 0.07, label=name)
+            places, colour = [x + 0.07 * (at - 5.5) for x, _ in mine], pyplot.get_cmap("tab20")(at)
+            axis.bar(places, [y for _, y in mine], 0.07, label=name, color=colour)
         axis.axhline(1.0, color="black", lw=0.8)
         axis.set(title=place, xticks=range(len(rows)), ylabel="time ÷ ours (the default)")
         axis.set_xticklabels([row["case"] for row in rows], rotation=30, ha="right")
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.legend(handles, names, loc="outside lower center", ncols=(len(names) + 1) // 2, fontsize=8)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
