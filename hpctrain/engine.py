@@ -319,6 +319,9 @@ class Engine:
         Else collective over the stages: the last has the outputs, with `everywhere` all have them.
         """
         self.switch(False)
+        return self._outputs(batch)
+
+    def _outputs(self, batch: Batch) -> Any:
         stream = key(self.seed, EVALUATION)
         set_generators(stream >> 1)
         on_device = batch.to(self.topology.device)
@@ -326,8 +329,9 @@ class Engine:
 
     def each(self, batches: Iterable[Batch], use: Callable[[Batch, Any], None]) -> None:
         """Run batches through the model in eval mode; `use` gets each with its outputs. Local."""
+        self.switch(False)  # once, as in stages: a train() of the user's may count
         for batch in batches:
-            use(batch, self.outputs(batch))
+            use(batch, self._outputs(batch))
 
     def evaluate(
         self,

@@ -25,7 +25,7 @@ from hpctrain.errors import ConfigError, HpctrainError, text_of
 from hpctrain.gradient import Places
 from hpctrain.keys import key
 from hpctrain.log import LOGGER
-from hpctrain.pipeline.aside import trains_itself, unmoved
+from hpctrain.pipeline.aside import trains_itself
 from hpctrain.pipeline.holders import modules_of
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
@@ -88,9 +88,6 @@ class StagedEngine(Engine):
         """By virtual stage of this rank."""
         if self.pipeline.virtual > 1:
             self.averager.divide(self.parameters)
-        with unmoved(self.module):
-            for training in (False, True):
-                self.switch(training)
 
     def switch(self, training: bool) -> None:
         """Bring what this rank has of the module into a mode; a layer's own train() may freeze, say. Local.
@@ -402,6 +399,7 @@ class StagedEngine(Engine):
     def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
         """Run one micro-batch through the stages. Collective over them; raises on all where one fails."""
         pipe, found = self.topology.comms.pipe, [None]
+        self._evaluating()
         self._forwards([batch], lambda _, outputs: found.append(outputs))
         return pipe.bcast(found[-1], root=pipe.size - 1) if everywhere else found[-1]
 
@@ -411,6 +409,7 @@ class StagedEngine(Engine):
         Collective over the stages; what fails on one (reading, the model, `use`) is raised on all.
         """
         pipe, source = self.topology.comms.pipe, iter(batches)
+        self._evaluating()
         while True:
             group, failure = list[Batch](), None
             try:
@@ -422,11 +421,14 @@ class StagedEngine(Engine):
                 return
             self._forwards(group, use)
 
+    def _evaluating(self) -> None:
+        """Bring the module into eval mode. Collective over the stages."""
+        with together(self.topology.comms.pipe) if trains_itself(self.module) else nullcontext():
+            self.switch(False)
+
     @torch.no_grad()
     def _forwards(self, batches: list[Batch], use: Callable[[Batch, Any], None]) -> None:
         """Run the program of a few forwards to its end, in name only once this stage has failed."""
-        with together(self.topology.comms.pipe) if trains_itself(self.module) else nullcontext():
-            self.switch(False)
         pipeline = self.pipeline
         failure: Exception | None = None
         stream = key(self.seed, EVALUATION)

@@ -1256,6 +1256,28 @@ class Packing(Net):
             return self.second(torch.tanh(self.first(x)))
 
 
+class Adversary(Net):
+    """Freezes a part of itself for a call, as who trains two models against one another does."""
+
+    def forward(self, x):
+        self.second.weight.requires_grad = False
+        found = super().forward(x)
+        self.second.weight.requires_grad = True
+        return found
+
+
+class LooksAtGradients(Net):
+    def forward(self, x):
+        return super().forward(x if self.first.weight.grad is None else x * 2)
+
+
+class DrawsShares(Net):
+    """torch's Dirichlet has a backward of its own."""
+
+    def forward(self, x):
+        return self.second(torch.distributions.Dirichlet(nn.functional.softplus(self.first(x))).rsample())
+
+
 class Widening(Net):
     """Sets the default dtype for a part of its forward."""
 
@@ -2142,10 +2164,44 @@ class Cools(nn.Module):
         return x / self.heat
 
 
+class Replaces(Cools):
+    """Sets the buffer anew."""
+
+    def train(self, mode: bool = True):
+        if mode and self.heat is not None:
+            self.heat = self.heat * 0.8
+        return nn.Module.train(self, mode)
+
+
+class Tires(nn.Linear):
+    """Counts each change of its mode, and gives less by that."""
+
+    changes = 0
+
+    def train(self, mode: bool = True):
+        self.changes += 1
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) * 0.95**self.changes
+
+
+def tiring_row(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, 16), nn.Tanh(), Tires(16, 16), nn.Linear(16, out_features))
+
+
+def doubled_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Its forward is another one, by an attribute."""
+    row = nn.Sequential(nn.Linear(in_features, 16), nn.Tanh(), nn.Linear(16, out_features))
+    row.forward = types.MethodType(lambda self, x: 2 * nn.Sequential.forward(self, x), row)
+    return row
+
+
 class Annealed(nn.Module):
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, replaces: bool = False):
         super().__init__()
-        self.first, self.cools, self.last = nn.Linear(in_features, 16), Cools(), nn.Linear(16, out_features)
+        cools = Replaces() if replaces else Cools()
+        self.first, self.cools, self.last = nn.Linear(in_features, 16), cools, nn.Linear(16, out_features)
 
     def forward(self, x):
         return self.last(torch.tanh(self.cools(self.first(x))))
@@ -2198,7 +2254,8 @@ class ListsOthers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = functional.leaky_relu(self.first(x), 0.2 if self.what == "numbers" else 0.1)
-        h = self.a(self.b(h)) if self.what == "order" else self.b(self.a(h))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.what != "gradients"):
+            h = self.a(self.b(h)) if self.what == "order" else self.b(self.a(h))
         found = self.out(h)
         return found if self.training or self.what != "evaluation" else torch.softmax(found, 1)
 

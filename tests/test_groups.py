@@ -62,11 +62,43 @@ class Normed(torch.optim.SGD):
         return super().step(closure)
 
 
+class ByPlace(torch.optim.SGD):
+    """Steps later parameters less."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for at, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            parameter.sub_(parameter.grad * 0.1 * 0.7**at)
+
+
+class ByBiases(torch.optim.SGD):
+    """Bounds the norm of what has one dimension."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        every = [p for group in self.param_groups for p in group["params"] if p.ndim == 1]
+        if every:
+            torch.nn.utils.clip_grad_norm_(every, 1.0)
+        return super().step(closure)
+
+
+class Noisy(torch.optim.SGD):
+    """Adds a little noise."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+        return super().step(closure)
+
+
 def test_what_steps_a_parameter_by_the_others_is_known():
     for rate in (0.1, 1e-7):
         assert groups.crosses(Optimizer("test_groups.Normed", {"lr": rate}))
     assert not groups.crosses(Optimizer("torch.optim.Adafactor", {"lr": 0.1}))
     assert not groups.crosses(Optimizer("torch.optim.Muon", {"lr": 0.1}))
+    for kind in ("ByPlace", "ByBiases", "Noisy"):
+        assert groups.crosses(Optimizer(f"test_groups.{kind}", {"lr": 0.1})), kind
     state = torch.get_rng_state()
     groups.crosses(Optimizer("torch.optim.SGD", {"lr": 0.1}))
     assert torch.equal(state, torch.get_rng_state())

@@ -305,6 +305,9 @@ def test_products_in_every_way_have_the_bits_of_one_process(world, build, waits,
         ("Hooking", r"\(Hooking\), stage_models.py:\d+: `h.register_hook.*hook on a tensor's gradient"),
         ("HookingModule", r"backward hook of first would be lost"),
         ("Packing", r"\(Packing\), stage_models.py:\d+: .*what hooks make of tensors saved"),
+        ("Adversary", r"\(Adversary\), stage_models.py:\d+: .*a weight is frozen, or no more"),
+        ("LooksAtGradients", r"\(LooksAtGradients\), .*looks at the gradient of a weight"),
+        ("DrawsShares", r"\(DrawsShares\), stage_models.py:\d+: .*_Dirichlet is a torch.autograd.Function"),
         ("Widening", r"\(Widening\), stage_models.py:\d+: .*sets the default dtype to torch.float64"),
     ],
 )
@@ -319,6 +322,8 @@ def test_what_torch_export_would_leave_out_is_refused(world, build, model, what)
     assert torch.autograd.Function.apply == apply
     assert torch.Tensor.register_hook is register_hook
     assert torch.get_default_dtype() is torch.float32
+    assert torch.Tensor.grad is torch._C.TensorBase.grad
+    assert torch.Tensor.requires_grad is torch._C.TensorBase.requires_grad
 
 
 @pytest.mark.mpi
@@ -613,9 +618,12 @@ def test_a_tensor_in_several_places_stays_one(world, build, schedule, recompute,
 def test_a_mode_that_reaches_for_other_stages_is_refused(world, build):
     if world.size != 2:
         pytest.skip("two stages")
-    what = r"train\(False\) of the model fails on rank 0, which has a part of it alone: \(Switching\), stage_models.py"
-    with pytest.raises(ConfigError, match=what) as raised:
-        build("Switching", 2, micro_batches=4, cuts=["b"])
+    what = r"train\({}\) of the model fails on rank 0, which has a part of it alone: \(Switching\), stage_models.py"
+    job = build("Switching", 2, micro_batches=4, cuts=["b"])
+    with pytest.raises(ConfigError, match=what.format(False)):
+        job.engine.evaluate(job.split_batches("train"), job.task.measure)
+    with pytest.raises(ConfigError, match=what.format(True)) as raised:
+        job.engine.step(0, job.loader.read(0))
     assert "let train() of the layer that has the weights do that" in str(raised.value)
     job = build("switching_row", 2, micro_batches=4)
     has_bits_of_one_process(world, job, "switching_row")
@@ -645,6 +653,10 @@ def test_listed_layers_must_do_what_the_forward_does(world, build, caplog):
         (
             "order",
             r"its forward computes \w* with b\.bias where layers\(\) computes \w* with a\.bias",
+        ),
+        (
+            "gradients",
+            r"its forward computes \w+ without gradients of shape \(2, 16\).*, which layers\(\) leaves",
         ),
         ("evaluation", r"its forward computes _?softmax .*, which layers\(\) leaves out \(in evaluation\)"),
     ],
@@ -1358,6 +1370,39 @@ def test_a_train_of_the_users_is_called_as_often_as_in_one_process(world, build,
         cuts = ["2"]
     job = build(model, 2, micro_batches=4, cuts=cuts)
     has_bits_of_one_process(world, job, model)
+
+
+@pytest.mark.mpi
+def test_a_train_of_the_users_counts_evaluations_as_in_one_process(world, build):
+    """One change of mode an evaluation, of however many batches."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("tiring_row", 2, micro_batches=4)
+    alone = build_alone(job)
+    for one in (job, alone):
+        one.engine.evaluate(one.split_batches("train"), one.task.measure)
+    assert run(job, 2) == run(alone, 2)
+    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    assert sums[0] == sums[1]
+    assert run(job, 1) == run(alone, 1)
+    alone.close()
+    alone.topology.close()
+
+
+@pytest.mark.mpi
+def test_a_train_that_sets_a_buffer_anew_is_refused_by_operators(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("Annealed", 2, micro_batches=4, arguments={"replaces": True})
+    with pytest.raises(ConfigError, match=r"train\(True\) of the model sets cools.heat anew"):
+        job.engine.step(0, job.loader.read(0))
+
+
+@pytest.mark.mpi
+def test_a_row_with_a_forward_of_its_own_is_no_row(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build("doubled_row", 2, micro_batches=4), "doubled_row")
 
 
 @pytest.mark.mpi

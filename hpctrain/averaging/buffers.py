@@ -91,12 +91,13 @@ class Buffers:
     def _looking(self, micro_batch: int, reads: bool) -> Iterator[None]:
         """Note which parameters a forward changes, and what it reads if that is asked for. Local."""
         parameters = dict(self.module.named_parameters())
-        versions = {name: p._version for name, p in parameters.items()}
+        before = {name: mark_of(p, reads or not p.requires_grad) for name, p in parameters.items()}
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
         looked = Reads(self.now() | frozen) if reads else nullcontext()
         with looked:
             yield
-        changed = {name for name, p in parameters.items() if p._version != versions[name]}
+        now = dict(self.module.named_parameters())
+        changed = {n for n, p in now.items() if before.get(n) != mark_of(p, reads or n in frozen)}
         self.moved |= changed & frozen.keys()
         self.trained |= changed - frozen.keys()
         if isinstance(looked, Reads):
@@ -164,3 +165,10 @@ class Buffers:
             owner._buffers[leaf] = tensor.to(like.device)
         else:
             owner.register_buffer(leaf, tensor.to(like.device))
+
+
+def mark_of(parameter: torch.Tensor, sums: bool) -> tuple[int, int, int, bytes]:
+    """Give what tells that a parameter was changed; with `sums` by `.data` or NumPy, too. Local."""
+    numbers = parameter.detach() if sums else torch.zeros(0)
+    total = numbers.sum(dtype=torch.complex128 if numbers.is_complex() else torch.float64).cpu()
+    return id(parameter), parameter._version, parameter.data_ptr(), total.numpy().tobytes()

@@ -1,6 +1,7 @@
 """Parameter groups and the optimizer: no decay on biases and norms."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,40 +60,48 @@ def state_copies(config: Optimizer) -> float:
     return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / small.weight.numel()
 
 
-PROBED = 3
-"""Steps, as the first one of many optimizers hangs on a gradient's sign alone."""
-CLOSE = 0.01
+PROBED = 12
+"""Steps, as the first ones of many optimizers hang on little."""
+CLOSE = 1e-4
 """Of a parameter's change: kernels may round it otherwise where others follow."""
 SMALL = 0.01
 """Of a layer's usual weights: beside them small changes have digits enough."""
+SHAPES = ((4, 4), (4,), (3, 5), (6,)), ((4, 4), (3, 5), (6, 2))
+"""Of the parameters that are stepped; those of some optimizers have two dimensions."""
 
 
 def crosses(config: Optimizer) -> bool:
     """Whether a parameter's step hangs on other parameters: a norm over all, say. Local: steps small ones.
 
-    Then no rank may step a part of them by itself. False where it can't step such parameters.
+    Then no rank may step a part of them by itself. So it is with random numbers that it draws. False where it
+    can't step such parameters.
     """
 
-    def stepped(others: int) -> torch.Tensor:
+    def changes(shapes: Sequence[tuple[int, ...]], only: int | None = None) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        rows = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(1 + others))
-        for parameter in rows.parameters():
-            parameter.detach().mul_(SMALL)
-        first = next(rows.parameters()).detach()
-        before = first.clone()
-        optimizer = build(config, rows)
+        made = [SMALL * (torch.rand(shape) - 0.5) for shape in shapes]
+        kept = [nn.Parameter(made[at]) for at in range(len(shapes)) if only in (None, at)]
+        before = [parameter.detach().clone() for parameter in kept]
+        optimizer = build(config, nn.ParameterList(kept))
         for step in range(PROBED):
-            for at, parameter in enumerate(rows.parameters()):
-                parameter.grad = torch.linspace(-1.0, 2.0, 16).view(4, 4).roll(step) * 100.0**at
+            for number, parameter in zip(range(len(shapes)) if only is None else [only], kept):
+                wave = torch.linspace(-1.0, 2.0, parameter.numel()).roll(step).view(parameter.shape)
+                parameter.grad = wave * 100.0**number
             optimizer.step()
-        return first - before
+        return [parameter.detach() - old for parameter, old in zip(kept, before)]
 
     with torch.random.fork_rng(devices=[]):
-        try:
-            alone, among = stepped(0), stepped(1)
-        except Exception:
-            return False
-    return bool((alone - among).abs().max() > CLOSE * alone.abs().max())
+        for shapes in SHAPES:
+            try:
+                among = changes(shapes)
+                alone = [changes(shapes, at)[0] for at in range(len(shapes))]
+            except Exception:
+                continue
+            digits = 8 * torch.finfo(torch.float32).eps * SMALL
+            return any(
+                bool((a - b).abs().max() > CLOSE * b.abs().max() + digits) for a, b in zip(among, alone)
+            )
+    return False
 
 
 def build(config: Optimizer, module: nn.Module) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.distributions import Distribution
+from torch.nn.modules import module as torch_module
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
@@ -90,7 +91,9 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
             trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
             with as_recomputed() if trained else torch.no_grad():  # without, torch gives it no gradient
                 return run(*given)
-        if cls.__module__.split(".")[0] == "torch":
+        own = cls.__module__.startswith("torch.distributions") and torch.is_grad_enabled()
+        own = own and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        if cls.__module__.split(".")[0] == "torch" and not own:
             return apply.__func__(cls, *args, **named)
         raise NotImplementedError(
             f"{cls.__qualname__} is a torch.autograd.Function: its own backward would be lost"
@@ -112,6 +115,21 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
             raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
         return requires_grad(tensor, on)
 
+    attributes = {name: getattr(torch._C.TensorBase, name) for name in ("requires_grad", "grad")}
+
+    def wanted(tensor: torch.Tensor, on: bool) -> None:
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad != on:
+            raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
+        attributes["requires_grad"].__set__(tensor, on)
+
+    def gradient(tensor: torch.Tensor) -> Any:
+        asker = str(sys._getframe(1).f_globals.get("__name__")).split(".")[0]
+        if isinstance(tensor, nn.Parameter) and asker not in ("torch", "hpctrain"):
+            raise NotImplementedError(
+                "the forward looks at the gradient of a weight, which operators have not"
+            )
+        return attributes["grad"].__get__(tensor)
+
     set_dtype = torch.set_default_dtype
 
     def chosen(dtype: torch.dtype) -> None:
@@ -121,6 +139,8 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
                 f"tensors are made"
             )
 
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        raise NotImplementedError("the backward hook of all modules would be lost")
     for name, m in module.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
             raise NotImplementedError(f"the backward hook of {name or 'the model'} would be lost")
@@ -128,6 +148,9 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
     tensor.requires_grad_ = switched  # type: ignore[method-assign, assignment]
     saving.__enter__ = saved  # type: ignore[method-assign]
     torch.set_default_dtype = chosen
+    get, grad = attributes["requires_grad"].__get__, attributes["grad"].__set__
+    tensor.requires_grad = property(get, wanted)  # type: ignore[assignment]
+    tensor.grad = property(gradient, grad, attributes["grad"].__delete__)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -135,6 +158,7 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
         tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
         saving.__enter__ = enter  # type: ignore[method-assign]
         torch.set_default_dtype = set_dtype
+        del tensor.requires_grad, tensor.grad  # torch's own stand behind
 
 
 @contextmanager

@@ -105,6 +105,14 @@ class Graph:
     def switched(self, training: bool) -> None:
         """Say it if the model has changed itself since its forward was written down. Local."""
         self.writer.look_at_settings(training)
+        if not self.writer.own_train:
+            return
+        own = [*self.module.named_parameters(), *self.module.named_buffers()]
+        if anew := [name for name, tensor in own if self.real.get(name, tensor) is not tensor]:
+            raise ConfigError(
+                f"train({training}) of the model sets {anew[0]} anew, and its forward is written down with "
+                f"the tensor that was there: change that in place (copy_); {OTHERWISE}"
+            )
 
     def beside(self, name: str, value: Any) -> None:
         """Operators hold nothing that others could share."""
@@ -331,7 +339,7 @@ def crossing(traced: Traced) -> list[int]:
         if node.name in traced.outputs:
             last = len(nodes) - 1
         leaves = _pytree.tree_leaves(node.meta.get("val"))
-        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        size = sum(leaf.numel() * leaf.itemsize for leaf in leaves if isinstance(leaf, torch.Tensor))
         starts[at[node.name] + 1] += size
         starts[last + 1] -= size
     return list(accumulate(starts))

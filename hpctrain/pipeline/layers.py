@@ -72,8 +72,12 @@ def offered(layers: Callable[..., Any]) -> bool:
 def in_a_row(module: nn.Module) -> bool:
     """Whether a module is an nn.Sequential, or a subclass that only fills it. Pure."""
     own = nn.Sequential
-    return isinstance(module, own) and all(
-        getattr(type(module), name) is getattr(own, name) for name in ("forward", "__call__", "__iter__")
+    return (
+        isinstance(module, own)
+        and "forward" not in vars(module)
+        and all(
+            getattr(type(module), name) is getattr(own, name) for name in ("forward", "__call__", "__iter__")
+        )
     )
 
 

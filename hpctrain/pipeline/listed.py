@@ -41,7 +41,7 @@ class Counting(Looking):
         if not getattr(func, "is_view", False) and func.namespace == "aten" and "view" not in str(func):
             leaves = _pytree.tree_leaves((args, kwargs))
             numbers = ", ".join(str(leaf) for leaf in leaves if type(leaf) in (bool, int, float))
-            name = func.overloadpacket.__name__
+            name = func.overloadpacket.__name__ + ("" if torch.is_grad_enabled() else " without gradients")
             self.found.update((name, numbers, tuple(t.shape)) for t in tensors_in(given))
             names = (self._weights.get(storage_of(t)) for t in tensors_in(leaves))
             self.order += [f"{name} with {weight}" for weight in names if weight]

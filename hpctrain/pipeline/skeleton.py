@@ -45,7 +45,7 @@ def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
                 memo[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     try:
         twin = copy.deepcopy(module, memo)
-    except TypeError as error:  # "cannot pickle …"
+    except (TypeError, NotImplementedError) as error:  # "cannot pickle …", "cannot access storage of …"
         raise UnwritableError(
             f"parallel.stages: {type(module).__name__} can't be copied to be written down ({error}): keep "
             f"such an object elsewhere, {OTHERWISE}"

@@ -96,7 +96,7 @@ class Writer:
         self.fake = FakeTensorMode()
         self._pristine = self.skeleton = skeleton(module, self.fake)
         self._looked = self._warned = self._told_of_masks = False
-        self._own_train, self._runs = trains_itself(module), False
+        self.own_train, self._runs = trains_itself(module), False
         self._told_of_train = False
         self._caches = caches_of(module)
         self._settings: dict[bool, dict[str, Any]] = {}
@@ -109,7 +109,7 @@ class Writer:
             return self._write(samples, training, like)
 
     def _write(self, samples: int, training: bool, like: Like) -> Traced:
-        with unmoved(self.module) if self._own_train else nullcontext():
+        with unmoved(self.module) if self.own_train else nullcontext():
             return self._write_in(training, samples, like)
 
     def _write_in(self, training: bool, samples: int, like: Like) -> Traced:
@@ -133,7 +133,7 @@ class Writer:
             LOGGER.warning("%s", told, extra=ALIKE)
         if not self._looked:
             self._looked = True
-            if self._own_train:
+            if self.own_train:
                 self._look_at_train(training, arguments, program)
             self.later.look(arguments, program)
         return self._read(program, list(fakes))
@@ -145,7 +145,7 @@ class Writer:
         """
         twin = skeleton(self._pristine, self.fake)
         for name, m in self.module.named_modules():
-            own = vars(m).items() if self._own_train else ()
+            own = vars(m).items() if self.own_train else ()
             vars(twin.get_submodule(name)).update((at, value) for at, value in own if type(value) in SETTINGS)
             twin.get_submodule(name).training = m.training
         for _ in range(0 if self._runs else times):
@@ -161,7 +161,7 @@ class Writer:
         A train() of the user's may change some each time; operators keep those that were written down.
         """
         self._runs = True
-        if not self._own_train or self._told_of_train:
+        if not self.own_train or self._told_of_train:
             return
         now = {at: value for at, value in plain_values(self.module).items() if isinstance(value, SETTINGS)}
         before = self._settings.setdefault(training, now)
@@ -180,10 +180,10 @@ class Writer:
         """Refuse a train() of the user's that changes what the forward computes each time. Local."""
         try:
             with answered_no():
-                other = self._written(arguments, self._in_mode(training, times=3))
+                others = [self._written(arguments, self._in_mode(training, times)) for times in (2, 3, 10)]
         except Exception:  # what it kept stands in the way of a copy: it is told of as it runs
             return
-        if fingerprint(other) != fingerprint(program):
+        if any(fingerprint(other) != fingerprint(program) for other in others):
             raise UnwritableError(
                 f"parallel.stages = {self.stages}: a train() of the model changes what its forward computes "
                 f"each time it is called, and the forward is written down once: keep that in a buffer, or in "
