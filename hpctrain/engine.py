@@ -312,7 +312,6 @@ class Engine:
             f"(loss {result.loss:.6g}): lower optimizer.init_args.lr or set train.clip"
         )
 
-    @torch.no_grad()
     def outputs(self, batch: Batch, everywhere: bool = False) -> Any:
         """Run the model in eval mode on one micro-batch; outputs on the CPU. Local with one stage.
 
@@ -321,6 +320,7 @@ class Engine:
         self.switch(False)
         return self._outputs(batch)
 
+    @torch.no_grad()
     def _outputs(self, batch: Batch) -> Any:
         stream = key(self.seed, EVALUATION)
         set_generators(stream >> 1)
