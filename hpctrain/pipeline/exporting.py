@@ -110,17 +110,16 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
             raise NotImplementedError("what hooks make of tensors saved for the backward would be lost")
         enter(self)
 
-    def switched(tensor: torch.Tensor, on: bool = True) -> torch.Tensor:
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad != on:
-            raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
-        return requires_grad(tensor, on)
-
-    attributes = {name: getattr(torch._C.TensorBase, name) for name in ("requires_grad", "grad")}
-
     def wanted(tensor: torch.Tensor, on: bool) -> None:
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad != on:
             raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
         attributes["requires_grad"].__set__(tensor, on)
+
+    def switched(tensor: torch.Tensor, on: bool = True) -> torch.Tensor:
+        wanted(tensor, on)
+        return tensor
+
+    attributes = {name: getattr(torch._C.TensorBase, name) for name in ("requires_grad", "grad")}
 
     def gradient(tensor: torch.Tensor) -> Any:
         asker = str(sys._getframe(1).f_globals.get("__name__")).split(".")[0]
