@@ -149,7 +149,7 @@ class Taught(Net):
     """A copy of its first layer, which is not trained, follows that; or it bounds the weights that are."""
 
     bounds = False
-    assigns = False
+    way = ""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features)
@@ -158,21 +158,25 @@ class Taught(Net):
     def forward(self, x):
         with torch.no_grad():
             for mine, its in zip(self.teacher.parameters(), self.first.parameters()):
-                if self.assigns:
+                if self.way == "assigned":
                     mine.data = mine.data * 0.9 + its.data * 0.1
+                elif self.way == "uncounted":
+                    mine.data.mul_(0.9).add_(its.data, alpha=0.1)
                 else:
                     its.clamp_(-0.3, 0.3) if self.bounds else mine.mul_(0.9).add_(its, alpha=0.1)
         return super().forward(x) + self.teacher(x).mean(1, keepdim=True)
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("bounds", "assigns"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("bounds", "way"), [(False, ""), (True, ""), (False, "assigned"), (False, "uncounted")]
+)
 def test_parameters_that_forwards_change_are_refused_where_bits_are_promised(
-    topology, files, monkeypatch, bounds, assigns
+    topology, files, monkeypatch, bounds, way
 ):
     """And without the promise a teacher is that of the replica with the last micro-batch, alike on all."""
     monkeypatch.setattr(Taught, "bounds", bounds)
-    monkeypatch.setattr(Taught, "assigns", assigns)
+    monkeypatch.setattr(Taught, "way", way)
     config = config_of(files, "test_layouts.Taught")
     config.parallel.micro_batches = 6
     teacher = trained(config, topology)["teacher.weight"]
