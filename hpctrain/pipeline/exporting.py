@@ -110,14 +110,17 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
             raise NotImplementedError("what hooks make of tensors saved for the backward would be lost")
         enter(self)
 
-    def wanted(tensor: torch.Tensor, on: bool) -> None:
+    def frozen_refused(tensor: torch.Tensor, on: bool) -> None:
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad != on:
             raise NotImplementedError("a weight is frozen, or no more, for a part of the forward")
+
+    def wanted(tensor: torch.Tensor, on: bool) -> None:
+        frozen_refused(tensor, on)
         attributes["requires_grad"].__set__(tensor, on)
 
     def switched(tensor: torch.Tensor, on: bool = True) -> torch.Tensor:
-        wanted(tensor, on)
-        return tensor
+        frozen_refused(tensor, on)
+        return requires_grad(tensor, on)  # not by the attribute, which wants a leaf
 
     attributes = {name: getattr(torch._C.TensorBase, name) for name in ("requires_grad", "grad")}
 
