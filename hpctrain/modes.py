@@ -1,14 +1,18 @@
 """Functions of torch for a while: those of `torch.nn.functional` replaced, or run as if no mode were on.
 
+And the settings of torch's that hold for all that follows in a process.
+
 A torch-function mode sees every call, which makes a transformer's forward some 5 % longer; layers call these
 few by their names in `torch.nn.functional`.
 """
 
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial, wraps
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
@@ -38,6 +42,36 @@ class Replaced:
         """Put back what stood there."""
         for name, own in self._before.pop().items():
             setattr(functional, name, own)
+
+
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "whether gradients are on (torch.set_grad_enabled)": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    **{
+        f"whether autocast is on (of {device})": (
+            partial(torch.is_autocast_enabled, device),
+            partial(torch.set_autocast_enabled, device),
+        )
+        for device in ("cpu", "cuda")
+    },
+}
+"""Those that decide what later layers compute, by what they are called: how to ask and to set them."""
+
+
+def settings() -> list[Any]:
+    """Give the values of SETTINGS. Local."""
+    return [ask() for ask, _ in SETTINGS.values()]
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Set SETTINGS back behind the body. Local."""
+    before = settings()
+    try:
+        yield
+    finally:
+        for (_, put), value in zip(SETTINGS.values(), before):
+            put(value)
 
 
 def watched() -> bool:

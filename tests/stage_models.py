@@ -4,7 +4,7 @@ import itertools
 import random
 import types
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -2241,6 +2241,30 @@ class Switching(nn.Module):
         return self.b(torch.tanh(self.a(x)))
 
 
+class Sets(nn.Module):
+    """Sets something for all layers that follow, or sets it back."""
+
+    def __init__(self, what: str, value: Any):
+        super().__init__()
+        self.what, self.value = what, value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.what == "gradients":
+            torch.set_grad_enabled(self.value)
+        elif self.what == "dtype":
+            torch.set_default_dtype(self.value)
+        elif self.what == "autocast":
+            torch.set_autocast_enabled("cpu", self.value)
+        return x.float()
+
+
+def setting_row(in_features: int, out_features: int, what: str) -> nn.Sequential:
+    values = {"gradients": (False, True), "dtype": (torch.float64, torch.float32), "autocast": (True, False)}
+    on, off = (Sets(what, value) for value in values[what])
+    hidden = [nn.Linear(in_features, 16), on, nn.Linear(16, 16), nn.Tanh(), off]
+    return nn.Sequential(*hidden, nn.Linear(16, 16), nn.Linear(16, out_features))
+
+
 class ListsOthers(nn.Module):
     """Lists layers that differ from its forward in one thing."""
 
@@ -2256,6 +2280,13 @@ class ListsOthers(nn.Module):
         h = functional.leaky_relu(self.first(x), 0.2 if self.what == "numbers" else 0.1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.what != "gradients"):
             h = self.a(self.b(h)) if self.what == "order" else self.b(self.a(h))
+        if self.what == "cut off":
+            h = h.detach()
+        elif self.what == "hook" and h.requires_grad:
+            h.register_hook(lambda gradient: 0.5 * gradient)
+        elif self.what == "single" and len(h) == 1:
+            h = 2 * h
+        self.log = h.detach()
         found = self.out(h)
         return found if self.training or self.what != "evaluation" else torch.softmax(found, 1)
 

@@ -33,6 +33,7 @@ from hpctrain.config import ClassPath, Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
+from hpctrain.modes import settings_kept
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline import channel, profile, split, weigh
 from hpctrain.pipeline.graph import Graph
@@ -659,6 +660,12 @@ def test_listed_layers_must_do_what_the_forward_does(world, build, caplog):
             r"its forward computes \w+ without gradients of shape \(2, 16\).*, which layers\(\) leaves",
         ),
         ("evaluation", r"its forward computes _?softmax .*, which layers\(\) leaves out \(in evaluation\)"),
+        ("cut off", r"layers\(\) computes \w+ in the backward of shape .*, which its forward does not"),
+        ("hook", r"its forward computes mul in the backward of shape \(2, 16\) with the numbers 0\.5, which"),
+        (
+            "single",
+            r"its forward computes mul of shape \(1, 16\) with the numbers 2, which layers\(\) leaves",
+        ),
     ],
 )
 def test_listed_layers_must_not_differ_in_one_thing(world, build, other, what):
@@ -1416,6 +1423,27 @@ def test_a_forward_that_freezes_while_a_backward_is_on_its_way_is_refused(world,
         return
     with pytest.raises(ConfigError, match=r"the forward of stage 0 freezes a weight, or thaws one"):
         run(job, 3)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("gradients", r"whether gradients are on \(torch.set_grad_enabled\) set to False \(it was True\)"),
+        ("dtype", r"torch's default dtype set to torch.float64 \(it was torch.float32\)"),
+        ("autocast", r"whether autocast is on \(of cpu\) set to True \(it was False\)"),
+    ],
+)
+def test_what_a_layer_sets_for_all_that_follows_is_refused_over_a_cut(world, build, what, said):
+    if world.size != 2:
+        pytest.skip("two stages")
+    arguments = {"what": what}
+    with settings_kept():
+        job = build("setting_row", 2, micro_batches=4, cuts=["3"], arguments=arguments)
+        with pytest.raises(ConfigError, match=f"the forward of stage 0 leaves {said}, which layers of other"):
+            run(job, 1)
+    job = build("setting_row", 2, micro_batches=4, cuts=["5"], arguments=arguments)
+    has_bits_of_one_process(world, job, "setting_row")
 
 
 @pytest.mark.mpi

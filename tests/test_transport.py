@@ -369,9 +369,26 @@ def test_what_a_tensor_would_lose_on_the_way_is_refused():
         assert len(pack(1, 0, [tensor], 0).parts) == 1
 
 
-def test_sparse_tensors_do_not_cross():
-    with pytest.raises(HpctrainError, match="a torch.sparse_coo tensor would cross to stage 1: tensors"):
-        pack(1, 0, [torch.ones(2), torch.eye(2).to_sparse()], 0)
+@pytest.mark.parametrize("beside", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: torch.eye(2).to_sparse(), "a torch.sparse_coo tensor"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8), "a torch.quint8 tensor"),
+    ],
+)
+def test_tensors_that_are_more_than_numbers_do_not_cross(make, what, beside):
+    """Neither alone, which has a shorter way, nor beside others."""
+    with pytest.raises(HpctrainError, match=f"{what} would cross to stage 1: tensors"):
+        pack(1, 0, [*beside * [torch.ones(2)], make()], 0)
+
+
+def test_a_list_that_holds_itself_does_not_cross():
+    value = [torch.ones(2)]
+    value.append(value)
+    with pytest.raises(HpctrainError, match="a value of another kind would cross to stage 1"):
+        pack(1, 0, value, 0)
 
 
 @pytest.mark.mpi

@@ -1,12 +1,13 @@
 """Whether the layers that a model lists (`layers()`) do what its forward does: stages run them alone.
 
-Both run on copies without memory, in training and in evaluation. What they compute is counted, in any
-order, views left out: operators, the numbers that they are given, the shapes of what they give. Those that
-compute with weights are to come in one order.
+Both run on copies without memory, in training and in evaluation, on a micro-batch and on a single sample.
+What they compute, backward too, is counted, in any order, views left out: operators, the numbers that they
+are given, the shapes of what they give. Those that compute with weights are to come in one order.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch.utils import _pytree
 from hpctrain.draws import streams_kept
 from hpctrain.errors import ConfigError
 from hpctrain.log import ALIKE, LOGGER
+from hpctrain.modes import settings_kept
 from hpctrain.pipeline.exporting import quiet
 from hpctrain.pipeline.skeleton import skeleton
+from hpctrain.pipeline.trace import ORDINARY
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
 
@@ -32,6 +35,9 @@ class Counting(Looking):
         self.found = Counter[tuple[str, str, tuple[int, ...]]]()
         self.order: list[str] = []
         """Names of the weights, as they are computed with."""
+        self.backward = False
+        self.failed: Exception | None = None
+        """What has ended the backward, if something has."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,10 +47,11 @@ class Counting(Looking):
         if not getattr(func, "is_view", False) and func.namespace == "aten" and "view" not in str(func):
             leaves = _pytree.tree_leaves((args, kwargs))
             numbers = ", ".join(str(leaf) for leaf in leaves if type(leaf) in (bool, int, float))
-            name = func.overloadpacket.__name__ + ("" if torch.is_grad_enabled() else " without gradients")
+            aside = " in the backward" if self.backward else " without gradients"
+            name = func.overloadpacket.__name__ + ("" if torch.is_grad_enabled() else aside)
             self.found.update((name, numbers, tuple(t.shape)) for t in tensors_in(given))
             names = (self._weights.get(storage_of(t)) for t in tensors_in(leaves))
-            self.order += [f"{name} with {weight}" for weight in names if weight]
+            self.order += [f"{name} with {weight}" for weight in names if weight and not self.backward]
         return given
 
 
@@ -56,17 +63,26 @@ def refuse_others(module: nn.Module, names: Sequence[str], value: torch.Tensor) 
     if type(module).forward is nn.Module.forward:
         return
     try:
-        with quiet(), streams_kept():
-            both = [[counted(module, way, value, t) for way in (None, names)] for t in (True, False)]
+        refuse_different(module, names, value)
+    except ConfigError:
+        raise
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "")
         LOGGER.warning(
             "stages run what %s.layers() lists, not its forward; whether both do the same can't be told, as "
-            "the forward does not run on tensors without numbers (%s: %s): hpctrain verify compares them",
+            "it does not run on tensors without numbers (%s: %s): hpctrain verify compares them",
             *(type(module).__name__, type(error).__name__, line),
             extra=ALIKE,
         )
         return
+    with suppress(*ORDINARY):  # of one sample a BatchNorm has no statistics
+        refuse_different(module, names, value[:1])
+
+
+def refuse_different(module: nn.Module, names: Sequence[str], value: torch.Tensor) -> None:
+    """Refuse what differs on such a value. Local. Raises whatever hinders the forward, too."""
+    with quiet(), streams_kept(), settings_kept():
+        both = [[counted(module, way, value, t) for way in (None, names)] for t in (True, False)]
     for (forward, row), training in zip(both, (True, False)):
         if what := difference(forward, row):
             raise ConfigError(
@@ -74,6 +90,8 @@ def refuse_others(module: nn.Module, names: Sequence[str], value: torch.Tensor) 
                 f"layers() lists: {what}{'' if training else ' (in evaluation)'}; let both do the same, or "
                 f"leave layers() out and name cuts (parallel.cuts)"
             )
+    if failed := next((one.failed for pair in both for one in pair if one.failed), None):
+        raise failed
 
 
 def difference(forward: Counting, row: Counting) -> str:
@@ -99,4 +117,10 @@ def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor,
     with fake, counting:
         for part in [twin] if names is None else [twin.get_submodule(name) for name in names]:
             given = part(given)
+        found = [tensor for tensor in tensors_in(given) if tensor.requires_grad] if training else []
+        counting.backward = True
+        try:
+            torch.autograd.backward(found, [torch.empty_like(tensor) for tensor in found])
+        except Exception as error:
+            counting.failed = error
     return counting

@@ -353,10 +353,10 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
         alike = name, only.dtype, only.shape, only.stride(), only.requires_grad, at % LINE
         if alike in _known:
             return Packed(micro_batch, draws, _known[alike], [Raw(at, only.nbytes, only)])
-    leaves, tree = _pytree.tree_flatten(value)
     try:
+        leaves, tree = _pytree.tree_flatten(value)
         written(tree)
-    except Exception as error:
+    except Exception as error:  # also of a list that holds itself
         raise HpctrainError(
             f"a value of another kind would cross to stage {stage} ({error}): {CROSSING}"
         ) from None
@@ -366,12 +366,14 @@ def pack(stage: int, micro_batch: int, value: Any, draws: int) -> Packed:
         if isinstance(leaf, torch.Tensor) and first != at:
             listed.append(("s", first))
         elif isinstance(leaf, torch.Tensor):
-            own = [name for name in vars(leaf) if not (name.startswith("_") or name == "persistent")]
+            named = (name for name in getattr(leaf, "__dict__", ()) if not name.startswith("_"))
+            own = [name for name in named if name != "persistent"]
             if type(leaf) is not nn.Parameter and (type(leaf) is not torch.Tensor or own):  # not nn.Buffer's
                 what = f"a {type(leaf).__name__} with {', '.join(own) or 'ways of its own'}"
                 raise HpctrainError(f"{what} would cross to stage {stage}, as a plain tensor: {CROSSING}")
-            if leaf.layout != torch.strided:
-                raise HpctrainError(f"a {leaf.layout} tensor would cross to stage {stage}: {CROSSING}")
+            if not is_plain(leaf):
+                kind = "nested" if leaf.is_nested else leaf.dtype if leaf.is_quantized else leaf.layout
+                raise HpctrainError(f"a {kind} tensor would cross to stage {stage}: {CROSSING}")
             laid = leaf.detach()
             if laid.device.type != "cpu" or laid.is_conj() or laid.is_neg():
                 laid = laid.to("cpu").resolve_conj().resolve_neg()
@@ -408,10 +410,15 @@ def single(value: Any) -> tuple[str | None, torch.Tensor] | None:
     if type(value) not in (dict, list) or len(value) != 1:
         return None
     name, leaf = next(iter(value.items())) if type(value) is dict else ("", value[0])
-    if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
+    if type(leaf) is not torch.Tensor or not is_plain(leaf):
         return None
     plain = leaf.is_cpu and leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_complex()
     return (name if type(value) is dict else None, leaf) if plain and not vars(leaf) else None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers lie in one memory by strides, and are all of it. Local."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def bytes_of(layout: Layout) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from hpctrain.draws import streams_kept
 from hpctrain.errors import text_of
 from hpctrain.gradient import StraightIntoPlace
+from hpctrain.modes import settings_kept
 from hpctrain.pipeline.held import Living, bytes_kept
 from hpctrain.pipeline.operators import called, changes
 from hpctrain.pipeline.schedule import BackwardInput, BackwardWeight, Forward, Instruction, behind
@@ -207,7 +208,8 @@ def measure(
             if number == turn[0]:
                 with streams_kept(), around:
                     for at in range(comm.rank, len(pieces), comm.size):
-                        mine[at] = pieces[at]()
+                        with settings_kept():
+                            mine[at] = pieces[at]()
                     reference = yardstick()
         except (Exception, SystemExit) as error:  # made-up numbers don't suit every operator
             line = next(iter(text_of(error).strip().splitlines()), "")

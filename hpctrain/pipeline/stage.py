@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
+from hpctrain.modes import SETTINGS, settings
 from hpctrain.pipeline.message import marked_as, pack
 from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
@@ -146,7 +147,9 @@ class Stage:
         given = {**{input_of(name): value for name, value in inputs.items()}, **env}
         kept.stream, kept.start = stream, kept.draws
         versions, before = versions_of(given), [marks() for _, marks in self.shared]
+        held = settings()
         found, kept.draws = part.run(given, stream, kept.start)
+        self._refuse_settings(held)
         for (name, marks), old in zip(self.shared, before):
             if marks() != old:
                 raise ConfigError(
@@ -158,6 +161,16 @@ class Stage:
         if versions_of(given) == versions:
             kept.given = given
         return found.get("output")
+
+    def _refuse_settings(self, before: list[Any]) -> None:
+        """Refuse a forward that has set something for all that follows: other ranks would not have it."""
+        for what, then, now in zip(SETTINGS, before, settings()):
+            if then != now:
+                raise ConfigError(
+                    f"the forward of stage {self.stage} leaves {what} set to {now} (it was {then}), which "
+                    f"layers of other stages would not see: set it back in the layer that sets it (a with "
+                    f"block does), or set parallel.cuts so that one stage has all between"
+                )
 
     def let_go(self, v: int) -> None:
         """Let the graph of a forward go, if it can be run again: it has not changed what it got. Local.
