@@ -158,20 +158,30 @@ SCALE = [1.0]
 
 
 class Progressive(Odd):
-    """Drops more in each step, or from one on, by its own train(); or scales less, by a global; or does neither."""
+    """Drops more in each step, or from one on, by its own train(); or scales less, by a global; or does neither.
+
+    Or is in eval mode from a step on, asks in each step how often it was called, or sets a hook.
+    """
 
     way = "always"
-    calls = 0
+    calls, late = 0, 10
 
     def train(self, mode=True):
-        self.calls += mode and self.way == "later"
-        if mode and (self.way == "always" or self.calls > 10):
+        self.calls += mode and self.way in ("later", "freezes", "asks")
+        super().train(mode)
+        if mode and (self.way == "always" or (self.way == "later" and self.calls > self.late)):
             self.drop.p = min(0.9, self.drop.p + 0.01)
         elif self.way == "elsewhere":
             SCALE[0] *= 0.9
-        return super().train(mode)
+        elif self.way == "freezes" and self.calls > self.late:
+            self.drop.eval()
+        elif mode and self.way == "hooks" and not self.inner._forward_hooks:
+            self.inner.register_forward_hook(lambda module, given, found: 2 * found)
+        return self
 
     def middle(self, x):
+        if self.way == "asks" and self.calls > self.late:
+            x = 2 * x
         return self.inner(x) * SCALE[0]
 
 

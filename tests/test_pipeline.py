@@ -1,5 +1,6 @@
 """Stages against one process: every model that pipelines tend to get wrong, bit for bit where sums keep their order."""
 
+import contextlib
 import pickle
 import random as python
 import re
@@ -1345,25 +1346,41 @@ def test_another_dtype_than_was_written_down_is_told(world, build, caplog, autoc
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("way", ["never", "later", "always", "elsewhere"])
-def test_what_the_models_own_train_changes_is_told_or_refused(world, build, caplog, monkeypatch, way):
-    """It would be another forward each time."""
+@pytest.mark.parametrize("way", ["always", "elsewhere", "hooks"])
+def test_a_train_of_the_models_that_changes_its_forward_each_time_is_refused(world, build, monkeypatch, way):
+    """It would be another forward each time, or in one mode."""
     if world.size != 2:
         pytest.skip("two stages")
     monkeypatch.setattr(odd_models.Progressive, "way", way)
-    if way in ("always", "elsewhere"):
-        with pytest.raises(
-            ConfigError, match=r"a train\(\) of the model changes what its forward computes each"
-        ):
-            build("Progressive", 2, module="odd_models", micro_batches=3)
-        assert odd_models.SCALE == [1.0]
-        return
-    with caplog.at_level("WARNING", LOGGER.name):
-        job = build("Progressive", 2, module="odd_models", micro_batches=3)
-        run(job, 2)
+    does = "sets hooks, or a forward" if way == "hooks" else "changes what its forward computes each"
+    with pytest.raises(ConfigError, match=rf"a train\(\) of the model {does}"):
+        build("Progressive", 2, module="odd_models", micro_batches=3)
+    assert odd_models.SCALE == [1.0]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("late", [12, 100])
+@pytest.mark.parametrize("way", ["never", "later", "freezes", "asks"])
+def test_a_train_of_the_models_may_not_change_its_forward_later(world, build, monkeypatch, caplog, way, late):
+    """From the thirteenth call on, or never in this run, which is looked at where it changes what is read."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    monkeypatch.setattr(odd_models.Progressive, "way", way)
+    monkeypatch.setattr(odd_models.Progressive, "late", late)
+    job = build("Progressive", 2, module="odd_models", micro_batches=3)
+    with caplog.at_level("INFO", LOGGER.name):
+        has_bits_of_one_process(world, job, "Progressive")
         job.engine.evaluate(job.split_batches("train"), job.task.measure)
-    told = [m for m in caplog.messages if m.startswith("train(True) of the model changes calls each time")]
-    assert len(told) == (way == "later")
+        with contextlib.ExitStack() as stack:
+            if late == 12 and way != "never":
+                changed = {"later": "drop.p", "freezes": "drop.training", "asks": "calls"}[way]
+                what = (
+                    rf"train\(True\) of the model has changed {changed}, by which its forward computes some"
+                )
+                stack.enter_context(pytest.raises(ConfigError, match=what))
+            run(job, 12)
+    told = [m for m in caplog.messages if "train() of the model changes calls, which its forward reads" in m]
+    assert len(told) == (way == "asks")
 
 
 @pytest.mark.mpi
