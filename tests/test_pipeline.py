@@ -1379,7 +1379,11 @@ def test_a_train_of_the_models_may_not_change_its_forward_later(world, build, mo
                 )
                 stack.enter_context(pytest.raises(ConfigError, match=what))
             run(job, 12)
-    told = [m for m in caplog.messages if "train() of the model changes calls, which its forward reads" in m]
+    told = [
+        m
+        for m in caplog.messages
+        if "train(True) of the model changes calls, which its forward reads: whether" in m
+    ]
     assert len(told) == (way == "asks")
 
 

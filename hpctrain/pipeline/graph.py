@@ -104,8 +104,8 @@ class Graph:
 
     def switched(self, training: bool) -> None:
         """Say it if the model has changed itself since its forward was written down. Local."""
-        self.writer.look_at_settings(training)
-        if not self.writer.own_train:
+        self.writer.modes.switched(training)
+        if not self.writer.modes.own_train:
             return
         own = [*self.module.named_parameters(), *self.module.named_buffers()]
         if anew := [name for name, tensor in own if self.real.get(name, tensor) is not tensor]:

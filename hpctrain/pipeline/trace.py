@@ -2,12 +2,10 @@
 
 import linecache
 import os
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from copy import deepcopy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +17,10 @@ from torch.utils import _pytree
 from hpctrain.draws import of_others, streams_kept, told_of_others
 from hpctrain.errors import FEWER_MICRO_BATCHES, TOO_FEW, ConfigError
 from hpctrain.gradient import CALLED
-from hpctrain.hidden import HOOKS, has_hooks
+from hpctrain.hidden import has_hooks
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import Replaced
-from hpctrain.pipeline.aside import attributes_noted, trains_itself, unmoved
+from hpctrain.pipeline.aside import unmoved
 from hpctrain.pipeline.exporting import (
     answered_no,
     causal_masks_known,
@@ -34,10 +32,10 @@ from hpctrain.pipeline.exporting import (
     regions_kept,
 )
 from hpctrain.pipeline.holders import caches_of
-from hpctrain.pipeline.later import Later, cleared, fingerprint, seed_others
+from hpctrain.pipeline.later import Arguments, Later, cleared, seed_others
 from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
+from hpctrain.pipeline.own_train import Modes
 from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, memory_of, skeleton
-from hpctrain.pipeline.state import plain, plain_values
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -94,15 +92,8 @@ class Writer:
         self.fake = FakeTensorMode()
         self._pristine = self.skeleton = skeleton(module, self.fake)
         self._looked = self._warned = self._told_of_masks = False
-        self.own_train, self._runs = trains_itself(module), False
-        self._told_of_train = False
         self._caches = caches_of(module)
-        self._reads = set[str]()
-        """Plain attributes by which the forward may compute, where the module has a train() of its own."""
-        self._settings: dict[bool, dict[str, Any]] = {}
-        """By mode: plain values of the module when it was looked at last."""
-        self._as_written: dict[bool, tuple[int, Like, list[str]]] = {}
-        """By mode: a number and kind of samples, and what was written down for them."""
+        self.modes = Modes(module, self._pristine, self.fake, stages, self._written)
         self.later = Later(module, self.fake, stages, self._caches, self._written)
 
     def write(self, samples: int, training: bool, like: Like) -> Traced:
@@ -112,18 +103,17 @@ class Writer:
             return self._write(samples, training, like)
 
     def _write(self, samples: int, training: bool, like: Like) -> Traced:
-        with unmoved(self.module) if self.own_train else nullcontext():
+        with unmoved(self.module) if self.modes.own_train else nullcontext():
             return self._write_in(training, samples, like)
 
     def _write_in(self, training: bool, samples: int, like: Like) -> Traced:
         # what a forward leaves on it (a table that it makes once) is not there in the other mode
-        self.skeleton = self._in_mode(training)
+        self.skeleton = self.modes.twin(training)
         arguments = self._arguments(samples, like)
         others = of_others()
-        with self._reads_noted():
+        with self.modes.noted(self.skeleton):
             program = self._exported(arguments, samples, like)
-        if self.own_train:
-            self._as_written.setdefault(training, (samples, like, fingerprint(program)))
+        self.modes.written(training, arguments, program)
         before = set(names_in(self._pristine))
         if made := [name for name in names_in(self.skeleton) if name not in before]:
             raise UnwritableError(
@@ -135,107 +125,17 @@ class Writer:
             LOGGER.warning("%s", told, extra=ALIKE)
         if not self._looked:
             self._looked = True
-            if self.own_train:
-                self._look_at_train(training, arguments, program)
+            self.modes.look(training, arguments, program)
             self.later.look(arguments, program)
         return self._read(program, list(like))
 
-    def _arguments(self, samples: int, like: Like) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    def _arguments(self, samples: int, like: Like) -> Arguments:
         """Give inputs without memory, by place and by name. Local."""
         with self.fake:
             fakes = {
                 name: torch.zeros((samples, *shape), dtype=dtype) for name, (shape, dtype) in like.items()
             }
         return ((), fakes) if self.named else (tuple(fakes.values()), {})
-
-    @contextmanager
-    def _reads_noted(self) -> Iterator[None]:
-        """Note which plain attributes the body reads, if a train() of the user's may change some. Local."""
-        modules = {id(m): name for name, m in self.skeleton.named_modules()} if self.own_train else {}
-        with attributes_noted(modules) as (first, _):
-            yield
-        self._reads |= {f"{path}.{name}".lstrip(".") for path, name in first}
-
-    def _in_mode(self, training: bool, times: int = 1) -> nn.Module:
-        """Give a copy as the module is in a mode; before it runs, as it is when it was brought there. Local.
-
-        A train() of the user's may keep parts in eval mode, or change what the forward computes by.
-        """
-        twin = skeleton(self._pristine, self.fake)
-        for name, m in self.module.named_modules():
-            own = vars(m).items() if self.own_train else ()
-            twins = {at: deepcopy(value) for at, value in own if isinstance(plain(value), str)}
-            vars(twin.get_submodule(name)).update(twins)
-            twin.get_submodule(name).training = m.training
-        for _ in range(0 if self._runs else times):
-            try:
-                twin.train(training)
-            except Exception:  # it asks for numbers, which a copy has not
-                nn.Module.train(twin, training)
-        return twin
-
-    def look_at_settings(self, training: bool) -> None:
-        """Refuse a train() of the user's that has changed what the forward computes in this mode. Local.
-
-        Where it changes what the forward reads, that is written down again, to be compared.
-        """
-        self._runs = True
-        if not self.own_train:
-            return
-        values = {at: value for at, value in plain_values(self.module).items() if isinstance(value, str)}
-        now = {at: value for at, value in values.items() if at in self._reads}
-        now |= {f"{name}.training".lstrip("."): str(m.training) for name, m in self.module.named_modules()}
-        before = self._settings.setdefault(training, now)
-        others = [at for at, value in now.items() if before.get(at) != value]
-        if not others or training not in self._as_written:
-            return
-        samples, like, written = self._as_written[training]
-        began = time.perf_counter()
-        with streams_kept(), unmoved(self.module), answered_no():
-            seed_others()
-            program = self._written(self._arguments(samples, like), self._in_mode(training))
-        if fingerprint(program) != written:
-            raise ConfigError(
-                f"train({training}) of the model has changed {', '.join(others[:3])}, by which its forward "
-                f"computes something else now, but is written down once: keep that in a buffer, or in a "
-                f"submodule that runs as it is (between parallel.cuts, or in a row); {OTHERWISE}"
-            )
-        self._settings[training] = now
-        if not self._told_of_train:
-            self._told_of_train = True
-            LOGGER.info(
-                "train() of the model changes %s, which its forward reads: whether that computes the same is "
-                "looked at each time, in %.1f s",
-                *(", ".join(others[:3]), time.perf_counter() - began),
-                extra=ALIKE,
-            )
-
-    def _look_at_train(
-        self, training: bool, arguments: tuple[Any, dict[str, Any]], program: torch.export.ExportedProgram
-    ) -> None:
-        """Refuse a train() of the user's that changes what the forward computes each time. Local."""
-        twin, hung = skeleton(self._pristine, self.fake), list[list[int]]()
-        with suppress(Exception):  # it asks for numbers, which a copy has not
-            for mode in (training, not training, training):
-                hung.append(hangs_on(twin))
-                twin.train(mode)
-        if any(one != hangs_on(twin) for one in hung):
-            raise UnwritableError(
-                f"parallel.stages = {self.stages}: a train() of the model sets hooks, or a forward, which "
-                f"operators would have in one mode and not in the other: do that in the constructor; "
-                f"{OTHERWISE}"
-            )
-        try:
-            with answered_no():
-                others = [self._written(arguments, self._in_mode(training, times)) for times in (2, 3, 10)]
-        except Exception:  # what it kept stands in the way of a copy: it is told of as it runs
-            return
-        if any(fingerprint(other) != fingerprint(program) for other in others):
-            raise UnwritableError(
-                f"parallel.stages = {self.stages}: a train() of the model changes what its forward computes "
-                f"each time it is called, and the forward is written down once: keep that in a buffer, or in "
-                f"a submodule that runs as it is (between parallel.cuts, or in a row); {OTHERWISE}"
-            )
 
     def _exported(
         self, arguments: tuple[Any, dict[str, Any]], samples: int, like: Like
@@ -435,11 +335,6 @@ class Writer:
         except Exception as other:
             return type(other) is type(error)
         return False
-
-
-def hangs_on(module: nn.Module) -> list[int]:
-    """Count what hangs on a module's parts: hooks, and forwards of their own. Local."""
-    return [len(getattr(m, kind)) + ("forward" in vars(m)) for m in module.modules() for kind in HOOKS]
 
 
 def names_in(module: nn.Module) -> list[str]:
