@@ -2241,6 +2241,55 @@ class Switching(nn.Module):
         return self.b(torch.tanh(self.a(x)))
 
 
+class Positions(nn.Module):
+    """Gives what it computes, and what it computed that from."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(features, features), nn.Linear(features, 16)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.enable_grad():  # in evaluation, too
+            x = self.first(x)
+            return {"x": x, "h": torch.tanh(self.second(x))}
+
+
+class Between(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, value: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with torch.enable_grad():
+            return {**value, "h": torch.tanh(self.inner(value["h"]))}
+
+
+class Forces(nn.Module):
+    """Gives the gradient of an energy, by what it got; alone: of an energy that hangs on that alone."""
+
+    def __init__(self, features: int, out_features: int, alone: bool):
+        super().__init__()
+        self.energy, self.own, self.out = (
+            nn.Linear(16, 1),
+            nn.Linear(features, 1),
+            nn.Linear(features, out_features),
+        )
+        self.alone = alone
+
+    def forward(self, value: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.enable_grad():
+            energy = torch.tanh(self.own(value["x"])).sum()
+            if not self.alone:
+                energy = energy + self.energy(value["h"]).sum()
+            (force,) = torch.autograd.grad(energy, value["x"], create_graph=True)
+            return self.out(force) + value["h"].mean()
+
+
+def forces_row(in_features: int, out_features: int, alone: bool = False) -> nn.Sequential:
+    first, last = Positions(in_features), Forces(in_features, out_features, alone)
+    return nn.Sequential(nn.Linear(in_features, in_features), first, Between(), Between(), last)
+
+
 class Sets(nn.Module):
     """Sets something for all layers that follow, or sets it back."""
 

@@ -1468,6 +1468,40 @@ def test_what_a_layer_sets_for_all_that_follows_is_refused_over_a_cut(world, bui
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("cut", ["2", "3", "4"])
+def test_gradients_of_what_another_stage_has_a_part_of_are_refused(world, build, cut):
+    """As forces of an energy: in stages what goes through the other one would be missing."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("forces_row", 2, micro_batches=4, cuts=[cut])
+    for ask in (
+        lambda: run(job, 1),
+        lambda: job.engine.evaluate(job.split_batches("train"), job.task.measure),
+    ):
+        with pytest.raises(
+            ConfigError, match="a layer of stage 1 takes a gradient .* by what hangs on other"
+        ):
+            ask()
+
+
+@pytest.mark.mpi
+def test_gradients_of_what_another_stage_gave_may_be_taken(world, build):
+    """Where one stage has all that is derived, in evaluation, too."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    for cut, alone in (("1", False), ("3", True)):
+        arguments = {"alone": alone}
+        job = build("forces_row", 2, micro_batches=4, cuts=[cut], arguments=arguments)
+        has_bits_of_one_process(world, job, "forces_row")
+        other = build_alone(job)
+        run(other, 4, clip=0.05)
+        sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, other)]
+        assert sums[0] == sums[1]
+        other.close()
+        other.topology.close()
+
+
+@pytest.mark.mpi
 def test_a_backward_that_draws_is_told(world, build, caplog):
     if world.size != 2:
         pytest.skip("two stages")

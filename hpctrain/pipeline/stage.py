@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.modes import SETTINGS, settings
+from hpctrain.pipeline.derived import derived_refused
 from hpctrain.pipeline.message import marked_as, pack
 from hpctrain.pipeline.part import INPUT, Cut, Env, Part, following, input_of
 from hpctrain.pipeline.schedule import Instruction, Receive, ReceiveGradient, Send, SendGradient
@@ -58,7 +59,8 @@ class Kept:
         if not leaf.requires_grad:
             return leaf
         caught: list[torch.Tensor] = []
-        value: torch.Tensor = _Begin.apply(leaf, caught)  # type: ignore[no-untyped-call]
+        with torch.enable_grad():  # in evaluation, too, layers may ask for gradients
+            value: torch.Tensor = _Begin.apply(leaf, caught)  # type: ignore[no-untyped-call]
         marked_as(leaf, value)
         self.returned[id(value)] = caught
         return value
@@ -148,7 +150,8 @@ class Stage:
         kept.stream, kept.start = stream, kept.draws
         versions, before = versions_of(given), [marks() for _, marks in self.shared]
         held = settings()
-        found, kept.draws = part.run(given, stream, kept.start)
+        with derived_refused(self.stage, tensors_in(kept.received)):
+            found, kept.draws = part.run(given, stream, kept.start)
         self._refuse_settings(held)
         for (name, marks), old in zip(self.shared, before):
             if marks() != old:
