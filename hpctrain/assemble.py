@@ -44,7 +44,7 @@ from hpctrain.room import keep_memory
 from hpctrain.staged import StagedEngine
 from hpctrain.task import Source, Task
 from hpctrain.topology import Topology
-from hpctrain.wire import from_root, together
+from hpctrain.wire import from_root, of_users, together
 
 EVALUATION_BATCH = 16
 """Samples of an evaluation batch, at most, and no more than a step's: results must not depend on ranks."""
@@ -95,11 +95,12 @@ class Job:
         return total_steps(self.config, self.index)
 
     def scheduler_step(self, metric: float | None = None) -> None:
-        """Advance the learning rate by a step, or a plateau schedule by a validation."""
-        if self.plateau and metric is not None:
-            self.scheduler.step(metric)
-        elif not self.plateau and metric is None:
-            self.scheduler.step()
+        """Advance the learning rate by a step, or a plateau schedule by a validation. Local."""
+        with of_users(f"in the learning rate's schedule ({type(self.scheduler).__name__})"):
+            if self.plateau and metric is not None:
+                self.scheduler.step(metric)
+            elif not self.plateau and metric is None:
+                self.scheduler.step()
 
     def pieces(self) -> list[Piece]:
         """All state of the job."""

@@ -149,7 +149,7 @@ def on_ranks(work: Callable[["MPI.Intracomm"], int], pictures: bool = False) -> 
         status = work(world)
     except HpctrainError as error:
         if world.size > 1 and not error.agreed:
-            abort.end_with_message(world, str(error), error.status)
+            abort.end_with_message(world, getattr(error, "brief", "") or str(error), error.status)
         if world.rank == 0:
             print_error(error)
         status = error.status

@@ -91,6 +91,13 @@ def check(spec: ClassPath, key: str, given: tuple[str, ...] = (), **filled: Any)
                 f"{key}.init_args.{name}: {spec.class_path} has no such argument: {nearest(name, legal)}"
             )
     missing = [n for n in legal if parameters[n].default is inspect.Parameter.empty and n not in arguments]
+    if missing and not spec.init_args and inspect.isfunction(factory):
+        meant = class_like(factory)
+        raise ConfigError(
+            f"{key}.class_path = {spec.class_path!r} is a function of {', '.join(missing)}: a class was "
+            f"expected, or a function that makes an object (its arguments are {key}.init_args)"
+            f"{f': did you mean {meant}?' if meant else ''}"
+        )
     if missing:
         raise ConfigError(
             f"{key}.init_args: {spec.class_path} needs {', '.join(missing)}: "
@@ -98,6 +105,19 @@ def check(spec: ClassPath, key: str, given: tuple[str, ...] = (), **filled: Any)
         )
     check_types(factory, arguments, key, set(given))
     return arguments
+
+
+def class_like(function: Callable[..., Any]) -> str:
+    """Name the class of torch's that does what a function of torch does; "" if there is none. Local.
+
+    >>> import torch
+    >>> class_like(torch.nn.functional.mse_loss)
+    'torch.nn.MSELoss'
+    """
+    meant = function.__name__.replace("_", "").lower()
+    names = dir(importlib.import_module("torch.nn")) if function.__module__ == "torch.nn.functional" else ()
+    found = (name for name in names if name.lower() in (meant, f"{meant}loss"))
+    return next((f"torch.nn.{name}" for name in found), "")
 
 
 def check_types(

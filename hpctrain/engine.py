@@ -42,7 +42,7 @@ from hpctrain.pipeline.schedule import Backward, Forward, Instruction, one_stage
 from hpctrain.room import ran_out, room
 from hpctrain.tensors import shapes_of
 from hpctrain.topology import Topology
-from hpctrain.wire import raise_together
+from hpctrain.wire import of_users, raise_together
 
 # The random stream of evaluation, for models that draw in eval mode too.
 EVALUATION = -1
@@ -151,7 +151,9 @@ class Engine:
         flags.reading, flags.computing = self.clock.reading - self._read, computed - began
         if self._stepped:
             flags.other = max(0.0, began - self._ended - flags.reading)
-        result = self.averager.step(clip, lr)
+        optimizer = type(self.averager.optimizer).__name__
+        with of_users(f"in the optimizer ({optimizer}) at step {number}, rank {self.topology.world_rank}"):
+            result = self.averager.step(clip, lr)
         self._read, self._ended = self.clock.reading, time.perf_counter()
         if not self._stepped:
             self.settle()
@@ -303,8 +305,8 @@ class Engine:
         """Name what is not finite though every rank's loss was: weight 0, or a gradient."""
         if not result.weight:
             return (
-                f"step {number}: all weights of the batch are 0, so it has no mean: "
-                f"look at data.weights and data.missing"
+                f"step {number}: all weights of the batch are 0, so it has no mean: look at data.weights "
+                f"and data.missing, leave such samples out, or set train.batch higher"
             )
         bad = self.averager.not_finite()
         return (

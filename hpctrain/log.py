@@ -72,9 +72,19 @@ def silent() -> Iterator[None]:
         LOGGER.setLevel(level)
 
 
+class File(logging.FileHandler):
+    """The run's log.txt; where it can't be written any more, that is said once, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Take it away."""
+        if self in LOGGER.handlers:
+            LOGGER.removeHandler(self)
+            LOGGER.warning("%s can't be written any more: %s", self.baseFilename, sys.exc_info()[1])
+
+
 def to_file(path: Path, topology: Topology) -> None:
     """Append this rank's lines to the run's log.txt as well, those of before too. Local."""
-    file = _formatted(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"), topology)
+    file = _formatted(File(path, encoding="utf-8", errors="backslashreplace"), topology)
     for early in [handler for handler in LOGGER.handlers if isinstance(handler, MemoryHandler)]:
         early.setTarget(file)
         early.flush()

@@ -7,6 +7,8 @@ Plain HDF5 without its MPI driver can't be written by several processes; bytes a
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from hpctrain.checkpoint.load import Stored
 from hpctrain.config import Config
 from hpctrain.data.index import find_files
 from hpctrain.data.output import PREDICTIONS, refuse_others, temporary_beside
-from hpctrain.errors import ConfigError, nearest
+from hpctrain.errors import ConfigError, HpctrainError, nearest
 from hpctrain.log import LOGGER, counted
 from hpctrain.topology import Topology
 from hpctrain.use import open_run
@@ -89,7 +91,7 @@ def write(job: Job, split: str, output: Path, world: MPI.Intracomm) -> None:
 
 def fill(job: Job, split: str, temporary: Path, world: MPI.Intracomm) -> None:
     """Write the rows, each rank its own. Collective."""
-    offsets, dtypes = from_root(world, lambda: create(job, split, temporary))
+    offsets, dtypes = from_root(world, lambda: writing(temporary)(create)(job, split, temporary))
     kinds = dict(zip(offsets, dtypes))
     shapes = {wanted.name: tuple(wanted.shape) for wanted in job.task.predictions()}
     with together(world):  # before the stages wait for one another
@@ -102,10 +104,23 @@ def fill(job: Job, split: str, temporary: Path, world: MPI.Intracomm) -> None:
             for name, values in job.task.predict(outputs, batch).items():
                 rows = np.ascontiguousarray(values, dtype=kinds.get(name))
                 check_rows(name, rows, len(batch), shapes)
-                os.pwrite(file.fileno(), rows.tobytes(), offsets[name] + start * rows[0].nbytes)
+                with writing(temporary):
+                    os.pwrite(file.fileno(), rows.tobytes(), offsets[name] + start * rows[0].nbytes)
 
         job.engine.each(job.split_batches(split), store)
-        os.fsync(file.fileno())
+        with writing(temporary):
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file can't be written, and what to do. Local."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is HDF5's, of what it could not flush
+        raise HpctrainError(
+            f"{path} can't be written ({error}): free space, or give another --output"
+        ) from None
 
 
 def check_rows(name: str, rows: Any, count: int, shapes: dict[str, tuple[int, ...]]) -> None:

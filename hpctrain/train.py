@@ -1,7 +1,8 @@
 """The training loop, on one page. It knows all rooms; they do not know one another."""
 
 import time
-from contextlib import closing
+import traceback
+from contextlib import closing, suppress
 from pathlib import Path
 
 from mpi4py import MPI
@@ -92,7 +93,7 @@ class Loop:
         self.saved_step = -1 if stored is None else stored.step
 
     def run(self) -> int:
-        """Train to the end; an error that all ranks agree on is written into the "end" row."""
+        """Train to the end; an error that all ranks agree on, or rank 0's, is written into the "end" row."""
         with together(self.job.topology.comms.world, name_rank=False):
             self.run_folder.create(self.job.config, resumes=self.at.step > 0)
             if self.run_folder.writes:
@@ -100,10 +101,18 @@ class Loop:
         try:
             return self.steps()
         except HpctrainError as error:
-            self.run_folder.row("end", self.at.step, status="failed", reason=str(error)[-2000:])
-            log.failed(str(error))
+            self.failed(str(error))
             error.log = str(self.run_folder.log)
             raise
+        except Exception:
+            self.failed(traceback.format_exc())
+            raise
+
+    def failed(self, text: str) -> None:
+        """Write into the run folder why the run fails. Local: world rank 0."""
+        with suppress(HpctrainError):  # the disk may be why
+            self.run_folder.row("end", self.at.step, status="failed", reason=text[-2000:])
+        log.failed(text)
 
     def steps(self) -> int:
         """Take steps until the total, a signal, or patience runs out; save, report."""

@@ -80,6 +80,21 @@ def raise_together(comm: MPI.Intracomm, failure: Exception | None, name_rank: bo
     raise error from (failure if comm.rank == first else None)
 
 
+@contextmanager
+def of_users(place: str) -> Iterator[None]:
+    """Give an error of the user's code, or of a library, as one of ours that says where it came up. Local."""
+    try:
+        yield
+    except HpctrainError:
+        raise
+    except Exception as error:
+        error.add_note(place)
+        _, own, text, brief, _, _ = describe(error)
+        failure = RankError(text)
+        failure.own, failure.brief = own, brief
+        raise failure from None
+
+
 def describe(failure: Exception) -> tuple[str, Own | None, str, str, bool, int]:
     """Give the class of ours, what is known of another, text, brief, if a rank is named, this rank. Local."""
     rank = MPI.COMM_WORLD.rank

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from hpctrain.checkpoint.files import write_whole
 from hpctrain.config import Config, to_dict
-from hpctrain.errors import ConfigError
+from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.log import LOGGER
 
 LOCK_SECONDS = 15.0
@@ -111,13 +112,25 @@ class RunFolder:
             raise ConfigError(f"train.run_folder = {self.path} can't be written: {error}") from None
 
     def row(self, event: str, step: int, **values: Any) -> None:
-        """Append one row; numbers that are not finite become null, as JSON has none."""
+        """Append one row; numbers that are not finite become null, as JSON has none.
+
+        Raises HpctrainError where it can't be written whole; then nothing of it is.
+        """
         if not self.writes:
             return
         entry = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        path = self.path / "metrics.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise HpctrainError(
+                f"{path} can't be written ({error}): free space, or set train.run_folder"
+            ) from None
 
 
 def end_last_line(path: Path) -> None:
