@@ -121,7 +121,7 @@ def build(
             optimizer = groups.build(config.optimizer, module)
     if pieces is not None:  # no rank has failed, so all of them are here
         transport = Transport(topology.comms.pipe, topology.device)
-        pipeline = Pipeline(pieces, transport, share.ties, again, kept, share.elsewhere)
+        pipeline = Pipeline(pieces, transport, share.ties, again, kept, share.elsewhere, share.borrowed)
     same_start(module, topology.comms.data)
     if pipeline:
         pipeline.refresh()

@@ -27,6 +27,7 @@ from hpctrain.keys import key
 from hpctrain.log import LOGGER
 from hpctrain.pipeline.aside import trains_itself
 from hpctrain.pipeline.holders import modules_of
+from hpctrain.pipeline.overwritten import Overwritten
 from hpctrain.pipeline.part import Part
 from hpctrain.pipeline.pipeline import Pipeline
 from hpctrain.pipeline.schedule import (
@@ -83,6 +84,7 @@ class StagedEngine(Engine):
         """Loss and weight of micro-batches whose weight gradients wait."""
         self._without: list[list[int]] = []
         """Micro-batches without samples that have not joined yet, by virtual stage."""
+        self._overwritten = Overwritten(self.module)
         self.pipeline.cut.beside("the loss", getattr(self.loss, "loss", self.loss))
         self.parameters = self.pipeline.parameters(self.module)
         """By virtual stage of this rank."""
@@ -95,7 +97,7 @@ class StagedEngine(Engine):
         Raises ConfigError where a train() needs what other ranks have.
         """
         try:
-            with unswitched(self.pipeline.elsewhere):
+            with unswitched(self.pipeline.elsewhere), self.pipeline.whole():
                 self.module.train(training)
             self.pipeline.cut.switched(training)
         except Exception as error:
@@ -159,7 +161,28 @@ class StagedEngine(Engine):
         # the tree of `averaging.invariant` takes a micro-batch's gradients before the next one's
         splits = any(isinstance(i, BackwardInput) for i in every)
         self._splits = splits and self.averager.sums is None
-        for instruction in every:
+        with pipeline.whole():
+            failure = self._run(every, number, step, parts, failure)
+        if failure is None:
+            for virtual in reversed(range(len(pipeline.stages))):
+                self._join_without(virtual, len(sizes))
+        pipeline.collect(self.averager.add)
+        pipeline.transport.finish()
+        pipeline.transport.watch.doing()
+        self.waited = pipeline.transport.waited - waited
+        return failure
+
+    def _run(
+        self,
+        program: Iterable[Instruction],
+        number: int,
+        step: Step[Batch],
+        parts: dict[tuple[Stage, int], Part],
+        failure: Exception | None,
+    ) -> Exception | None:
+        """Run instructions, in name only once one has failed; give that failure. Collective (stages)."""
+        pipeline = self.pipeline
+        for instruction in program:
             v, stage = instruction.micro_batch, pipeline.stages[instruction.virtual]
             part = parts[stage, v]
             pipeline.transport.watch.doing(instruction, stage.stage)
@@ -186,13 +209,6 @@ class StagedEngine(Engine):
                 self._fail(instruction, stage, part)  # nothing of it has left; a receive took all
             if self._spans is not None and isinstance(instruction, PASSES):
                 self._spans.append(Span(stage.stage, instruction, began, time.perf_counter()))
-        if failure is None:
-            for virtual in reversed(range(len(pipeline.stages))):
-                self._join_without(virtual, len(sizes))
-        pipeline.collect(self.averager.add)
-        pipeline.transport.finish()
-        pipeline.transport.watch.doing()
-        self.waited = pipeline.transport.waited - waited
         return failure
 
     def _execute_staged(
@@ -244,11 +260,13 @@ class StagedEngine(Engine):
         marks = (buffers.marks(), versions_of(own)) if stage.recomputes else None
         before = buffers.contents() if stage.recomputes and not self._stepped else {}
         unseen = None if self._stepped else Unseen(self.module)
+        noting = nullcontext() if self._stepped else self._overwritten.forward(v)
         trained = [p.requires_grad for p in own]
         taking = self.straight.forward(v if self._splits else -1)
         with taking, self._precision(), self._watching():
             inputs = batch.to(self.topology.device).inputs
-            outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
+            with noting:
+                outputs = run_again(lambda: stage.forward(v, part, inputs, stream), running.records)
         if trained != [p.requires_grad for p in own]:
             self._refuse_freezing(v, stage)
         if unseen:
@@ -329,7 +347,8 @@ class StagedEngine(Engine):
         if stage.kept[v].gone:
             set_generators(key(self.seed, number, v) >> 1)
             taking = self.straight.forward(v if self._splits else -1)
-            with self.averager.running.unseen(), taking, self._precision():
+            noting = nullcontext() if self._stepped else self._overwritten.forward(v)
+            with self.averager.running.unseen(), taking, self._precision(), noting:
                 stage.again(v, part)
         if v == self._last_backward:
             self.averager.last_backward(self.parameters[virtual] if virtual else None)
@@ -340,6 +359,7 @@ class StagedEngine(Engine):
             self.straight.accumulating(v if self.averager.sums is None else -1, whole),
             looks or again(kept.stream, drawn),
             self.averager.running.unseen(),  # what the backward computes again
+            nullcontext() if self._stepped else self._overwritten.backward(v),
         ):
             stage.backward(v, total)
         if looks and looks.own:
@@ -450,7 +470,7 @@ class StagedEngine(Engine):
                         stage.receive(v, part)
                     case Forward():
                         set_generators(stream >> 1)
-                        with self._precision():
+                        with self._precision(), pipeline.whole():
                             inputs = batch.to(self.topology.device).inputs
                             outputs = run_again(partial(stage.forward, v, part, inputs, stream), [])
                             found = to_float(outputs, "cpu")

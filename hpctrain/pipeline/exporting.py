@@ -164,6 +164,38 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def nested_refused() -> Iterator[None]:
+    """Raise where a forward switches gradients in an autocast of its own: torch.export loses that. Local.
+
+    Raises NotImplementedError.
+    """
+    casts, switches = torch.autocast, torch.set_grad_enabled  # no_grad and enable_grad take it
+    enter, leave, switch = casts.__enter__, casts.__exit__, switches.__init__
+    inside: list[bool] = []
+
+    def entered(self: Any) -> Any:
+        inside.append(True)
+        return enter(self)  # type: ignore[no-untyped-call]
+
+    def left(self: Any, *error: Any) -> Any:
+        inside.pop()
+        return leave(self, *error)
+
+    def switched(self: Any, mode: bool) -> None:
+        if inside and mode != torch.is_grad_enabled():
+            raise NotImplementedError("torch.no_grad, or enable_grad, inside an autocast would be lost")
+        switch(self, mode)
+
+    casts.__enter__, casts.__exit__ = entered, left  # type: ignore[method-assign]
+    switches.__init__ = switched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        casts.__enter__, casts.__exit__ = enter, leave  # type: ignore[method-assign]
+        switches.__init__ = switch  # type: ignore[method-assign]
+
+
+@contextmanager
 def distributions_unchecked() -> Iterator[None]:
     """Let torch.distributions not look at what they are given: they look as a branch would. Local."""
     before = Distribution._validate_args

@@ -202,7 +202,7 @@ class Graph:
         constant: set[str] = set()
         for node in traced.nodes:
             fixed = all(a.name in constant for a in node.all_input_nodes)
-            if fixed and not draws_of(node, traced.constants):
+            if fixed and not draws_of(node):
                 constant.add(node.name)
         wanted = {name: stage for name, stage in traced.stage.items() if name not in constant}
         for node in reversed(traced.nodes):
@@ -304,7 +304,7 @@ class Graph:
         mine = [node for node in traced.nodes if traced.stage[node.name] == stage]
         numbers, count = {}, 0
         for node in traced.nodes:
-            if drawn := draws_of(node, traced.constants):
+            if drawn := draws_of(node):
                 numbers[node.name] = count
                 count += drawn
         gives = {name for names in part.gives.values() for name in names}

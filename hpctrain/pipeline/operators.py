@@ -1,11 +1,13 @@
 """What the operators of a written-down forward say of themselves: place, aliases, work; how one is called."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree
 
 from hpctrain.draws import draws
 from hpctrain.tensors import storage_of, tensors_in
@@ -31,6 +33,7 @@ def with_autocast(device: str, dtype: Any, enabled: bool, cache: Any, body: Any,
         return body(*given)
 
 
+ADDS = (torch.ops.aten.add_.Tensor, torch.ops.aten.add_.Scalar)
 BODIES: dict[Any, Callable[..., Any]] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: with_gradients,
     torch.ops.higher_order.wrap_with_autocast: with_autocast,
@@ -38,12 +41,10 @@ BODIES: dict[Any, Callable[..., Any]] = {
 """Operators that hold others: torch would run those where no mode sees that they draw."""
 
 
-def draws_of(node: fx.Node, constants: Mapping[str, Any]) -> int:
+def draws_of(node: fx.Node) -> int:
     """Count the random numbers that an operator takes, or those that it holds. Pure."""
     if node.target in BODIES:
-        bodies = (constants.get(a.name) for a in node.all_input_nodes)
-        inner = (n for body in bodies if isinstance(body, fx.GraphModule) for n in body.graph.nodes)
-        return sum(draws_of(n, {}) for n in inner if n.op == "call_function")
+        return sum(draws_of(n) for n in body_of(node)[0].graph.nodes if n.op == "call_function")
     return int(draws(node.target, node.args, dict(node.kwargs)))
 
 
@@ -136,26 +137,72 @@ def changes(node: fx.Node) -> list[fx.Node]:
     """Give the values that an operator changes in place, or operators that it holds do."""
     if node.target in BODIES:
         return changed_inside(node)
+    if node.target is torch.ops.aten.batch_norm.default:  # which does not say so
+        return [value for value in node.args[3:5] if isinstance(value, fx.Node) and node.args[5]]
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    pairs = zip(schema.arguments, node.args)
-    written = (value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write)
-    return [value for value in written if isinstance(value, fx.Node)]
+    given = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
+    pairs = zip(schema.arguments, given)
+    written = [value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write]
+    return [value for value in _pytree.tree_leaves(written) if isinstance(value, fx.Node)]
 
 
 def changed_inside(node: fx.Node) -> list[fx.Node]:
     """Give what an operator gets that those which it holds change in place. Pure."""
+    held, given = body_of(node)
+    inner = [n for n in held.graph.nodes if n.op == "call_function"]
+    root = roots(inner)
+    changed = {root.get(value.name, value.name) for n in inner for value in changes(n)}
+    return [value for name, value in given.items() if name in changed]
+
+
+def body_of(node: fx.Node) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """Give the operators that one of BODIES holds, and the values that they get, by their names there."""
     at, body = next((i, a) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
     assert node.graph.owning_module is not None
     held = node.graph.owning_module.get_submodule(str(body.target))
     assert isinstance(held, fx.GraphModule)
-    inner = [n for n in held.graph.nodes if n.op == "call_function"]
     places = [n.name for n in held.graph.nodes if n.op == "placeholder"]
-    root = roots(inner)
-    changed = {root.get(value.name, value.name) for n in inner for value in changes(n)}
     given = zip(places, node.args[at + 1 :], strict=True)
-    return [value for name, value in given if name in changed and isinstance(value, fx.Node)]
+    return held, {name: value for name, value in given if isinstance(value, fx.Node)}
+
+
+COUNTED = "its module counts this call"
+"""Mark of a BatchNorm's operator."""
+
+
+def leave_counting(graph: fx.Graph, held: Mapping[str, str], module: nn.Module) -> None:
+    """Take out where BatchNorms count their calls: their modules do when they are called. Local.
+
+    `held`: by placeholder the name of the parameter or buffer.
+    """
+    for node in list(graph.nodes):
+        if node.target in BODIES:
+            body, given = body_of(node)
+            leave_counting(body.graph, {n: held[a.name] for n, a in given.items() if a.name in held}, module)
+            body.recompile()
+            continue
+        path, count = path_of(node), node.args[0] if node.args else None
+        owner = module.get_submodule(path) if node.target in ADDS else None
+        if not isinstance(owner, _BatchNorm) or not isinstance(count, fx.Node) or node.args[1] != 1:
+            continue
+        name = held.get(count.name)
+        if name is None or module.get_buffer(name) is not owner.num_batches_tracked:
+            continue
+        later = (n for n in iter_from(node) if n.target is torch.ops.aten.batch_norm.default)
+        call = next((n for n in later if path_of(n) == path), None)
+        if call is not None and COUNTED not in call.meta:
+            call.meta[COUNTED] = True
+            node.replace_all_uses_with(count)
+            graph.erase_node(node)
+
+
+def iter_from(node: fx.Node) -> Iterator[fx.Node]:
+    """Give the operators behind one. Pure."""
+    while node.next.op != "root":
+        node = node.next
+        yield node
 
 
 def memories(node: fx.Node) -> list[int]:
@@ -183,7 +230,7 @@ def roots(nodes: list[fx.Node]) -> dict[str, str]:
             "to",
             "flatten",
         )
-        silent = "dropout" in getattr(node.target, "_opname", "") and not draws_of(node, {})
+        silent = "dropout" in getattr(node.target, "_opname", "") and not draws_of(node)
         shows = aliases or composite or silent
         source = node.all_input_nodes[0].name if node.all_input_nodes and shows else None
         found[node.name] = found.get(source, source) if source is not None else node.name

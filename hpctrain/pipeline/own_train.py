@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpctrain.draws import streams_kept
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import HOOKS
+from hpctrain.hidden import HOOKS, OURS
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.aside import attributes_noted, trains_itself, unmoved
 from hpctrain.pipeline.exporting import answered_no
@@ -56,7 +56,7 @@ class Modes:
         twin = skeleton(self._pristine, self._fake)
         for name, m in self.module.named_modules():
             own = vars(m).items() if self.own_train else ()
-            values = {at: value for at, value in own if isinstance(plain(value), str)}
+            values = {at: value for at, value in own if at not in OURS and isinstance(plain(value), str)}
             vars(twin.get_submodule(name)).update(
                 (at, deepcopy(value)) for at, value in values.items() if not tensors_in(value)
             )

@@ -5,8 +5,10 @@ belongs to the rank of the first of them; the others' ranks hold copies, whose g
 and which get its new numbers after each step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -39,14 +41,16 @@ class Pipeline:
         recomputes: bool = False,
         kept: int = 1,
         elsewhere: Sequence[nn.Module] = (),
+        borrowed: Sequence["Borrowed"] = (),
     ) -> None:
         """Take the model in pieces, what carries messages, and what several stages use.
 
-        `elsewhere`: modules all of whose tensors other ranks have; `recomputes`: stages let the graphs of
+        `elsewhere`: modules all of whose tensors other ranks have; `borrowed`: modules that have copies of
+        other stages'; `recomputes`: stages let the graphs of
         their forwards go, and make them again for backward; `kept`: the most micro-batches that are on their
         way at once.
         """
-        self.kept, self.elsewhere = kept, elsewhere
+        self.kept, self.elsewhere, self._borrowed = kept, elsewhere, borrowed
         self.cut, self.transport, self.ties = cut, transport, ties
         self.rank, self.ranks = transport.comm.rank, transport.comm.size
         self.virtual = cut.stages // self.ranks
@@ -120,6 +124,17 @@ class Pipeline:
                 raise type(error)(f"{error} ({where})") from error
             error.add_note(where)
             raise
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let modules have other stages' parameters among their own: the user's code may list them. Local."""
+        try:
+            for one in self._borrowed:
+                one.give()
+            yield
+        finally:
+            for one in self._borrowed:
+                one.take()
 
     def parameters(self, module: nn.Module) -> list[list[nn.Parameter]]:
         """Give the parameters that each stage owns; one that several use here is the first one's. Local."""
@@ -234,13 +249,43 @@ class Share:
     """What several stages use."""
     elsewhere: list[nn.Module]
     """Modules all of whose parameters and buffers other ranks have."""
+    borrowed: list["Borrowed"]
+    """Modules that have copies."""
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A module that has copies of other stages' parameters, or buffers, among its own."""
+
+    held: dict[str, torch.Tensor | None]
+    """Its own ones, as torch keeps them."""
+    attributes: dict[str, Any]
+    """All that it has besides: the copies, too, but while it runs."""
+    order: list[str]
+    """Names of all of them."""
+    copies: dict[str, torch.Tensor]
+
+    def give(self) -> None:
+        """Let it have the copies among its own, in the order of one process. Local."""
+        every = {name: self.copies.get(name, self.held.get(name)) for name in self.order}
+        for name in self.copies:
+            self.attributes.pop(name, None)
+        rest = {name: value for name, value in self.held.items() if name not in every}
+        self.held.clear()
+        self.held.update(every | rest)
+
+    def take(self) -> None:
+        """Take them away again: they are nothing to train or to store. Local."""
+        for name in self.copies:
+            if (value := self.held.pop(name, None)) is not None:
+                self.attributes[name] = value
 
 
 def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
     """Leave in the module what this rank's stages own. Local.
 
     Tensors that later stages of a tie use stay in their modules as plain attributes: no parameter
-    to train or to store, but there for the forward.
+    to train or to store, but there for the forward; while that runs they are parameters (`Borrowed`).
     """
     everything = every_tensor(module)
     by_name = dict(everything)
@@ -252,7 +297,10 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
         if rank == users[0]:
             mine.add(at)
         elif rank in users:
-            here = copies[at] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            here = tensor.detach().clone()
+            trained = isinstance(tensor, nn.Parameter)
+            here = nn.Parameter(here, tensor.requires_grad) if trained else here
+            copies[at] = here
             vars(here).update(notes_on(tensor))
         if len(stages) > 1 and name.endswith("running_mean"):
             raise ConfigError(
@@ -275,14 +323,18 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
     here_too = mine | copies.keys()
     tensors = {inner: [id(t) for _, t in every_tensor(inner)] for inner in module.modules()}
     elsewhere = [inner for inner, ids in tensors.items() if ids and here_too.isdisjoint(ids)]
+    borrowed = []
     for _, owner in list(module.named_modules()):
         for kept in (owner._parameters, owner._buffers):
+            theirs = {name: copies[id(value)] for name, value in kept.items() if id(value) in copies}
+            if theirs:
+                borrowed.append(Borrowed(kept, owner.__dict__, [*kept], theirs))
             for name, value in list(kept.items()):
                 if value is None or id(value) in mine:
                     continue
-                if id(value) in copies:
+                if name in theirs:
                     del kept[name]
-                    owner.__dict__[name] = copies[id(value)]
+                    owner.__dict__[name] = theirs[name]
                 else:
                     kept[name] = None
     for name, tensor in everything:
@@ -290,4 +342,4 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
             tensor.register_post_accumulate_grad_hook(OurHook(_elsewhere, name))  # type: ignore[no-untyped-call]
     if hasattr(cut, "adopt"):
         cut.adopt({name: copies.get(id(t), t) for name, t in everything if id(t) in here_too})
-    return Share(mine, ties, elsewhere)
+    return Share(mine, ties, elsewhere, borrowed)

@@ -393,7 +393,8 @@ def of_operators(
                 given[a.name] = inputs[traced.inputs[a.name]].detach()
             else:
                 given[a.name] = with_tensors(made_up, a.meta["val"])
-    in_place = any(changes(node) for node in nodes)  # what is changed must not be a leaf
+    # what is changed must not be a leaf; running statistics are none
+    in_place = any(changes(node) for node in nodes if node.target is not torch.ops.aten.batch_norm.default)
     moved = [name for name in given if in_place and name not in weights]
 
     def run() -> list[Any]:

@@ -6,7 +6,6 @@ the bits of the whole model.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -17,9 +16,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
-from hpctrain.draws import Draws, seed, stand
+from hpctrain.draws import seed, stand
 from hpctrain.log import LOGGER
-from hpctrain.pipeline.operators import BODIES, called, path_of
+from hpctrain.pipeline.operators import BODIES, COUNTED, called, draws_of, path_of
 from hpctrain.pipeline.part import Env, gave, input_of
 from hpctrain.pipeline.trace import Constant, Traced
 from hpctrain.tensors import shapes_of
@@ -69,13 +68,8 @@ class Runner:
 
         for node in self.nodes:
             arguments, named = fx.node.map_arg((node.args, dict(node.kwargs)), value)
-            number = self.numbers.get(node.name)
-            if number is not None:
-                seed(stream, number)
-            holds = number is not None and node.target in BODIES
             try:
-                with Draws(stream, number or 0) if holds else nullcontext():
-                    env[node.name] = self._call(node, arguments, named)
+                env[node.name] = self._call(node, arguments, named, stream, self.numbers.get(node.name))
             except Exception as error:
                 error.add_note(f"in {place_of(node)}, given {shapes_of((arguments, named))}")
                 raise
@@ -97,13 +91,45 @@ class Runner:
             return self.real(self.traced.held[name])
         return self.traced.constants[name] if name in self.traced.constants else env[name]
 
-    def _call(self, node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Call an operator as the module would. Local."""
+    def _call(
+        self, node: fx.Node, arguments: tuple[Any, ...], named: dict[str, Any],
+        stream: int, number: int | None,
+    ) -> Any:  # fmt: skip
+        """Call an operator as the module would, with draws from a number on. Local."""
+        if node.target in BODIES:
+            runs = [isinstance(one, fx.GraphModule) for one in arguments]
+            own = (Inside(a, self, stream, number).run if r else a for a, r in zip(arguments, runs))
+            return BODIES[node.target](*own)
+        if number is not None:
+            seed(stream, number)
         if node.target is torch.ops.aten.batch_norm.default:
             owner = self.module.get_submodule(path_of(node))
-            if isinstance(owner, _BatchNorm) and as_torch(owner, *arguments[1:8]):
-                return normalise(owner, arguments[0])
+            if isinstance(owner, _BatchNorm):
+                if as_torch(owner, *arguments[1:8]):
+                    return normalise(owner, arguments[0])
+                if COUNTED in node.meta and owner.num_batches_tracked is not None:
+                    owner.num_batches_tracked.add_(1)
         return called(node, arguments, named)
+
+
+class Inside(fx.Interpreter):
+    """Runs the operators that another one holds, as those around it."""
+
+    def __init__(self, body: fx.GraphModule, runner: Runner, stream: int, number: int | None) -> None:
+        """Take them, who runs those around, the random stream and the number of their first draw."""
+        super().__init__(body)
+        self._runner, self._stream, self._number = runner, stream, number
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        arguments, named = self.fetch_args_kwargs_from_env(n)
+        drawn = draws_of(n)
+        found = self._runner._call(n, arguments, named, self._stream, self._number if drawn else None)
+        if drawn and self._number is not None:
+            self._number += drawn
+        return found
 
 
 def warn_of_other(node: fx.Node, value: Any) -> bool:

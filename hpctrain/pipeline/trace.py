@@ -28,12 +28,13 @@ from hpctrain.pipeline.exporting import (
     inference_without_gradients,
     lost_refused,
     marked,
+    nested_refused,
     quiet,
     regions_kept,
 )
 from hpctrain.pipeline.holders import caches_of
 from hpctrain.pipeline.later import Arguments, Later, cleared, seed_others
-from hpctrain.pipeline.operators import draws_inside, is_written, path_of, settled
+from hpctrain.pipeline.operators import draws_inside, is_written, leave_counting, path_of, settled
 from hpctrain.pipeline.own_train import Modes
 from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, memory_of, skeleton
 
@@ -179,6 +180,7 @@ class Writer:
             causal_masks_known() as unknown,
             Replaced(dict.fromkeys(CALLED, marked)),
             self.around(),
+            nested_refused(),
         ):
             warnings.simplefilter("ignore")  # what can't be written down is an error
             with fx.traceback.preserve_node_meta():  # what is marked
@@ -243,12 +245,10 @@ class Writer:
         }
         nodes, outputs = [], []
         self._refuse_taken(constants)
-        counters = {name for name, of in held.items() if of.endswith("num_batches_tracked")}
+        leave_counting(program.graph, held, self.module)
         for node in program.graph.nodes:
             if node.op == "call_function":
-                if counters & {a.name for a in node.all_input_nodes}:
-                    counters.add(node.name)  # BatchNorm's own counting, which its module does
-                elif not is_written(node):
+                if not is_written(node):
                     self._known_shape(node)
                     nodes.append(node)
             elif node.op == "get_attr":

@@ -1,0 +1,75 @@
+"""What layers keep in attributes in a forward, for their backward to read: a hook, an autograd.Function.
+
+      one process   F0 B0 F1 B1 …           B0 reads what F0 kept
+      in stages     F0 F1 F2 B0 …           B0 would read what F2 kept
+
+So the first step's passes are looked at, and a backward that reads what another micro-batch's forward has
+kept raises there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from hpctrain.errors import ConfigError
+from hpctrain.hidden import OURS
+from hpctrain.pipeline.state import plain_values
+
+
+class Overwritten:
+    """Notes which micro-batch's forward has set an attribute last."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Take whose layers' attributes. Local."""
+        self._module = module
+        self._names = {id(inner): name for name, inner in module.named_modules()}
+        self._by: dict[str, int] = {}
+        """The micro-batch, by the attribute's name."""
+
+    @contextmanager
+    def forward(self, v: int) -> Iterator[None]:
+        """Note what the body, the forward of micro-batch `v`, sets or changes. Local."""
+        before, put = plain_values(self._module), nn.Module.__setattr__
+
+        def noted(module: nn.Module, name: str, value: Any) -> None:
+            if id(module) in self._names and name not in OURS:
+                self._by[self._path(module, name)] = v
+            put(module, name, value)
+
+        nn.Module.__setattr__ = noted  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.__setattr__ = put  # type: ignore[method-assign]
+        now = plain_values(self._module)
+        self._by |= {at: v for at, value in now.items() if at in before and before[at] != value}
+
+    @contextmanager
+    def backward(self, v: int) -> Iterator[None]:
+        """Raise ConfigError where the body, the backward of `v`, reads what another has set. Local."""
+        get = object.__getattribute__
+
+        def read(module: nn.Module, name: str) -> Any:
+            if id(module) in self._names and self._by.get(self._path(module, name), v) != v:
+                path = self._path(module, name)
+                raise ConfigError(
+                    f"the backward of micro-batch {v} reads {path}, which the forward of micro-batch "
+                    f"{self._by[path]} has set meanwhile: in stages several are on their way at once; keep "
+                    f"it in what that backward has of its own (ctx, a variable that the hook remembers), or "
+                    f"set parallel.cuts so that the last stage has the layer, and parallel.schedule = 1f1b"
+                )
+            return get(module, name)
+
+        if not self._by:
+            yield
+            return
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__
+
+    def _path(self, module: nn.Module, name: str) -> str:
+        return f"{self._names[id(module)]}.{name}".lstrip(".")
