@@ -323,6 +323,98 @@ class Masked(Odd):
         return self.inner(self.narrow(torch.relu(self.wide(x))))
 
 
+class TeacherNorm(Odd):
+    """A BatchNorm runs without gradients, as a teacher's."""
+
+    def add(self):
+        self.teacher = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.2))
+
+    def middle(self, x):
+        with torch.no_grad():
+            known = self.teacher(x)
+        return self.inner(x) * known
+
+
+class FillingNorm(Odd):
+    """A frozen part runs in a loop, fills what was made before, and gives what the rest hangs on."""
+
+    def add(self):
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def middle(self, x):
+        found = torch.zeros(2, *x.shape)
+        with torch.no_grad():
+            for at in range(2):
+                found[at] = self.norm(self.other(x * (at + 1)))
+        return self.inner(found.mean(0))
+
+
+class WatchingNorm(Odd):
+    """A BatchNorm only watches; its statistics are used."""
+
+    def add(self):
+        self.norm = nn.BatchNorm1d(WIDTH, affine=False)
+
+    def middle(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.norm(x)
+        return self.inner((x - self.norm.running_mean) / torch.sqrt(self.norm.running_var + 1e-5))
+
+
+class CastingNorm(Odd):
+    """A BatchNorm in an autocast of its own."""
+
+    def add(self):
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def middle(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = self.drop(self.norm(x.float()))
+        return self.inner(x)
+
+
+class OwnCount(nn.Module):
+    """Counts its calls as a BatchNorm does, and computes by that."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            share = 1 / self.num_batches_tracked.float()
+            with torch.no_grad():
+                self.mean.mul_(1 - share).add_(share * x.mean(0))
+        return x - self.mean
+
+
+class CountsItself(Odd):
+    def add(self):
+        self.count = OwnCount()
+
+    def middle(self, x):
+        return self.inner(self.count(x))
+
+
+class MeansByOut(Odd):
+    """A moving average that `out=` writes, used at both ends."""
+
+    def add(self):
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def moved(self, x):
+        with torch.no_grad():
+            torch.mul(self.mean, 0.9, out=self.mean)
+            torch.add(self.mean, x.mean(0), alpha=0.1, out=self.mean)
+        return x - self.mean
+
+    def middle(self, x):
+        return self.moved(self.inner(torch.tanh(self.other(self.moved(x)))))
+
+
 class FrozenNorm(nn.BatchNorm1d):
     """Normalises with its running statistics in training, too."""
 

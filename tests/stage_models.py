@@ -2290,6 +2290,109 @@ def forces_row(in_features: int, out_features: int, alone: bool = False) -> nn.S
     return nn.Sequential(nn.Linear(in_features, in_features), first, Between(), Between(), last)
 
 
+class Nested(nn.Module):
+    """Switches gradients off inside an autocast."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.last = nn.Linear(in_features, 16), nn.Linear(16, out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        with torch.autocast("cpu", enabled=False):
+            with torch.no_grad():
+                scale = torch.tanh(x)
+            x = x * scale
+        return self.last(x)
+
+
+class ByKept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keeper):
+        ctx.keeper = keeper
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        kept = ctx.keeper.kept
+        return gradient * (kept[0] if isinstance(kept, list) else kept), None
+
+
+class KeepsForBackward(nn.Module):
+    """Keeps a number of its forward for its backward."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way, self.kept = way, [] if way == "list" else None
+        if way == "hooks":
+            self.register_full_backward_hook(lambda module, given, found: (given[0] * module.kept,))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = float(1 / (1 + x.detach().abs().max()))
+        if self.way == "list":
+            self.kept.clear()
+            self.kept.append(scale)
+            return ByKept.apply(x, self)
+        if self.way == "removes":
+            x = x * 1
+            if x.requires_grad:
+                self.kept = x.register_hook(lambda gradient: (self.kept.remove(), gradient * scale)[1])
+            return x
+        self.kept = scale
+        return ByKept.apply(x, self) if self.way == "attribute" else torch.tanh(x)
+
+
+def keeping_row(in_features: int, out_features: int, way: str) -> nn.Sequential:
+    hidden = [nn.Linear(in_features, 16), KeepsForBackward(way), nn.Tanh(), nn.Linear(16, 16)]
+    return nn.Sequential(*hidden, nn.Linear(16, out_features))
+
+
+class ByParameters(torch.autograd.Function):
+    """Runs a module without a graph, and again for its backward, as an adjoint method does."""
+
+    @staticmethod
+    def forward(ctx, module, x, *parameters):
+        ctx.module = module
+        ctx.save_for_backward(x, *parameters)
+        return module(x).detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            found = torch.autograd.grad(ctx.module(x), [x, *parameters], gradient)
+        return None, *found
+
+
+class ListsParameters(nn.Module):
+    """Looks at its own parameters in one of the ways in which users do."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.inner, self.way = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "function":
+            return ByParameters.apply(self.inner, x, *self.inner.parameters())
+        if self.way == "call":
+            own = {name: 0.9 * value for name, value in self.inner.named_parameters()}
+            return torch.func.functional_call(self.inner, own, (x,))
+        if self.way == "names":
+            x = x * self.inner.state_dict(keep_vars=True)["2.bias"]
+        elif self.way == "first":
+            x = x.to(next(self.parameters()).dtype) * next(self.parameters()).mean()
+        found = self.inner(x)
+        return found + 1e-3 * sum(p.pow(2).sum() for p in self.parameters()) if self.way == "sum" else found
+
+
+def listing_row(in_features: int, out_features: int, way: str) -> nn.Sequential:
+    both = ListsParameters(way)
+    return nn.Sequential(
+        nn.Linear(in_features, 16), both, nn.Linear(16, 16), nn.Tanh(), both, nn.Linear(16, out_features)
+    )
+
+
 class Sets(nn.Module):
     """Sets something for all layers that follow, or sets it back."""
 

@@ -126,6 +126,14 @@ def test_callables_of_any_kind_are_built():
         check("test_construct.UNHASHABLE", size="x")
 
 
+def test_a_function_in_the_place_of_a_class_is_told():
+    said = r"model.class_path = '.*l1_loss' is a function of input, target.*did you mean torch.nn.L1Loss\?"
+    with pytest.raises(ConfigError, match=said):
+        check("torch.nn.functional.l1_loss")
+    with pytest.raises(ConfigError, match="no such argument: legal are"):
+        check("torch.nn.functional.l1_loss", given=("input", "target"), wrong=1)
+
+
 def test_a_factory_function_will_do():
     found = construct.build(ClassPath("torch.nn.init.constant_"), "model", torch.zeros(2), val=3.0)
     assert found.tolist() == [3.0, 3.0]

@@ -310,6 +310,10 @@ def test_products_in_every_way_have_the_bits_of_one_process(world, build, waits,
         ("Adversary", r"\(Adversary\), stage_models.py:\d+: .*a weight is frozen, or no more"),
         ("LooksAtGradients", r"\(LooksAtGradients\), .*looks at the gradient of a weight"),
         ("DrawsShares", r"\(DrawsShares\), stage_models.py:\d+: .*_Dirichlet is a torch.autograd.Function"),
+        (
+            "Nested",
+            r"\(Nested\), stage_models.py:\d+: .*no_grad, or enable_grad, inside an autocast would be lost",
+        ),
         ("Widening", r"\(Widening\), stage_models.py:\d+: .*sets the default dtype to torch.float64"),
     ],
 )
@@ -324,6 +328,7 @@ def test_what_torch_export_would_leave_out_is_refused(world, build, model, what)
     assert torch.autograd.Function.apply == apply
     assert torch.Tensor.register_hook is register_hook
     assert torch.get_default_dtype() is torch.float32
+    assert torch.set_grad_enabled.__init__.__module__ == "torch.autograd.grad_mode"
     assert torch.Tensor.grad is torch._C.TensorBase.grad
     assert torch.Tensor.requires_grad is torch._C.TensorBase.requires_grad
 
@@ -1292,6 +1297,7 @@ NO_MODELS = (
     "NoisyBackward",
     "Noisy",
     "NoisyLoss",
+    "OwnCount",
     "Progressive",
 )
 ODD = [
@@ -1308,8 +1314,15 @@ def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
     """Draws where no mode sees them, regions that are run again, tables that are changed."""
     if world.size != 2:
         pytest.skip("two ranks do")
-    job = build(model, 2, module="odd_models", micro_batches=3)
+    # no BatchNorm gets a single sample
+    job = build(model, 2, module="odd_models", micro_batches=3, batch=7 if model.endswith("Norm") else 8)
     has_bits_of_one_process(world, job, model)
+    alone = build_alone(job)
+    run(alone, 4, clip=0.05)
+    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    assert sums[0] == sums[1]
+    alone.close()
+    alone.topology.close()
 
 
 @pytest.mark.mpi
@@ -1499,6 +1512,39 @@ def test_gradients_of_what_another_stage_gave_may_be_taken(world, build):
         assert sums[0] == sums[1]
         other.close()
         other.topology.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["attribute", "list", "hooks", "removes"])
+def test_what_a_forward_keeps_for_its_backward_must_not_be_overwritten(world, build, way):
+    """In stages the next micro-batch's forward comes before; on the last stage, by 1f1b, it does not."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    settings = {"micro_batches": 4, "schedule": "1f1b", "arguments": {"way": way}}
+    said = "the backward of micro-batch 0 reads 1.kept, which the forward of micro-batch 1 has set meanwhile"
+    with pytest.raises(ConfigError, match=said):
+        run(build("keeping_row", 2, cuts=["3"], **settings), 1)
+    assert nn.Module.__getattribute__ is object.__getattribute__
+    has_bits_of_one_process(world, build("keeping_row", 2, cuts=["1"], **settings), "keeping_row")
+    logs = build("keeping_row", 2, cuts=["3"], micro_batches=4, arguments={"way": "logs"})
+    has_bits_of_one_process(world, logs, "keeping_row")  # nothing reads it
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("cuts", [["2"], ["4"]])
+@pytest.mark.parametrize("way", ["first", "sum", "names", "call", "function"])
+def test_what_another_stage_owns_is_a_parameter_to_the_users_code(world, build, way, cuts):
+    """A layer that stands on both stages lists its parameters, which one of them has as copies."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    job = build("listing_row", 2, micro_batches=4, cuts=cuts, invariant=True, arguments={"way": way})
+    has_bits_of_one_process(world, job, "listing_row")
+    owned = [
+        name
+        for share in world.allgather([n for n, _ in job.engine.module.named_parameters()])
+        for name in share
+    ]
+    assert len(owned) == len(set(owned)), "behind the passes each has one owner"
 
 
 @pytest.mark.mpi

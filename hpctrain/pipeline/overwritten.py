@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hpctrain.errors import ConfigError
 from hpctrain.hidden import OURS
@@ -24,7 +25,8 @@ class Overwritten:
     def __init__(self, module: nn.Module) -> None:
         """Take whose layers' attributes. Local."""
         self._module = module
-        self._names = {id(inner): name for name, inner in module.named_modules()}
+        every = module.named_modules()  # running statistics are moved on, and nothing hangs on them
+        self._names = {id(inner): name for name, inner in every if not isinstance(inner, _NormBase)}
         self._by: dict[str, int] = {}
         """The micro-batch, by the attribute's name."""
 

@@ -160,6 +160,52 @@ def test_a_folder_of_something_else_is_left_alone(launcher, small, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("what", ["optimizer", "schedule"])
+def test_an_error_of_an_optimizer_or_a_schedule_says_where(launcher, small, tmp_path, what, ranks):
+    Path(tmp_path, "of_mine.py").write_text(
+        "import torch\n"
+        "class Bad(torch.optim.SGD):\n    calls = 0\n    def step(self, closure=None):\n"
+        "        self.calls += 1\n        if self.calls == 3: raise ValueError('no step of mine')\n"
+        "        return super().step(closure)\n"
+        "class BadSchedule(torch.optim.lr_scheduler.LRScheduler):\n    def get_lr(self):\n"
+        "        if self.last_epoch == 3: raise ValueError('no rate of mine')\n"
+        "        return [group['lr'] for group in self.optimizer.param_groups]\n"
+    )
+    if what == "optimizer":
+        words, told = ["--optimizer.class_path", "of_mine.Bad"], "in the optimizer (Bad) at step 2, rank 0"
+        words += ["--optimizer.init_args", "{lr = 0.01}"]
+    else:
+        words, told = ["--optimizer.schedule.class_path", "of_mine.BadSchedule"], "schedule (BadSchedule)"
+        words += ["--optimizer.schedule.init_args", "{}"]
+    ended = launcher.ranks(ranks, "train", "small.toml", *words)
+    assert ended.status == 1
+    assert told in ended.err
+    assert ended.text.count("Error: no ") == 1, ended.text
+    assert "averager.py" not in ended.err  # of the user's code alone
+    run = tmp_path / "runs/small"
+    assert (rows(run)[-1]["event"], rows(run)[-1]["status"]) == ("end", "failed")
+    assert "of mine" in (run / "log.txt").read_text()
+
+
+def test_a_full_disk_says_so(launcher, small, tmp_path):
+    """The run's log may be lost, its measurements may not, nor predictions."""
+    run = tmp_path / "runs/small"
+    assert launcher.ranks(2, "train", "small.toml", "--train.steps", "2").status == 0
+    Path(run, "log.txt").unlink()
+    Path(run, "log.txt").symlink_to("/dev/full")
+    ended = launcher.ranks(2, "train", "small.toml", "--train.steps", "4")
+    assert ended.status == 0, ended.text
+    assert ended.text.count("log.txt can't be written any more: [Errno 28]") == 1
+    assert "Traceback" not in ended.text
+    Path(run, "metrics.jsonl").unlink()
+    Path(run, "metrics.jsonl").symlink_to("/dev/full")
+    ended = launcher.ranks(2, "train", "small.toml", "--train.steps", "6")
+    assert ended.status == 1
+    assert "metrics.jsonl can't be written ([Errno 28] No space left on device): free space" in ended.err
+    assert "Traceback" not in ended.text
+
+
 def test_metrics_that_will_fail_are_told_in_the_first_step(launcher, small, tmp_path):
     Path(tmp_path, "of_mine.py").write_text(
         "from hpctrain.recipes.samples import Samples\n"
