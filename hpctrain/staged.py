@@ -105,7 +105,8 @@ class StagedEngine(Engine):
             raise ConfigError(
                 f"train({training}) of the model fails on rank {self.topology.world_rank}, which has a part "
                 f"of it alone{line} ({type(error).__name__}: {error}): let train() of the layer that has the "
-                f"weights do that, or the constructor"
+                f"weights do that, or the constructor; a layer whose own train() it is must not be cut in "
+                f"two (parallel.cuts)"
             ) from None
 
     def places(self) -> Places:
