@@ -2333,6 +2333,14 @@ class KeepsForBackward(nn.Module):
             self.kept.clear()
             self.kept.append(scale)
             return ByKept.apply(x, self)
+        if self.way == "counts":  # and nothing hangs on that
+            self.kept = (self.kept or 0) + 1
+            return checkpoint(self.counted, x, use_reentrant=False)
+        if self.way == "table":  # which all calls may use
+            self.kept = torch.arange(1.0, 17.0) if self.kept is None else self.kept
+            return checkpoint(lambda x: x * self.kept, x, use_reentrant=False)
+        if self.way == "again":  # before it is read
+            return checkpoint(self.mask_and_use, x, use_reentrant=False)
         if self.way == "removes":
             x = x * 1
             if x.requires_grad:
@@ -2340,6 +2348,14 @@ class KeepsForBackward(nn.Module):
             return x
         self.kept = scale
         return ByKept.apply(x, self) if self.way == "attribute" else torch.tanh(x)
+
+    def mask_and_use(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = x.detach() > 0
+        return x * self.kept
+
+    def counted(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept += 1  # again for the backward
+        return torch.tanh(x)
 
 
 def keeping_row(in_features: int, out_features: int, way: str) -> nn.Sequential:

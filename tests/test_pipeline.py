@@ -1526,8 +1526,10 @@ def test_what_a_forward_keeps_for_its_backward_must_not_be_overwritten(world, bu
         run(build("keeping_row", 2, cuts=["3"], **settings), 1)
     assert nn.Module.__getattribute__ is object.__getattribute__
     has_bits_of_one_process(world, build("keeping_row", 2, cuts=["1"], **settings), "keeping_row")
-    logs = build("keeping_row", 2, cuts=["3"], micro_batches=4, arguments={"way": "logs"})
-    has_bits_of_one_process(world, logs, "keeping_row")  # nothing reads it
+    for other in ("logs", "counts", "table", "again"):  # nothing hangs on what another has set
+        arguments = {"way": other}
+        job = build("keeping_row", 2, cuts=["3"], micro_batches=4, schedule="1f1b", arguments=arguments)
+        has_bits_of_one_process(world, job, "keeping_row")
 
 
 @pytest.mark.mpi

@@ -7,7 +7,7 @@ So the first step's passes are looked at, and a backward that reads what another
 kept raises there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,45 +33,72 @@ class Overwritten:
     @contextmanager
     def forward(self, v: int) -> Iterator[None]:
         """Note what the body, the forward of micro-batch `v`, sets or changes. Local."""
-        before, put = plain_values(self._module), nn.Module.__setattr__
+        before = plain_values(self._module)
 
-        def noted(module: nn.Module, name: str, value: Any) -> None:
-            if id(module) in self._names and name not in OURS:
-                self._by[self._path(module, name)] = v
-            put(module, name, value)
+        def noted(path: str) -> None:
+            self._by[path] = v
 
-        nn.Module.__setattr__ = noted  # type: ignore[method-assign, assignment]
-        try:
+        with self._sets(noted):
             yield
-        finally:
-            nn.Module.__setattr__ = put  # type: ignore[method-assign]
         now = plain_values(self._module)
         self._by |= {at: v for at, value in now.items() if at in before and before[at] != value}
 
     @contextmanager
     def backward(self, v: int) -> Iterator[None]:
-        """Raise ConfigError where the body, the backward of `v`, reads what another has set. Local."""
-        get = object.__getattribute__
+        """Raise ConfigError where the body, the backward of `v`, reads what a later one has set. Local.
+
+        What an earlier one has set (a table), it reads in one process, too. A number that it reads and sets
+        again is a count (of a function that an adjoint method calls).
+        """
+        get, numbers = object.__getattribute__, dict[str, ConfigError]()
 
         def read(module: nn.Module, name: str) -> Any:
-            if id(module) in self._names and self._by.get(self._path(module, name), v) != v:
-                path = self._path(module, name)
-                raise ConfigError(
-                    f"the backward of micro-batch {v} reads {path}, which the forward of micro-batch "
-                    f"{self._by[path]} has set meanwhile: in stages several are on their way at once; keep "
-                    f"it in what that backward has of its own (ctx, a variable that the hook remembers), or "
-                    f"set parallel.cuts so that the last stage has the layer, and parallel.schedule = 1f1b"
-                )
-            return get(module, name)
+            value = get(module, name)
+            if id(module) in self._names and self._by.get(path := self._path(module, name), v) > v:
+                if type(value) not in (bool, int, float):
+                    raise self._error(v, path)
+                numbers[path] = self._error(v, path)
+            return value
+
+        def put(path: str) -> None:
+            numbers.pop(path, None)
+            self._by[path] = v
 
         if not self._by:
             yield
             return
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         try:
-            yield
+            with self._sets(put):
+                yield
         finally:
             del nn.Module.__getattribute__
+        for error in numbers.values():
+            raise error
+
+    @contextmanager
+    def _sets(self, note: Callable[[str], object]) -> Iterator[None]:
+        """Hear which attributes the body sets, by name. Local."""
+        put = nn.Module.__setattr__
+
+        def change(module: nn.Module, name: str, value: Any) -> None:
+            if id(module) in self._names and name not in OURS and vars(module).get(name, note) is not value:
+                note(self._path(module, name))
+            put(module, name, value)
+
+        nn.Module.__setattr__ = change  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.__setattr__ = put  # type: ignore[method-assign]
 
     def _path(self, module: nn.Module, name: str) -> str:
         return f"{self._names[id(module)]}.{name}".lstrip(".")
+
+    def _error(self, v: int, path: str) -> ConfigError:
+        return ConfigError(
+            f"the backward of micro-batch {v} reads {path}, which the forward of micro-batch "
+            f"{self._by[path]} has set meanwhile: in stages several are on their way at once; keep it in "
+            f"what that backward has of its own (ctx, a variable that the hook remembers), or set "
+            f"parallel.cuts so that the last stage has the layer, and parallel.schedule = 1f1b"
+        )
