@@ -154,7 +154,9 @@ class Graph:
         if len(starts) < self.stages:  # fewer weights than stages: between any two operators then
             starts = [i for i in range(len(nodes)) if i not in bad]
         if len(starts) < self.stages <= len(nodes):
-            late = next((node for node in reversed(nodes) if changes(node)), nodes[max(bad)])
+            change = [node for node in nodes if changes(node)]
+            change.sort(key=lambda node: node.target is not torch.ops.aten.batch_norm.default)
+            late = change[-1] if change else nodes[max(bad)]
             raise UnwritableError(
                 f"parallel.stages = {self.stages}: only {len(starts)} can begin, as none may between a "
                 f"tensor and what changes it in place, as {late.name} does{line_of(late)}; change a copy, "

@@ -38,7 +38,7 @@ BODIES: dict[Any, Callable[..., Any]] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: with_gradients,
     torch.ops.higher_order.wrap_with_autocast: with_autocast,
 }
-"""Operators that hold others: torch would run those where no mode sees that they draw."""
+"""Operators that hold others, which are run one by one, as those around them."""
 
 
 def draws_of(node: fx.Node) -> int:
