@@ -111,9 +111,9 @@ def mark(name: str, split: Split, taken: NDArray[np.bool_]) -> None:
     mine = split.samples(np.arange(len(split), dtype=np.int64))
     if taken[mine].any():
         raise ConfigError(
-            f"data.{name} shares {int(taken[mine].sum())} of its {len(mine)} samples with another split, and "
-            f"{int((~taken).sum())} of all {len(taken)} are in none: a sample may be in one of data.train, "
-            f"data.validation, data.test"
+            f"data.{name} shares {int(taken[mine].sum())} samples with another split (it would have "
+            f"{len(mine)} of all {len(taken)}): a sample may be in one of data.train, data.validation, "
+            f"data.test"
         )
     taken[mine] = True
 
