@@ -362,6 +362,45 @@ class WatchingNorm(Odd):
         return self.inner((x - self.norm.running_mean) / torch.sqrt(self.norm.running_var + 1e-5))
 
 
+class TwiceNorm(Odd):
+    """A BatchNorm first without gradients, then with them; it counts its calls, and computes by that."""
+
+    def add(self):
+        self.norm = nn.BatchNorm1d(WIDTH, momentum=None)
+
+    def middle(self, x):
+        with torch.no_grad():
+            known = self.norm(2 * x)
+        return self.inner(self.norm(x) + known)
+
+
+class Merged(nn.Module):
+    """Adds one of its layers to the other in eval mode, by its own train(), as LoRA does; in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.more, self.merged = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), True
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.merged:
+            more = torch.tanh(self.more(x))
+            return self.base(x), more
+        return self.base(x), torch.tanh(self.more(x))
+
+
+class Merges(Odd):
+    def add(self):
+        self.merged = Merged()
+
+    def middle(self, x):
+        base, more = self.merged(x)
+        return self.other(torch.tanh(self.inner(base))) + more
+
+
 class CastingNorm(Odd):
     """A BatchNorm in an autocast of its own."""
 

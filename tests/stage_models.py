@@ -2323,7 +2323,11 @@ class KeepsForBackward(nn.Module):
 
     def __init__(self, way: str):
         super().__init__()
-        self.way, self.kept = way, [] if way == "list" else None
+        self.way = way
+        if way == "buffer":
+            self.register_buffer("kept", torch.ones(()))
+        else:
+            self.kept = [] if way == "list" else None
         if way == "hooks":
             self.register_full_backward_hook(lambda module, given, found: (given[0] * module.kept,))
 
@@ -2339,6 +2343,13 @@ class KeepsForBackward(nn.Module):
         if self.way == "table":  # which all calls may use
             self.kept = torch.arange(1.0, 17.0) if self.kept is None else self.kept
             return checkpoint(lambda x: x * self.kept, x, use_reentrant=False)
+        if self.way == "shape":  # the same in each micro-batch
+            self.kept = tuple(x.shape[1:]), 1 / x.size(1)
+            return checkpoint(lambda x: x * self.kept[1], x, use_reentrant=False)
+        if self.way == "buffer":
+            with torch.no_grad():
+                self.kept.mul_(0.9).add_(0.1 * x.abs().max())
+            return ByKept.apply(x, self)
         if self.way == "again":  # before it is read
             return checkpoint(self.mask_and_use, x, use_reentrant=False)
         if self.way == "removes":
@@ -2433,6 +2444,15 @@ def setting_row(in_features: int, out_features: int, what: str) -> nn.Sequential
     return nn.Sequential(*hidden, nn.Linear(16, 16), nn.Linear(16, out_features))
 
 
+class Recurs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cells(x.unsqueeze(1))[0].squeeze(1)
+
+
 class ListsOthers(nn.Module):
     """Lists layers that differ from its forward in one thing."""
 
@@ -2440,12 +2460,24 @@ class ListsOthers(nn.Module):
         super().__init__()
         self.first, self.a, self.b = nn.Linear(in_features, 16), nn.Linear(16, 16), nn.Linear(16, 16)
         self.act, self.out, self.what = nn.LeakyReLU(0.1), nn.Linear(16, out_features), what
+        self.more = Recurs() if what == "recurrent" else None
 
     def layers(self):
-        return [self.first, self.act, self.a, self.b, self.out]
+        more = [self.more] if self.more else []
+        return [self.first, self.act, *more, self.a, self.b, self.out]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.what == "without gradients" and not self.training:
+            with torch.no_grad():
+                return self.out(self.b(self.a(self.act(self.first(x)))))
+        if self.what == "recomputes" and self.training:
+            h = self.act(self.first(x))
+            for layer in (self.a, self.b):
+                h = checkpoint(layer, h, use_reentrant=False)
+            return self.out(h)
         h = functional.leaky_relu(self.first(x), 0.2 if self.what == "numbers" else 0.1)
+        if self.what == "recurrent":
+            h = self.more(h)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.what != "gradients"):
             h = self.a(self.b(h)) if self.what == "order" else self.b(self.a(h))
         if self.what == "cut off":

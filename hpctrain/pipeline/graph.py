@@ -266,8 +266,8 @@ class Graph:
         other = "in eval mode, or with another number of samples,"
         if any(name in used for used in self.used.values()):
             return ConfigError(
-                f"the model uses {name} {other} before the stage that has it in training, and stages can't "
-                f"be gone back: set parallel.cuts so that one stage makes all its uses"
+                f"the model runs {name} in another order {other} than in training, which stages can't "
+                f"follow: set parallel.cuts so that one stage makes all its uses"
             )
         return ConfigError(
             f"the model uses {name} {other} and not in training, so no stage has it where it is wanted: use "

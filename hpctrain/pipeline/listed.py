@@ -1,13 +1,14 @@
 """Whether the layers that a model lists (`layers()`) do what its forward does: stages run them alone.
 
 Both run on copies without memory, in training and in evaluation, on a micro-batch and on a single sample.
-What they compute, backward too, is counted, in any order, views left out: operators, the numbers that they
-are given, the shapes of what they give. Those that compute with weights are to come in one order.
+What they compute is counted, in any order, views left out: operators, the numbers that they are given, the
+shapes of what they give, and what gradients will go through. Operators that compute with weights are to come
+in one order.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ from hpctrain.pipeline.skeleton import skeleton
 from hpctrain.pipeline.trace import ORDINARY
 from hpctrain.tensors import Looking, storage_of, tensors_in
 
+SHOWN = {
+    "Alias", "AsStrided", "Clone", "Expand", "Narrow", "Permute", "Reshape", "ReshapeAlias", "Select",
+    "Slice", "Split", "SplitWithSizes", "Squeeze", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView",
+    "Unsqueeze", "View",
+}  # fmt: skip
+"""What only shows, or copies, another tensor."""
+
 
 class Counting(Looking):
     """Counts what is computed."""
@@ -35,9 +43,10 @@ class Counting(Looking):
         self.found = Counter[tuple[str, str, tuple[int, ...]]]()
         self.order: list[str] = []
         """Names of the weights, as they are computed with."""
-        self.backward = False
-        self.failed: Exception | None = None
-        """What has ended the backward, if something has."""
+        self.backward = Counter[str]()
+        """What gradients will go through, by torch's names, and hooks on them."""
+        self.again = False
+        """Whether a part will compute again in its backward, so that this is not known."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,11 +56,10 @@ class Counting(Looking):
         if not getattr(func, "is_view", False) and func.namespace == "aten" and "view" not in str(func):
             leaves = _pytree.tree_leaves((args, kwargs))
             numbers = ", ".join(str(leaf) for leaf in leaves if type(leaf) in (bool, int, float))
-            aside = " in the backward" if self.backward else " without gradients"
-            name = func.overloadpacket.__name__ + ("" if torch.is_grad_enabled() else aside)
+            name = func.overloadpacket.__name__
             self.found.update((name, numbers, tuple(t.shape)) for t in tensors_in(given))
             names = (self._weights.get(storage_of(t)) for t in tensors_in(leaves))
-            self.order += [f"{name} with {weight}" for weight in names if weight and not self.backward]
+            self.order += [f"{name} with {weight}" for weight in names if weight]
         return given
 
 
@@ -90,8 +98,6 @@ def refuse_different(module: nn.Module, names: Sequence[str], value: torch.Tenso
                 f"layers() lists: {what}{'' if training else ' (in evaluation)'}; let both do the same, or "
                 f"leave layers() out and name cuts (parallel.cuts)"
             )
-    if failed := next((one.failed for pair in both for one in pair if one.failed), None):
-        raise failed
 
 
 def difference(forward: Counting, row: Counting) -> str:
@@ -103,8 +109,14 @@ def difference(forward: Counting, row: Counting) -> str:
         for operator, numbers, shape in more - less:
             given = f" with the numbers {numbers}" if numbers else ""
             return what.format(f"{operator} of shape {shape}{given}")
+    for ours, its, what in (
+        (forward.backward, row.backward, "gradients go through {} of its forward, which layers() leaves out"),
+        (row.backward, forward.backward, "gradients go through {} of layers(), and not in its forward"),
+    ):
+        for name in ours - its if not (forward.again or row.again) else ():
+            return what.format(name)
     pairs = (pair for pair in zip(forward.order, row.order) if pair[0] != pair[1])
-    return next((f"its forward computes {ours} where layers() computes {its}" for ours, its in pairs), "")
+    return next((f"its forward computes {a} where layers() computes {b}" for a, b in pairs), "")
 
 
 def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor, training: bool) -> Counting:
@@ -114,13 +126,31 @@ def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor,
     with fake:
         given: Any = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     counting = Counting(twin)
-    with fake, counting:
-        for part in [twin] if names is None else [twin.get_submodule(name) for name in names]:
-            given = part(given)
-        found = [tensor for tensor in tensors_in(given) if tensor.requires_grad] if training else []
-        counting.backward = True
-        try:
-            torch.autograd.backward(found, [torch.empty_like(tensor) for tensor in found])
-        except Exception as error:
-            counting.failed = error
+    hook = torch.Tensor.register_hook
+
+    def hooked(tensor: torch.Tensor, *given: Any) -> Any:
+        counting.backward["a hook on a tensor"] += 1
+        return hook(tensor, *given)  # type: ignore[no-untyped-call]
+
+    torch.Tensor.register_hook = hooked  # type: ignore[method-assign]
+    try:
+        with fake, counting, nullcontext() if training else torch.no_grad():
+            for part in [twin] if names is None else [twin.get_submodule(name) for name in names]:
+                given = part(given)
+    finally:
+        torch.Tensor.register_hook = hook  # type: ignore[method-assign]
+    names = through(given)
+    counting.again = any(name.startswith("CheckpointFunction") for name in names)
+    counting.backward.update(name for name in names if name not in SHOWN)
     return counting
+
+
+def through(value: Any) -> list[str]:
+    """Name what gradients of a value go through, as torch does. Local."""
+    left, seen = [tensor.grad_fn for tensor in tensors_in(value)], set[Any]()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [inner for inner, _ in node.next_functions]
+    return [node.name().rstrip("0123456789").removesuffix("Backward") for node in seen]

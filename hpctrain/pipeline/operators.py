@@ -1,5 +1,6 @@
 """What the operators of a written-down forward say of themselves: place, aliases, work; how one is called."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -182,6 +183,7 @@ def leave_counting(graph: fx.Graph, held: Mapping[str, str], module: nn.Module) 
             body, given = body_of(node)
             leave_counting(body.graph, {n: held[a.name] for n, a in given.items() if a.name in held}, module)
             body.recompile()
+            gives_what_it_got(node, body, given)
             continue
         path, count = path_of(node), node.args[0] if node.args else None
         owner = module.get_submodule(path) if node.target in ADDS else None
@@ -196,6 +198,19 @@ def leave_counting(graph: fx.Graph, held: Mapping[str, str], module: nn.Module) 
             call.meta[COUNTED] = True
             node.replace_all_uses_with(count)
             graph.erase_node(node)
+
+
+def gives_what_it_got(node: fx.Node, body: fx.GraphModule, given: Mapping[str, fx.Node]) -> None:
+    """Take what an operator gives of what it got, as it is, from where that comes. Local."""
+    found = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    if not isinstance(found, (tuple, list)):
+        return
+    same = {at: given[n.name] for at, n in enumerate(found) if isinstance(n, fx.Node) and n.name in given}
+    for user in [user for user in node.users if user.target is operator.getitem and user.args[1] in same]:
+        user.replace_all_uses_with(same[user.args[1]])  # type: ignore[index]
+        user.graph.erase_node(user)
+    if same and isinstance(val := node.meta.get("val"), (tuple, list)):
+        node.meta["val"] = tuple(None if at in same else one for at, one in enumerate(val))
 
 
 def iter_from(node: fx.Node) -> Iterator[fx.Node]:
@@ -215,12 +230,14 @@ def roots(nodes: list[fx.Node]) -> dict[str, str]:
     found: dict[str, str] = {}
     first: dict[int, str] = {}
     for node in nodes:
-        for a in node.all_input_nodes:
+        one_of_several = node.target is operator.getitem
+        for a in node.all_input_nodes if not one_of_several else ():
             for memory in memories(a):
                 first.setdefault(memory, a.name)
-        shown = next((first[memory] for memory in memories(node) if memory in first), None)
-        if shown is not None:
-            found[node.name] = found.get(shown, shown)
+        own = memories(node)
+        shown = next((first[memory] for memory in own if memory in first), None)
+        if shown is not None or (one_of_several and own):
+            found[node.name] = node.name if shown is None else found.get(shown, shown)
             continue
         schema = getattr(node.target, "_schema", None)
         aliases = schema is None or any(r.alias_info is not None for r in schema.returns)

@@ -44,6 +44,8 @@ class Modes:
             module, pristine, fake, stages, write,
         )  # fmt: skip
         self.own_train, self._runs, self._told = trains_itself(module), False, False
+        self._follower: nn.Module | None = None
+        """A copy whose train() is called as often, for what other ranks have: theirs is not called here."""
         self._reads = set[str]()
         """Plain attributes by which the forward may compute."""
         self._settings: dict[bool, dict[str, Any]] = {}
@@ -54,7 +56,8 @@ class Modes:
     def twin(self, training: bool, times: int = 1) -> nn.Module:
         """Give a copy as the module is in a mode; before it runs, as it was brought there. Local."""
         twin = skeleton(self._pristine, self._fake)
-        for name, m in self.module.named_modules():
+        for name, here in self.module.named_modules():
+            m = self._follower.get_submodule(name) if self._follower and is_elsewhere(here) else here
             own = vars(m).items() if self.own_train else ()
             values = {at: value for at, value in own if at not in OURS and isinstance(plain(value), str)}
             vars(twin.get_submodule(name)).update(
@@ -120,6 +123,10 @@ class Modes:
         self._runs = True
         if not self.own_train:
             return
+        if any(is_elsewhere(m) and trains_itself(m) for m in self.module.modules()):
+            self._follower = self._follower or skeleton(self._pristine, self._fake)
+            with unmoved(self.module), suppress(Exception):  # it asks for numbers, which a copy has not
+                self._follower.train(training)
         values = {at: value for at, value in plain_values(self.module).items() if isinstance(value, str)}
         now = {at: value for at, value in values.items() if at in self._reads}
         now |= {f"{name}.training".lstrip("."): str(m.training) for name, m in self.module.named_modules()}
@@ -158,6 +165,12 @@ class Modes:
         if not self._told:
             self._told = True
             LOGGER.warning(text, *values, extra=ALIKE)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether other ranks have all of a module's parameters and buffers. Local."""
+    kept = [t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values()]
+    return bool(kept) and all(tensor is None for tensor in kept)
 
 
 def hangs_on(module: nn.Module) -> list[int]:
