@@ -24,30 +24,43 @@ from mpi4py import MPI
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Record = tuple[int, int, torch.Tensor, torch.Tensor]
-"""Micro-batch, number of the BatchNorm, mean and variance of its batch."""
+Record = tuple[int, int, torch.Tensor, torch.Tensor, float]
+"""Micro-batch, number of the BatchNorm, mean and variance of its batch, momentum; not a number for None."""
 
 
 def follows_torch(norm: _BatchNorm) -> bool:
     """Whether a BatchNorm has running statistics and moves them on as torch's own does. Local.
 
-    A subclass is asked: made-up numbers go through a copy of it in training.
+    A subclass is asked: made-up numbers go through copies of it in training. It must not compute by what the
+    statistics were, either: while it is watched they are the batch's own.
     """
     if norm.running_mean is None or norm.running_var is None:
         return False
     if type(norm).forward is _BatchNorm.forward or hasattr(norm, "meeting") or hasattr(norm, "process_group"):
         return True
-    shape = 4, norm.num_features, *[3] * {"BatchNorm2d": 2, "BatchNorm3d": 3}.get(kind_of(norm), 1)
-    x = torch.linspace(-1.0, 2.0, math.prod(shape), device=norm.running_mean.device).view(shape)
-    twin = copy.deepcopy(norm).train()
-    plain = copy.deepcopy(norm).train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            twin.forward(x.to(norm.running_mean.dtype))  # no hook of the user's
-            _BatchNorm.forward(plain, x.to(norm.running_mean.dtype))
-    except Exception:
-        return True  # it wants other numbers; torch's subclasses have their own way
-    return all(torch.equal(a, b) for a, b in zip(twin.buffers(), plain.buffers()))
+    sides = {"BatchNorm2d": [2], "BatchNorm3d": [3]}.get(kind_of(norm), [1, 0])
+    for more in sides:
+        shape = 4, norm.num_features, *[3] * more
+        x = torch.linspace(-1.0, 2.0, math.prod(shape), device=norm.running_mean.device).view(shape)
+        twin, plain, moved = (copy.deepcopy(norm).train() for _ in range(3))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                found = twin.forward(x.to(norm.running_mean.dtype))  # no hook of the user's
+                _BatchNorm.forward(plain, x.to(norm.running_mean.dtype))
+                if moved.running_mean is not None and moved.running_var is not None:
+                    moved.running_mean += 0.5
+                    moved.running_var *= 2.0
+                other = moved.forward(x.to(norm.running_mean.dtype))
+        except Exception:  # it wants other numbers
+            continue
+        return same(found, other) and all(torch.equal(a, b) for a, b in zip(twin.buffers(), plain.buffers()))
+    return type(norm).__module__.split(".")[0] == "torch"  # those have their own way
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two outputs are tensors of the same bits. Local."""
+    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and torch.equal(one, other)
 
 
 def kind_of(norm: _BatchNorm) -> str:
@@ -83,6 +96,8 @@ class RunningStatistics:
         def before(norm: _BatchNorm, _inputs: Any) -> None:
             if not norm.training or norm is not self.norms[number]:  # a copy has this hook too
                 return
+            if not norm.track_running_stats:  # switched off for a call
+                return
             if number in self._saved:  # recomputed activations may stop a forward half way
                 self._put_back(number)
             assert norm.running_mean is not None
@@ -101,9 +116,10 @@ class RunningStatistics:
                 assert norm.running_mean is not None
                 assert norm.running_var is not None
                 batch = norm.running_mean.cpu(), norm.running_var.cpu()
-                if getattr(norm, "speaks", True):  # synchronised statistics are recorded once
-                    self.records.append((self.micro_batch, number, *batch))
                 self._put_back(number)
+                if getattr(norm, "speaks", True):  # synchronised statistics are recorded once
+                    momentum = math.nan if norm.momentum is None else norm.momentum
+                    self.records.append((self.micro_batch, number, *batch, momentum))
 
         return after
 
@@ -138,13 +154,13 @@ class RunningStatistics:
         if not self.norms:
             return
         every = sorted(self._gathered(comm), key=lambda record: record[0])  # stable: calls in order
-        for _, number, mean, variance in every:
+        for _, number, mean, variance, momentum in every:
             norm = self.norms[number]
             assert norm.running_mean is not None
             assert norm.running_var is not None
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
-            factor = norm.momentum if norm.momentum is not None else 1.0 / max(1, tracked(norm))
+            factor = 1.0 / max(1, tracked(norm)) if math.isnan(momentum) else momentum
             for running, batch in ((norm.running_mean, mean), (norm.running_var, variance)):
                 running.mul_(1.0 - factor).add_(batch.to(running.device) * factor)
 
@@ -152,13 +168,13 @@ class RunningStatistics:
         """Give the records of all replicas, rank by rank. Collective over them; nothing is pickled."""
         if comm.size == 1:
             return self.records
-        marks = np.array([(v, number) for v, number, *_ in self.records], np.int64).reshape(-1, 2)
-        numbers = [torch.cat((mean, variance)) for *_, mean, variance in self.records]
+        marks = np.array([(v, number, m) for v, number, _, _, m in self.records], np.float64).reshape(-1, 3)
+        numbers = [torch.cat((mean, variance)) for _, _, mean, variance, _ in self.records]
         counts = np.empty(comm.size, np.int64)
         comm.Allgather(np.array([len(marks)], np.int64), counts)
-        every = np.empty((int(counts.sum()), 2), np.int64)
-        comm.Allgatherv(marks, [every, 2 * counts])
-        like = [self.norms[number].running_mean for number in every[:, 1].tolist()]
+        every = np.empty((int(counts.sum()), 3), np.float64)
+        comm.Allgatherv(marks, [every, 3 * counts])
+        like = [self.norms[int(number)].running_mean for number in every[:, 1].tolist()]
         sizes = np.array([2 * mean.nbytes for mean in like if mean is not None], np.int64)
         parts = [int(part.sum()) for part in np.split(sizes, np.cumsum(counts)[:-1])]
         mine = [number.view(torch.uint8).numpy() for number in numbers]
@@ -166,10 +182,10 @@ class RunningStatistics:
         comm.Allgatherv(np.concatenate(mine) if mine else np.empty(0, np.uint8), [found, parts])
         pieces = torch.split(torch.from_numpy(found), sizes.tolist())
         records = []
-        for (v, number), piece, running in zip(every.tolist(), pieces, like):
+        for (v, number, momentum), piece, running in zip(every.tolist(), pieces, like):
             assert running is not None
             mean, variance = piece.clone().view(running.dtype).chunk(2)
-            records.append((v, number, mean, variance))
+            records.append((int(v), int(number), mean, variance, momentum))
         return records
 
 

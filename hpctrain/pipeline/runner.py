@@ -169,7 +169,8 @@ def as_torch(
     tensors = (weight, owner.weight), (bias, owner.bias)
     same = all(given is own for given, own in tensors) and training == usual and eps == owner.eps
     own_momentum = owner.momentum is None or momentum == owner.momentum or not training
-    return same and own_momentum and (mean is None or mean is owner.running_mean)
+    tracked = owner.running_mean if not owner.training or owner.track_running_stats else None
+    return same and own_momentum and mean is tracked
 
 
 def normalise(owner: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
