@@ -2306,6 +2306,20 @@ class Nested(nn.Module):
         return self.last(x)
 
 
+class Thawed(nn.Module):
+    """A backbone without gradients, and what is trained behind it."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.frozen = nn.Sequential(nn.Linear(in_features, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.inner, self.last = nn.Linear(16, 16), nn.Linear(16, out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.frozen(x)
+        return self.last(torch.tanh(self.inner(x)))
+
+
 class ByKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, keeper):

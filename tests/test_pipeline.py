@@ -1536,6 +1536,16 @@ def test_what_a_forward_keeps_for_its_backward_must_not_be_overwritten(world, bu
 
 
 @pytest.mark.mpi
+def test_a_cut_inside_a_part_without_gradients_is_told(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    said = r"parallel.cuts: frozen.1 runs in a part of the forward that is under torch.no_grad or an autocast"
+    with pytest.raises(ConfigError, match=said):
+        build("Thawed", 2, micro_batches=4, cuts=["frozen.1"])
+    has_bits_of_one_process(world, build("Thawed", 2, micro_batches=4, cuts=["last"]), "Thawed")
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("cuts", [["2"], ["4"]])
 @pytest.mark.parametrize("way", ["first", "sum", "names", "call", "function"])
 def test_what_another_stage_owns_is_a_parameter_to_the_users_code(world, build, way, cuts):

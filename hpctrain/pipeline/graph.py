@@ -22,7 +22,17 @@ from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.choice import Scales
-from hpctrain.pipeline.operators import A_VIEW, changes, cost, draws_of, forbidden, path_of, roots
+from hpctrain.pipeline.operators import (
+    A_VIEW,
+    BODIES,
+    changes,
+    cost,
+    draws_of,
+    forbidden,
+    path_of,
+    paths_inside,
+    roots,
+)
 from hpctrain.pipeline.part import INPUT, Part, begins, links_of, refuse_loops
 from hpctrain.pipeline.profile import Held, of_operators
 from hpctrain.pipeline.runner import Runner, place_of
@@ -135,7 +145,16 @@ class Graph:
         nodes = traced.nodes
         at = {node.name: i for i, node in enumerate(nodes)}
         bad = forbidden(nodes, at)
-        ranges = begins(cuts, [path_of(node) for node in nodes], "modules")
+        owners = [path_of(node) for node in nodes]
+        inside = {path for node in nodes if node.target in BODIES for path in paths_inside(node)}
+        for name in cuts:
+            if any(within(path, name) for path in inside) and not any(within(path, name) for path in owners):
+                raise ConfigError(
+                    f"parallel.cuts: {name} runs in a part of the forward that is under torch.no_grad or an "
+                    f"autocast of its own, and such a part is not cut: name a module outside of it, or set "
+                    f"train.autocast instead of an autocast around all"
+                )
+        ranges = begins(cuts, owners, "modules")
         edges = [start for start, _ in ranges]
         refuse_loops(cuts, ranges, nodes)
         for stage, (a, b) in enumerate(pairwise([*edges, len(nodes)]) if cuts else ()):
@@ -314,6 +333,11 @@ class Graph:
         held = self.module, self.real.__getitem__, traced, mine
         part.run = Runner(*held, numbers, count, stage == last, gives, self._told)
         return part
+
+
+def within(path: str, name: str) -> bool:
+    """Whether a module is another one, or in it, by their names. Pure."""
+    return path == name or path.startswith(name + ".")
 
 
 def too_late(node: fx.Node, traced: Traced, root: dict[str, str]) -> list[str]:

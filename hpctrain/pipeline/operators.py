@@ -169,6 +169,12 @@ def body_of(node: fx.Node) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     return held, {name: value for name, value in given if isinstance(value, fx.Node)}
 
 
+def paths_inside(node: fx.Node) -> list[str]:
+    """Give the paths of the modules whose operators one of BODIES holds. Pure."""
+    inner = [n for n in body_of(node)[0].graph.nodes if n.op == "call_function"]
+    return [path for n in inner for path in (paths_inside(n) if n.target in BODIES else [path_of(n)])]
+
+
 COUNTED = "its module counts this call"
 """Mark of a BatchNorm's operator."""
 
