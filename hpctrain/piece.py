@@ -25,9 +25,14 @@ def whole(name: str, tensor: Any) -> Piece:
     return Piece(name, shape, 0, math.prod(shape), tensor)
 
 
-def tensors_of(module: Any, **how: Any) -> dict[str, Any]:
-    """Weights and persistent buffers by name: a module's own state_dict may hold other things beside them."""
-    return {name: value for name, value in module.state_dict(**how).items() if hasattr(value, "detach")}
+def tensors_of(module: Any, keep_vars: bool = False) -> dict[str, Any]:
+    """Weights and persistent buffers by name: a module's own state_dict may hold other things beside them.
+
+    As they are with `keep_vars`, else without their graph. A module's own way of saving may not know that a
+    stage has None for what others have, which only the first asks nothing of.
+    """
+    found = {name: v for name, v in module.state_dict(keep_vars=True).items() if hasattr(v, "detach")}
+    return found if keep_vars else {name: value.detach() for name, value in found.items()}
 
 
 def of_module(module: Any) -> list[Piece]:

@@ -2320,6 +2320,44 @@ class Thawed(nn.Module):
         return self.last(torch.tanh(self.inner(x)))
 
 
+class Rounds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.5 * gradient
+
+
+ROUNDED = Rounds.apply
+
+
+class Rounding(nn.Module):
+    """Calls a function of its own by what somebody has kept of it."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.inner, self.last = (
+            nn.Linear(in_features, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, out_features),
+        )
+        self.place = torch.linspace(-1, 1, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.inner(ROUNDED(self.first(x)))))
+
+
+class Placing(Rounding):
+    """Adds a plain tensor of its own in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x += self.place
+        return self.last(torch.tanh(self.inner(x)))
+
+
 class ByKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, keeper):

@@ -314,6 +314,7 @@ def test_products_in_every_way_have_the_bits_of_one_process(world, build, waits,
             "Nested",
             r"\(Nested\), stage_models.py:\d+: .*no_grad, or enable_grad, inside an autocast would be lost",
         ),
+        ("Rounding", r"\(Rounding\), stage_models.py:\d+: .*Rounds is a torch.autograd.Function: its own"),
         ("Widening", r"\(Widening\), stage_models.py:\d+: .*sets the default dtype to torch.float64"),
     ],
 )
@@ -1533,6 +1534,17 @@ def test_what_a_forward_keeps_for_its_backward_must_not_be_overwritten(world, bu
         arguments = {"way": other}
         job = build("keeping_row", 2, cuts=["3"], micro_batches=4, schedule="1f1b", arguments=arguments)
         has_bits_of_one_process(world, job, "keeping_row")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("model", "cuts"), [("Rounding", ["inner"]), ("Rounding", ["last"]), ("Placing", [])]
+)
+def test_a_function_that_somebody_has_kept_and_a_table_that_is_only_read(world, build, model, cuts):
+    """By calls it runs with its own backward; by operators an addition in place changes one of the two."""
+    if world.size != 2:
+        pytest.skip("two stages")
+    has_bits_of_one_process(world, build(model, 2, micro_batches=4, cuts=cuts), model)
 
 
 @pytest.mark.mpi

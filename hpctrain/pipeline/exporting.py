@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
-from hpctrain.modes import watched
+from hpctrain.modes import functions_taken, watched
 from hpctrain.pipeline.operators import MARKS, TAKEN
 
 QUESTIONS = ("is_exporting", "is_compiling")
@@ -82,10 +82,10 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
 
     Raises NotImplementedError; torch.export would leave it out, and gradients would be others, silently.
     """
-    function, tensor = torch.autograd.Function, torch.Tensor
-    apply, register_hook = vars(function)["apply"], tensor.register_hook
+    tensor = torch.Tensor
+    register_hook = tensor.register_hook
 
-    def applied(cls: type, *args: Any, **named: Any) -> Any:
+    def applied(usual: Any, cls: Any, *args: Any, **named: Any) -> Any:
         if cls is checkpoint.CheckpointFunction:  # written down, its inside would have no gradient
             run, _, *given = args
             trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
@@ -94,7 +94,7 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
         own = cls.__module__.startswith("torch.distributions") and torch.is_grad_enabled()
         own = own and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
         if cls.__module__.split(".")[0] == "torch" and not own:
-            return apply.__func__(cls, *args, **named)
+            return usual(cls, *args, **named)
         raise NotImplementedError(
             f"{cls.__qualname__} is a torch.autograd.Function: its own backward would be lost"
         )
@@ -146,7 +146,7 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
     for name, m in module.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
             raise NotImplementedError(f"the backward hook of {name or 'the model'} would be lost")
-    function.apply, tensor.register_hook = classmethod(applied), hooked  # type: ignore[assignment, method-assign]
+    tensor.register_hook = hooked  # type: ignore[method-assign]
     tensor.requires_grad_ = switched  # type: ignore[method-assign, assignment]
     saving.__enter__ = saved  # type: ignore[method-assign]
     torch.set_default_dtype = chosen
@@ -154,9 +154,10 @@ def lost_refused(module: nn.Module) -> Iterator[None]:
     tensor.requires_grad = property(get, wanted)  # type: ignore[assignment]
     tensor.grad = property(gradient, grad, attributes["grad"].__delete__)  # type: ignore[assignment]
     try:
-        yield
+        with functions_taken(applied):
+            yield
     finally:
-        function.apply, tensor.register_hook = apply, register_hook  # type: ignore[method-assign]
+        tensor.register_hook = register_hook  # type: ignore[method-assign]
         tensor.requires_grad_ = requires_grad  # type: ignore[method-assign]
         saving.__enter__ = enter  # type: ignore[method-assign]
         torch.set_default_dtype = set_dtype

@@ -39,7 +39,7 @@ class Hanging(Looking):
         else:
             found = func(*args, **(kwargs or {}))
         if any(storage_of(tensor) in self.storages for tensor in given):
-            changed = given if getattr(getattr(func, "_schema", None), "is_mutable", False) else []
+            changed = tensors_in(written_of(func, args, kwargs or {}))
             self.storages |= {storage_of(tensor) for tensor in [*tensors_in(found), *changed]}
             self.numbers |= asks
         else:  # its memory may have been another's
@@ -54,6 +54,16 @@ class Hanging(Looking):
         """Whether a value has an array, or a number or a word while a number was made of one. Local."""
         kinds = (np.generic, bool, int, float, complex, str) if self.numbers else ()
         return any(isinstance(leaf, (np.ndarray, *kinds)) for leaf in _pytree.tree_leaves(inside(value)))
+
+
+def written_of(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+    """Give what an operator changes of what it is given. Pure."""
+    schema = getattr(function, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = [*args, *(named.get(argument.name) for argument in schema.arguments[len(args) :])]
+    pairs = zip(schema.arguments, given)
+    return [value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write]
 
 
 class Listing(Hanging):  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 
 from hpctrain.errors import ConfigError
 from hpctrain.hidden import OURS
+from hpctrain.modes import functions_taken
 from hpctrain.pipeline.stand import asked_by_user
 from hpctrain.pipeline.state import plain
 from hpctrain.tensors import Looking, storage_of, tensors_in
@@ -52,20 +53,16 @@ def makers_noted(tracer: fx.Tracer) -> Iterator[None]:
 @contextmanager
 def functions_noted(tracer: fx.Tracer) -> Iterator[None]:
     """Write the calls of autograd.Functions down as they are, with their own backward. Local."""
-    apply = vars(torch.autograd.Function)["apply"]
 
-    def applied(cls: type, *given: Any, **named: Any) -> Any:
+    def applied(_: Any, cls: Any, *given: Any, **named: Any) -> Any:
         if any(callable(one) and not issubclass(type(one), fx.Proxy) for one in given):
             raise fx.proxy.TraceError(
                 f"{cls.__name__} is given what it calls (torch.utils.checkpoint: set use_reentrant=False)"
             )
-        return tracer.create_proxy("call_function", apply.__get__(None, cls), given, named)
+        return tracer.create_proxy("call_function", cls.apply, given, named)
 
-    torch.autograd.Function.apply = classmethod(applied)  # type: ignore[assignment, method-assign]
-    try:
+    with functions_taken(applied):
         yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 class Reads:

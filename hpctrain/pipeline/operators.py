@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from hpctrain.draws import draws
+from hpctrain.pipeline.hanging import written_of
 from hpctrain.tensors import storage_of, tensors_in
 
 SEEN = {
@@ -140,12 +141,7 @@ def changes(node: fx.Node) -> list[fx.Node]:
         return changed_inside(node)
     if node.target is torch.ops.aten.batch_norm.default:  # which does not say so
         return [value for value in node.args[3:5] if isinstance(value, fx.Node) and node.args[5]]
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    given = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
-    pairs = zip(schema.arguments, given)
-    written = [value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write]
+    written = written_of(node.target, node.args, dict(node.kwargs))
     return [value for value in _pytree.tree_leaves(written) if isinstance(value, fx.Node)]
 
 

@@ -49,7 +49,7 @@ class Modes:
         self._reads = set[str]()
         """Plain attributes by which the forward may compute."""
         self._settings: dict[bool, dict[str, Any]] = {}
-        """By mode: what it read, and the modes of its parts, when it was looked at last."""
+        """By mode: its plain values, and the modes of its parts, when it was looked at last."""
         self._first: dict[bool, tuple[Arguments, list[str]]] = {}
         """By mode: arguments, and the forward that was written down for them."""
 
@@ -104,7 +104,7 @@ class Modes:
             )
         try:
             with answered_no():
-                others = [self._write(arguments, self.twin(training, times)) for times in TIMES]
+                others = [self._after(times, training, arguments) for times in TIMES]
         except Exception:  # what it kept stands in the way of a copy: it is looked at as it runs
             return
         if any(fingerprint(other) != fingerprint(program) for other in others):
@@ -113,6 +113,12 @@ class Modes:
                 f"each time it is called, and the forward is written down once: keep that in a buffer, or in "
                 f"a submodule that runs as it is (between parallel.cuts, or in a row); {OTHERWISE}"
             )
+
+    def _after(self, times: int, training: bool, arguments: Arguments) -> torch.export.ExportedProgram:
+        """Write the forward down as it is after so many calls of train(). Local."""
+        twin = self.twin(training, times)
+        seed_others()
+        return self._write(arguments, twin)
 
     def switched(self, training: bool) -> None:
         """Refuse a train() that has changed what the forward computes in this mode. Local.
@@ -128,10 +134,10 @@ class Modes:
             with unmoved(self.module), suppress(Exception):  # it asks for numbers, which a copy has not
                 self._follower.train(training)
         values = {at: value for at, value in plain_values(self.module).items() if isinstance(value, str)}
-        now = {at: value for at, value in values.items() if at in self._reads}
-        now |= {f"{name}.training".lstrip("."): str(m.training) for name, m in self.module.named_modules()}
+        modes = {f"{name}.training".lstrip("."): m.training for name, m in self.module.named_modules()}
+        now = {**values, **modes}
         before = self._settings.setdefault(training, now)
-        others = [at for at, value in now.items() if before.get(at) != value]
+        others = [at for at, v in now.items() if before.get(at) != v and (at in self._reads or at in modes)]
         if not others or training not in self._first:
             return
         self._settings[training] = now
