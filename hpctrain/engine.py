@@ -151,8 +151,7 @@ class Engine:
         flags.reading, flags.computing = self.clock.reading - self._read, computed - began
         if self._stepped:
             flags.other = max(0.0, began - self._ended - flags.reading)
-        optimizer = type(self.averager.optimizer).__name__
-        with of_users(f"in the optimizer ({optimizer}) at step {number}, rank {self.topology.world_rank}"):
+        with of_users(f"at step {number}, rank {self.topology.world_rank}"):
             result = self.averager.step(clip, lr)
         self._read, self._ended = self.clock.reading, time.perf_counter()
         if not self._stepped:

@@ -27,6 +27,17 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def nodes_behind(tensors: Iterable[Any]) -> set[Any]:
+    """Give what gradients of tensors go through: the nodes of torch's graph. Local."""
+    left, seen = [getattr(tensor, "grad_fn", None) for tensor in tensors], set[Any]()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [inner for inner, _ in node.next_functions]
+    return seen
+
+
 def shapes_of(given: Any) -> str:
     """Write dtypes and shapes of the tensors in a tree, and its other values.
 

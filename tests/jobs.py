@@ -105,6 +105,21 @@ def build_alone(job):
     return assemble.build(config, Topology.build(MPI.COMM_SELF, threads=job.topology.threads))
 
 
+def evaluate_alike(job, alone):
+    """Both measure the training samples with the same bits."""
+    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    assert sums[0] == sums[1]
+
+
+def evaluates_as_one_process(job):
+    """Behind the four steps of `has_bits_of_one_process`."""
+    alone = build_alone(job)
+    run(alone, 4, clip=0.05)
+    evaluate_alike(job, alone)
+    alone.close()
+    alone.topology.close()
+
+
 def take_weights(job, alone):
     """One step of the stages, and their new weights into the model of one process."""
     job.engine.step(0, job.loader.read(0))

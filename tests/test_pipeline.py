@@ -18,7 +18,17 @@ import pytest
 import stage_models
 import torch
 from helpers import SAMPLES
-from jobs import TIED, alone_like, build_alone, has_bits_of_one_process, layouts, run, take_weights
+from jobs import (
+    TIED,
+    alone_like,
+    build_alone,
+    evaluate_alike,
+    evaluates_as_one_process,
+    has_bits_of_one_process,
+    layouts,
+    run,
+    take_weights,
+)
 from marks import lays_weights
 from mpi4py import MPI
 from torch import nn
@@ -952,8 +962,7 @@ def test_weights_and_buffers_may_be_given_out(world, build):
     has_bits_of_one_process(world, job, "GivesOut")
     alone = build_alone(job)
     take_weights(job, alone)
-    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
-    assert sums[0] == sums[1]
+    evaluate_alike(job, alone)
     alone.close()
     alone.topology.close()
 
@@ -1321,12 +1330,7 @@ def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
     # no BatchNorm gets a single sample
     job = build(model, 2, module="odd_models", micro_batches=3, batch=7 if model.endswith("Norm") else 8)
     has_bits_of_one_process(world, job, model)
-    alone = build_alone(job)
-    run(alone, 4, clip=0.05)
-    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
-    assert sums[0] == sums[1]
-    alone.close()
-    alone.topology.close()
+    evaluates_as_one_process(job)
 
 
 @pytest.mark.mpi
@@ -1427,8 +1431,7 @@ def test_a_train_of_the_users_counts_evaluations_as_in_one_process(world, build)
     for one in (job, alone):
         one.engine.evaluate(one.split_batches("train"), one.task.measure)
     assert run(job, 2) == run(alone, 2)
-    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
-    assert sums[0] == sums[1]
+    evaluate_alike(job, alone)
     assert run(job, 1) == run(alone, 1)
     alone.close()
     alone.topology.close()
@@ -1510,12 +1513,7 @@ def test_gradients_of_what_another_stage_gave_may_be_taken(world, build):
         arguments = {"alone": alone}
         job = build("forces_row", 2, micro_batches=4, cuts=[cut], arguments=arguments)
         has_bits_of_one_process(world, job, "forces_row")
-        other = build_alone(job)
-        run(other, 4, clip=0.05)
-        sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, other)]
-        assert sums[0] == sums[1]
-        other.close()
-        other.topology.close()
+        evaluates_as_one_process(job)
 
 
 @pytest.mark.mpi
@@ -1652,11 +1650,9 @@ def test_odd_models_that_run_again_in_bf16_and_in_evaluation(world, build, model
     settings = {"micro_batches": 3, "schedule": "zb-h1", "recompute": "always", "autocast": autocast}
     job = build(model, 2, module="odd_models", **settings)
     alone = build_alone(job)
-    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
+    evaluate_alike(job, alone)
     assert run(job, 3) == run(alone, 3)
-    sums += [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
-    assert sums[0] == sums[1]
-    assert sums[2] == sums[3]
+    evaluate_alike(job, alone)
     expected = dict(tensors_of(alone.engine.module))
     assert all(torch.equal(value, expected[name]) for name, value in tensors_of(job.engine.module).items())
     alone.close()
@@ -1897,8 +1893,7 @@ def test_a_forward_that_differs_by_mode_is_evaluated_as_in_one_process(world, bu
     job = build(model, 2, micro_batches=5)
     alone = build_alone(job)
     assert run(job, 2) == run(alone, 2)
-    sums = [one.engine.evaluate(one.split_batches("train"), one.task.measure) for one in (job, alone)]
-    assert sums[0] == sums[1]
+    evaluate_alike(job, alone)
     assert run(job, 1) == run(alone, 1)
     alone.close()
     alone.topology.close()

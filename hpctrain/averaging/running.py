@@ -50,17 +50,11 @@ def follows_torch(norm: _BatchNorm) -> bool:
                 if moved.running_mean is not None and moved.running_var is not None:
                     moved.running_mean += 0.5
                     moved.running_var *= 2.0
-                other = moved.forward(x.to(norm.running_mean.dtype))
+                alike = torch.equal(found, moved.forward(x.to(norm.running_mean.dtype)))
         except Exception:  # it wants other numbers
             continue
-        return same(found, other) and all(torch.equal(a, b) for a, b in zip(twin.buffers(), plain.buffers()))
+        return alike and all(torch.equal(a, b) for a, b in zip(twin.buffers(), plain.buffers()))
     return type(norm).__module__.split(".")[0] == "torch"  # those have their own way
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two outputs are tensors of the same bits. Local."""
-    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return both and torch.equal(one, other)
 
 
 def kind_of(norm: _BatchNorm) -> str:

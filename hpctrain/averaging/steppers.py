@@ -309,8 +309,12 @@ class Pieces:
         """Blocks are not stepped alone."""
 
     def step(self) -> None:
-        """Run torch's own step."""
-        self.optimizer.step()
+        """Run the optimizer's own step."""
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            error.add_note(f"in the optimizer ({type(self.optimizer).__name__})")
+            raise
 
     def needs(self) -> list[list[tuple[int, int]]] | None:
         """Whole parameters lie in several ranks' parts."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hpctrain.errors import ConfigError
+from hpctrain.tensors import nodes_behind
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def derived_refused(stage: int, received: Iterable[torch.Tensor]) -> Iterator[No
     def run_backward(outputs: Any, *others: Any, **named: Any) -> Any:
         inputs = others[3] if len(others) > 3 else ()
         asked = {getattr(tensor, "grad_fn", None) for tensor in inputs} & begun
-        if asked and (len(asked) > 1 or reached(outputs, begun) - asked):
+        if asked and (len(asked) > 1 or (nodes_behind(outputs) & begun) - asked):
             raise ConfigError(
                 f"a layer of stage {stage} takes a gradient (torch.autograd.grad) of what it got, by what "
                 f"hangs on other tensors that it got, too: as far as those were computed from it on another "
@@ -44,14 +45,3 @@ def derived_refused(stage: int, received: Iterable[torch.Tensor]) -> Iterator[No
         yield
     finally:
         torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
-
-
-def reached(outputs: Iterable[Any], begun: set[Any]) -> set[Any]:
-    """Give those of the nodes that outputs hang on. Pure."""
-    left, seen = [getattr(one, "grad_fn", None) for one in outputs], set[Any]()
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            left += [inner for inner, _ in node.next_functions]
-    return seen & begun

@@ -23,7 +23,7 @@ from hpctrain.modes import settings_kept
 from hpctrain.pipeline.exporting import quiet
 from hpctrain.pipeline.skeleton import skeleton
 from hpctrain.pipeline.trace import ORDINARY
-from hpctrain.tensors import Looking, storage_of, tensors_in
+from hpctrain.tensors import Looking, nodes_behind, storage_of, tensors_in
 
 SHOWN = {
     "Alias", "AsStrided", "Clone", "Expand", "Narrow", "Permute", "Reshape", "ReshapeAlias", "Select",
@@ -139,18 +139,8 @@ def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor,
                 given = part(given)
     finally:
         torch.Tensor.register_hook = hook  # type: ignore[method-assign]
-    names = through(given)
-    counting.again = any(name.startswith("CheckpointFunction") for name in names)
-    counting.backward.update(name for name in names if name not in SHOWN)
+    nodes = nodes_behind(tensors_in(given))
+    through = [node.name().rstrip("0123456789").removesuffix("Backward") for node in nodes]
+    counting.again = any(name.startswith("CheckpointFunction") for name in through)
+    counting.backward.update(name for name in through if name not in SHOWN)
     return counting
-
-
-def through(value: Any) -> list[str]:
-    """Name what gradients of a value go through, as torch does. Local."""
-    left, seen = [tensor.grad_fn for tensor in tensors_in(value)], set[Any]()
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            left += [inner for inner, _ in node.next_functions]
-    return [node.name().rstrip("0123456789").removesuffix("Backward") for node in seen]

@@ -129,7 +129,7 @@ class Modes:
         self._runs = True
         if not self.own_train:
             return
-        if any(is_elsewhere(m) and trains_itself(m) for m in self.module.modules()):
+        if self._follower or any(is_elsewhere(m) and trains_itself(m) for m in self.module.modules()):
             self._follower = self._follower or skeleton(self._pristine, self._fake)
             with unmoved(self.module), suppress(Exception):  # it asks for numbers, which a copy has not
                 self._follower.train(training)

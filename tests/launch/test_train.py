@@ -173,7 +173,7 @@ def test_an_error_of_an_optimizer_or_a_schedule_says_where(launcher, small, tmp_
         "        return [group['lr'] for group in self.optimizer.param_groups]\n"
     )
     if what == "optimizer":
-        words, told = ["--optimizer.class_path", "of_mine.Bad"], "in the optimizer (Bad) at step 2, rank 0"
+        words, told = ["--optimizer.class_path", "of_mine.Bad"], "in the optimizer (Bad)\nat step 2, rank 0"
         words += ["--optimizer.init_args", "{lr = 0.01}"]
     else:
         words, told = ["--optimizer.schedule.class_path", "of_mine.BadSchedule"], "schedule (BadSchedule)"
