@@ -401,6 +401,17 @@ class Merges(Odd):
         return self.other(torch.tanh(self.inner(base))) + more
 
 
+class LaterNorm(Odd):
+    """The statistics that a BatchNorm has moved on are used behind the next layer."""
+
+    def add(self):
+        self.norm = nn.BatchNorm1d(WIDTH, affine=False)
+
+    def middle(self, x):
+        self.norm(x)
+        return (self.inner(x) - self.norm.running_mean) / torch.sqrt(self.norm.running_var + 1e-5)
+
+
 class CastingNorm(Odd):
     """A BatchNorm in an autocast of its own."""
 

@@ -1334,6 +1334,14 @@ def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
 
 
 @pytest.mark.mpi
+def test_no_stage_begins_between_a_batchnorm_and_who_reads_its_statistics(world, build):
+    if world.size != 2:
+        pytest.skip("two stages")
+    with pytest.raises(ConfigError, match="inner begins between a tensor and an operator that changes it in"):
+        build("LaterNorm", 2, module="odd_models", micro_batches=3, batch=7, cuts=["inner"])
+
+
+@pytest.mark.mpi
 def test_a_weight_that_is_frozen_for_a_call_is_refused(world, build):
     """Operators would train it in that call, too."""
     if world.size != 2:
