@@ -55,7 +55,7 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 KINDS = (torch.Tensor, nn.Parameter)
 USUAL = (torch.strided,)
 CONVOLVED = (torch.strided, torch._mkldnn)  # type: ignore[attr-defined]
-"""Layouts of inputs: convolutions in a row have oneDNN's own between them (`pipeline/rows.py`)."""
+"""Layouts of inputs: convolutions in a row have oneDNN's own between them (`pipeline/blocks.py`)."""
 APPLY_LINEAR: Callable[..., Any] = super(torch.autograd.Function, Linear).apply
 """`Linear.apply` behind its question for functorch's transforms, which `plain` has asked."""
 unwrap = torch._C._functorch.unwrap_if_dead

@@ -16,6 +16,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.gradient import seen
 from hpctrain.hidden import has_hooks, hidden, registered
 from hpctrain.pipeline.aside import Asides, untouched
+from hpctrain.pipeline.blocks import Blocks
 from hpctrain.pipeline.choice import Scales
 from hpctrain.pipeline.fit import HOLES
 from hpctrain.pipeline.message import SHARES, copied
@@ -90,6 +91,9 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
+ROWS = (Blocks,)
+"""Kinds of rows."""
+
 FORWARDS = 3
 """Of a stage that are looked at, in training and in evaluation: for what it tells aside, and unseen draws."""
 
@@ -157,7 +161,7 @@ class Layers:
         A row copies what it gets, and is tried with tensors of its own first.
         """
         layers, choice, at = self._called(stage), self.choice, self.ranges[stage][0]
-        found, copied, tried = rows_of(layers), 0, 0.0
+        found, copied, tried = rows_of(layers, ROWS), 0, 0.0
         if choice.exact or choice.warned:
             return [*layers]
         if not choice.needs or len(found) == len(layers):
@@ -166,7 +170,7 @@ class Layers:
         for _, one in found:
             if isinstance(one, Row):
                 given = works[at - 1].gives if at else sum(leaf.nbytes for leaf in tensors_in(self.value))
-                copied += given
+                copied += one.copies(given)
                 tried = max(tried, one.bytes_of_trial(given, works[at : at + len(one.layers)]))
                 at += len(one.layers) - 1
             at += 1
@@ -206,9 +210,9 @@ class Layers:
         return self.shown[slice(*self.ranges[stage])]
 
     def rows(self, stage: int) -> list[str]:
-        """Those that a trial has chosen."""
+        """Its rows that run as one."""
         rows = ((name, one) for name, one in self.in_rows[stage] if isinstance(one, Row))
-        return [name for name, one in rows if any(one.tried.values())]
+        return [name for name, one in rows if one.chosen]
 
     def switched(self, training: bool) -> None:
         """Layers run as they are."""

@@ -1,48 +1,21 @@
-"""Convolutions that follow one another, in oneDNN's own layout: nothing is laid anew between them.
+"""Layers that follow one another, run as one where nobody can see a tensor between them.
 
-      layer by layer   x →|blocks|→ conv →|plain|→ relu →|blocks|→ conv →|plain|→ …   and so in backward
-      as a row         x →|blocks|→ conv → relu → conv → relu → conv →|plain|→ …      behind a copy of x
-
-oneDNN computes on blocks of channels: torch lays each convolution's input in blocks, and its output back as
-it was. In a row that is left out (oneDNN's guide calls it memory format propagation). The same kernels get
-the same numbers, so the bits are those of the layers one by one; ReLU is torch's, on the blocks' memory as
-it lies, as oneDNN's own makes 0 of NaN.
-
-A row is tried for each shape: with made-up numbers its bits, its memory and its time decide. Whatever could
-see a tensor inside it (hooks, modes, autocast) gets the layers one by one.
+What could see one (hooks, modes, autocast, a graph of gradients) gets the layers one by one: a row has their
+bits, and is faster. `blocks.py` and `dense.py` are the kinds.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.modules import module as modules
 
-from hpctrain import products
-from hpctrain.gradient import KINDS, plain
+from hpctrain.gradient import plain
 from hpctrain.hidden import has_hooks
 from hpctrain.modes import instead, watched
 from hpctrain.pipeline.part import followed
 from hpctrain.pipeline.profile import Work
-from hpctrain.products import memory_of, seconds_of
-
-ROUNDS, LONG_SECONDS = 5, 1.0
-"""In which a row and its layers one by one are timed, and after which no other one begins."""
-EVEN = 1.03
-"""A row may take so many times as long: it moves less memory, which gains some percent where all cores want
-theirs and nothing where the others are idle, as they may be while it is tried (measured)."""
-MOST_SHAPES = 8
-"""Shapes that are tried, with a graph and without: where every batch has another one, that would take more
-than it gains."""
-LEAST = 2**14
-"""Elements of what a row gets: smaller ones gain nothing, and few numbers may agree by chance."""
-PADDED = 1.1
-"""How many times a tensor's memory its blocks may take, the last of which may be filled up with zeros."""
-THRESHOLD = torch.ops.aten.threshold_backward
 
 Named = tuple[str, nn.Module]
 Call = Callable[[str, Any, Any], Any]
@@ -50,21 +23,55 @@ Call = Callable[[str, Any, Any], Any]
 
 
 class Row:
-    """Layers from one convolution to another, with nothing but convolutions and ReLUs between. Local."""
+    """Layers that may run as one. Local."""
+
+    functions: ClassVar[Callable[[], tuple[Any, ...]]]
+    """Gives the functions that the layers call, as they are now."""
 
     def __init__(self, layers: Sequence[Named]) -> None:
         """Take the layers by name."""
         self.layers = [*layers]
-        self.tried: dict[Any, bool] = {}
-        """Whether it pays, by shape and what else a kernel is chosen by."""
         self._barred = False
         """Whether a gradient of gradients was asked for: past a row its sums have another order."""
 
+    @staticmethod
+    def length(layers: Sequence[Named]) -> int:
+        """Give how many of these layers, from the first, are a row of this kind; 0: none. Pure."""
+        raise NotImplementedError
+
+    @staticmethod
+    def usual(layer: nn.Module) -> bool:
+        """Whether a layer is one that such a row runs, as torch has it. Local."""
+        raise NotImplementedError
+
     @property
     def weights(self) -> list[torch.Tensor]:
-        """Weights and biases of the convolutions, in order."""
-        convolutions = (layer for _, layer in self.layers if isinstance(layer, nn.Conv2d))
-        return [t for layer in convolutions for t in (layer.weight, layer.bias) if t is not None]
+        """Weights and biases, in order."""
+        every = (t for _, layer in self.layers for t in layer._parameters.values())
+        return [t for t in every if t is not None]
+
+    @property
+    def chosen(self) -> bool:
+        """Whether it has been run as one, or a trial said that it will be."""
+        raise NotImplementedError
+
+    def copies(self, given: int) -> int:
+        """Give the bytes that it keeps beside what its layers keep, of what it gets. Pure."""
+        return 0
+
+    def bytes_of_trial(self, given: int, works: Sequence[Work]) -> float:
+        """Give the most that a trial takes, by the bytes of what the row gets and its layers' work. Pure."""
+        return 0.0
+
+    def run(self, call: Call, value: Any) -> Any:
+        """Run the layers; gives what the last one gave. Local."""
+        raise NotImplementedError
+
+    def one_by_one(self, call: Call, value: Any) -> Any:
+        """Run the layers as they are. Local."""
+        for what, layer in self.layers:
+            value = call(what, layer, value)
+        return value
 
     def watch(self, found: Any) -> None:
         """Look what comes back for what the layers gave, one by one. Local."""
@@ -74,91 +81,30 @@ class Row:
     def _look(self, g: torch.Tensor) -> None:
         self._barred |= torch.is_grad_enabled()
 
-    def bytes_of_trial(self, given: int, works: Sequence[Work]) -> float:
-        """Give the most that a trial takes, by the bytes of what the row gets and its layers' work. Pure.
-
-        Weights: made up, and the gradients of either way, in blocks at times. Beside what is kept for a
-        backward: what the row gives and its input's gradient of either way, and what a backward takes. Holes
-        in the heap were seen to cost a set of weights and two such values more.
-        """
-        weights = sum(tensor.nbytes for tensor in self.weights)
-        largest = max([given, *(work.gives for work in works)])
-        return 4.5 * weights + sum(work.kept for work in works) + 10.0 * largest
-
-    def run(self, call: Call, value: Any) -> Any:
-        """Run the layers; gives what the last one gave. Local."""
-        x, pays = value, self._may(value) and self.pays(value)
-        value = x.to_mkldnn() if pays else x
-        for what, layer in self.layers:
-            value = call(what, rectified if pays and isinstance(layer, nn.ReLU) else layer, value)
-        if not pays:
-            return value
-        if not value.requires_grad:
-            return value.to_dense()
-        return Ended.apply(self, value, x, *self.weights)  # type: ignore[no-untyped-call]
-
-    def values(
-        self, value: torch.Tensor, weights: Sequence[torch.Tensor], relu: Callable[[Any], Any] = torch.relu
-    ) -> Iterator[torch.Tensor]:
-        """Run the layers with `weights` in the place of their own; yields what each one gives. Local."""
-        left = iter(weights)
-        for _, layer in self.layers:
-            if isinstance(layer, nn.Conv2d):
-                own = next(left), None if layer.bias is None else next(left)
-                geometry: Any = layer.stride, layer.padding, layer.dilation, layer.groups
-                value = torch.conv2d(value, *own, *geometry)
-            else:
-                value = relu(value)
-            yield value
-
-    def pays(self, value: torch.Tensor) -> bool:
-        """Whether a row of such a value is faster than its layers, and gives the same bits. Local."""
-        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (value, *self.weights))
-        key = tuple(value.shape), graph, torch.get_num_threads()
-        if key not in self.tried:
-            if len(self.tried) == MOST_SHAPES:
-                return False
-            self.tried[key] = wins(self, value.shape, graph)
-        return self.tried[key]
-
-    def _may(self, value: Any) -> bool:
-        """Whether nobody sees a tensor inside, and all is as oneDNN's kernels want it. Local."""
-        if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.numel() < LEAST:
-            return False
-        if self._barred or any(has_hooks(layer) or altered(layer) for _, layer in self.layers):
+    def unseen(self, value: torch.Tensor) -> bool:
+        """Whether nobody sees a tensor inside when the row gets this one. Local."""
+        if self._barred or any(has_hooks(layer) or self._altered(layer) for _, layer in self.layers):
             return False  # before a weight is asked for, which may be computed then
         if not plain(value, self.weights[0]) or watched():
             return False
         if followed() or modules._has_any_global_hook() or torch._C._len_torch_dispatch_stack():  # type: ignore[no-untyped-call]
             return False
-        if torch.is_anomaly_enabled() or not all(map(torchs, functions())):
-            return False
-        return products.permitted() and all(
-            t.dtype == torch.float32 and t.device == products.CPU and type(t) in KINDS and laid_plainly(t)
-            for t in (value, *self.weights)
-        )
+        return not torch.is_anomaly_enabled() and all(map(torchs, type(self).functions()))
+
+    def _altered(self, layer: nn.Module) -> bool:
+        """Whether a layer has become another one than torch's. Local."""
+        ways = {"forward", "_conv_forward"} & vars(layer).keys()
+        return bool(ways or layer._compiled_call_impl) or not self.usual(layer)
 
 
-def rows_of(layers: Sequence[Named]) -> list[tuple[str, nn.Module | Row]]:
-    """Put rows in the places of the layers that they are made of. Pure.
-
-    >>> a, b = nn.Conv2d(1, 1, 1), nn.ReLU()
-    >>> [name for name, _ in rows_of([*zip("12345678", [b, a, b, a, b, b, a, b])])]
-    ['1', '2 to 4', '5', '6', '7', '8']
-    """
+def rows_of(layers: Sequence[Named], kinds: Sequence[type[Row]]) -> list[tuple[str, nn.Module | Row]]:
+    """Put rows in the places of the layers that they are made of. Pure."""
     found, at = list[tuple[str, nn.Module | Row]](), 0
     while at < len(layers):
-        end = ahead = at + 1
-        while convolves(layers[at][1]) and ahead < len(layers):
-            if type(layers[ahead][1]) is nn.ReLU and ahead == end:
-                ahead += 1
-            elif convolves(layers[ahead][1]):
-                end = ahead = ahead + 1
-            else:
-                break
-        own = layers[at:end]
-        found.append((f"{own[0][0]} to {own[-1][0]}", Row(own)) if len(own) > 1 else own[0])
-        at = end
+        length, kind = max(((kind.length(layers[at:]), kind) for kind in kinds), key=lambda one: one[0])
+        own = layers[at : at + max(1, length)]
+        found.append((f"{own[0][0]} to {own[-1][0]}", kind(own)) if len(own) > 1 else own[0])
+        at += len(own)
     return found
 
 
@@ -169,143 +115,13 @@ def run_all(pieces: Sequence[tuple[str, nn.Module | Row]], call: Call, value: An
     return value
 
 
-def functions() -> tuple[Any, ...]:
-    """Give the functions that the layers call, as they are now. Local."""
-    layers = nn.Module.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
-    return *layers, functional.relu, functional.conv2d, torch.relu, torch.conv2d
-
-
 def torchs(function: Any) -> bool:
     """Whether a function is torch's own, and not what someone has put into its place. Local.
 
-    >>> torchs(functional.relu), torchs(torch.relu), torchs(lambda x: x)
+    >>> torchs(torch.nn.functional.relu), torchs(torch.relu), torchs(lambda x: x)
     (True, True, False)
     """
     room = getattr(function, "__globals__", {"__name__": "torch"})["__name__"]  # none where it is C++
     if room == instead.__module__:  # ours, which watches calls
         return torchs(function.__wrapped__)
     return str(room).split(".")[0] == "torch"
-
-
-def altered(layer: nn.Module) -> bool:
-    """Whether a layer has become another one than torch's. Local."""
-    ways = {"forward", "_conv_forward"} & vars(layer).keys()
-    return bool(ways or layer._compiled_call_impl) or not (type(layer) is nn.ReLU or convolves(layer))
-
-
-def laid_plainly(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's strides are those of a fresh one, sides of length 1 included. Pure."""
-    expected = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
-        if stride != expected:
-            return False
-        expected *= max(size, 1)
-    return True
-
-
-def convolves(layer: nn.Module) -> bool:
-    """Whether a layer is torch's own convolution of pictures, and pads with zeros or nothing. Pure."""
-    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
-
-
-class Rectified(torch.autograd.Function):
-    """ReLU of a convolution's output in blocks, in its own memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer."""
-        ctx.set_materialize_grads(False)
-        ctx.mark_dirty(x)
-        memory_of(x).relu_()
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor | None) -> torch.Tensor | None:
-        """Give the gradient, in the memory of what came: nobody else has it."""
-        (y,) = ctx.saved_tensors
-        if g is None:
-            return None
-        blocks, of = memory_of(g), memory_of(y)
-        THRESHOLD.grad_input(blocks, of, 0, grad_input=blocks)
-        return g
-
-
-def rectified(x: torch.Tensor) -> torch.Tensor:
-    """ReLU, in place. Local."""
-    return Rectified.apply(x)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class Ended(torch.autograd.Function):
-    """What a row gave, as its layers give it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, row: Row, value: torch.Tensor, x: torch.Tensor, *weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Lay it anew; x is what the row got."""
-        ctx.row, ctx.inputs = row, (x, *weights)  # not saved: torch's layers bear a change of a bias
-        ctx.versions = [t._version for t in ctx.inputs]
-        return value.to_dense()
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give the gradient to the row; past it, by its layers, what oneDNN has no kernels for.
-
-        To be differentiated, several at once, or looked at for NaN.
-        """
-        again = torch.is_grad_enabled()
-        batched = torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g)
-        if not (again or batched or torch.is_anomaly_enabled()) and g.layout is torch.strided:
-            return None, g.to_mkldnn(), *[None] * len(ctx.inputs)
-        if ctx.versions != [t._version for t in ctx.inputs]:
-            raise RuntimeError(
-                "what a row of convolutions got, or a weight or bias of one, was changed in place before a "
-                "gradient of gradients, or several at once, went through them: change a copy"
-            )
-        with torch.enable_grad():
-            own = [t.view_as(t) for t in ctx.inputs]
-            *_, found = ctx.row.values(own[0], own[1:])
-            wanted = [t for t in own if t.requires_grad]
-            gradients = iter(torch.autograd.grad(found, wanted, g, create_graph=again))
-        return None, None, *(next(gradients) if t.requires_grad else None for t in own)
-
-
-def wins(row: Row, shape: Sequence[int], graph: bool) -> bool:
-    """Run a row both ways, forward and (`graph`) backward, with made-up numbers; no random stream moves.
-
-    Whether it is faster in blocks, takes no more memory, and all bits are the same. Local.
-    """
-    numbers = torch.Generator().manual_seed(0)
-
-    def made_up(shape: Sequence[int], scale: float) -> torch.Tensor:
-        return torch.empty(*shape).normal_(0.0, scale, generator=numbers).requires_grad_(graph)
-
-    def passes(in_blocks: bool) -> list[torch.Tensor]:
-        begins, relu = (x.to_mkldnn(), rectified) if in_blocks else (x, torch.relu)
-        for value in row.values(begins, weights, relu):
-            if in_blocks and memory_of(value).nbytes > PADDED * value.numel() * value.element_size():
-                raise NotImplementedError
-        found = value.to_dense() if in_blocks else value
-        return [found, *torch.autograd.grad(found, [x, *weights], found)] if graph else [found]
-
-    with torch._C.DisableTorchFunction(), torch.set_grad_enabled(graph):
-        # numbers stay in one scale from layer to layer
-        weights = [made_up(w.shape, math.sqrt(2.0 / max(1, w[0].numel()))) for w in row.weights]
-        x = made_up(shape, 1.0)
-        try:
-            began = time.perf_counter()
-            alike = all(map(same_bits, passes(True), passes(False)))
-            if not alike:
-                return False
-            rounds = min(ROUNDS, 1 + int(LONG_SECONDS / (time.perf_counter() - began)))
-            in_blocks, one_by_one = seconds_of([lambda: passes(True), lambda: passes(False)], rounds)
-        except RuntimeError:  # no kernel for them, or no memory
-            return False
-    return in_blocks < EVEN * one_by_one
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of 32 bits are laid alike and have the same. Pure."""
-    one, other = (t.detach().view(torch.int32) for t in (a, b))
-    return one.stride() == other.stride() and torch.equal(one, other)

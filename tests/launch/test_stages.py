@@ -24,7 +24,7 @@ def test_six_ranks_in_both_ways(launcher, small, stages):
 def test_convolutions_in_a_row_on_a_processor_with_shorter_vectors(launcher):
     """The same bits by oneDNN's kernels for AVX2, whose blocks are others."""
     asked = "bits_of_its_layers or none_pass or gradients_of_gradients"
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", asked, TESTS / "test_rows.py"]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", asked, TESTS / "test_blocks.py"]
     limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     ended = launcher.run(sys.executable, *words, **limits)
     assert ended.status == 0, ended.text

@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpctrain import gradient, piece
 from hpctrain.gradient import StraightIntoPlace
 from hpctrain.log import LOGGER
+from hpctrain.pipeline import blocks
 from hpctrain.pipeline import layers as layers_room
-from hpctrain.pipeline import rows
+from hpctrain.pipeline.blocks import Blocks
 from hpctrain.pipeline.choice import Need
 from hpctrain.pipeline.fit import HOLES
 from hpctrain.pipeline.part import following
 from hpctrain.pipeline.profile import MadeUpPlaces, Work
-from hpctrain.pipeline.rows import Row
+from hpctrain.pipeline.rows import rows_of
 from hpctrain.report.run_folder import RunFolder
 from hpctrain.report.run_folder import rows as rows_of_file
 from hpctrain.report.timeline import Timeline
@@ -62,8 +63,8 @@ LAID_OTHERWISE += [conv(into=64, out=32, stride=2)]
 @pytest.fixture
 def gains(monkeypatch):
     """Lets every row gain, by the clock."""
-    monkeypatch.setattr(rows, "LEAST", 1)
-    monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
+    monkeypatch.setattr(blocks, "LEAST", 1)
+    monkeypatch.setattr(blocks, "seconds_of", lambda ways, rounds: [1.0, 2.0])
 
 
 def row_of(layers):
@@ -72,8 +73,8 @@ def row_of(layers):
     with torch.no_grad():
         for p in made.parameters():
             p.copy_(torch.randn_like(p) / p[0].numel() ** 0.5)
-    (only,) = rows.rows_of([(str(at), layer) for at, layer in enumerate(made)])
-    assert isinstance(only[1], Row)
+    (only,) = rows_of([(str(at), layer) for at, layer in enumerate(made)], [Blocks])
+    assert isinstance(only[1], Blocks)
     return only[1], made
 
 
@@ -152,16 +153,16 @@ def test_blocks_that_backward_lays_otherwise_are_not_taken(gains):
 def test_a_trial_weighs_time_bits_and_memory(monkeypatch):
     row, _ = row_of(KINDS["usual"])
     for seconds, won in (([1.0, 1.0], True), ([1.0, 2.0], True), ([1.1, 1.0], False)):
-        monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: seconds)  # noqa: B023
-        assert rows.wins(row, SHAPE, True) is won
-        assert rows.wins(row, SHAPE, False) is won
-    monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
+        monkeypatch.setattr(blocks, "seconds_of", lambda ways, rounds: seconds)  # noqa: B023
+        assert blocks.wins(row, SHAPE, True) is won
+        assert blocks.wins(row, SHAPE, False) is won
+    monkeypatch.setattr(blocks, "seconds_of", lambda ways, rounds: [1.0, 2.0])
     odd, _ = row_of(KINDS["odd"])
-    assert not rows.wins(odd, SHAPE, True)  # 5 channels fill blocks of 8 or 16
-    monkeypatch.setattr(rows, "PADDED", 100.0)
-    assert isinstance(rows.wins(odd, SHAPE, True), bool)
-    monkeypatch.setattr(rows, "same_bits", lambda a, b: False)
-    assert not rows.wins(row, SHAPE, True)
+    assert not blocks.wins(odd, SHAPE, True)  # 5 channels fill blocks of 8 or 16
+    monkeypatch.setattr(blocks, "PADDED", 100.0)
+    assert isinstance(blocks.wins(odd, SHAPE, True), bool)
+    monkeypatch.setattr(blocks, "same_bits", lambda a, b: False)
+    assert not blocks.wins(row, SHAPE, True)
 
 
 def test_a_trial_moves_nothing(gains):
@@ -186,8 +187,8 @@ def test_a_trial_takes_no_more_memory_than_is_counted(width, shape, length):
 
     In a process of its own: what other tests left in the heap would be taken again, unseen.
     """
-    program = "import mpi4py; mpi4py.rc.initialize = False; import test_rows; "
-    program += f"test_rows.takes_no_more({width}, {shape}, {length})"
+    program = "import mpi4py; mpi4py.rc.initialize = False; import test_blocks; "
+    program += f"test_blocks.takes_no_more({width}, {shape}, {length})"
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -198,16 +199,16 @@ def test_a_trial_takes_no_more_memory_than_is_counted(width, shape, length):
 
 
 def takes_no_more(width, shape, length):
-    rows.LEAST, rows.seconds_of = 1, lambda ways, rounds: [1.0, 2.0]  # as `gains` has them
+    blocks.LEAST, blocks.seconds_of = 1, lambda ways, rounds: [1.0, 2.0]  # as `gains` has them
     row, module = row_of(length * [conv(into=width, out=width), nn.ReLU()] + [conv(into=width, out=width)])
     size = picture(shape).nbytes
     works = len(module) * [Work(0.0, 0.0, 0.0, size, gives=size)]
-    rows.wins(row_of(KINDS["usual"])[0], SHAPE, True)  # what libraries take for themselves
+    blocks.wins(row_of(KINDS["usual"])[0], SHAPE, True)  # what libraries take for themselves
     gc.collect()
     give_back()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    assert rows.wins(row, shape, True)
+    assert blocks.wins(row, shape, True)
     taken = resident("VmHWM") - before
     assert taken < HOLES * row.bytes_of_trial(size, works) < 4 * taken
 
@@ -222,7 +223,7 @@ def test_few_shapes_are_tried(gains, monkeypatch):
     row, module = row_of(KINDS["usual"])
     for size in range(6, 20):
         compared(row, module, picture((2, 16, size, 6)))
-    assert len(row.tried) == rows.MOST_SHAPES
+    assert len(row.tried) == blocks.MOST_SHAPES
 
 
 def test_a_convolution_that_fails_inside_a_row_fails_as_alone(gains):
@@ -351,7 +352,7 @@ def test_other_inputs_than_pictures(given, gains):
 
 
 def test_small_inputs_are_no_row(gains, monkeypatch):
-    monkeypatch.setattr(rows, "LEAST", picture().numel() + 1)
+    monkeypatch.setattr(blocks, "LEAST", picture().numel() + 1)
     row, module = row_of(KINDS["usual"])
     compared(row, module, picture())
     assert not row.tried
@@ -384,7 +385,7 @@ def test_which_layers_are_rows():
         pass
 
     def names(*layers):
-        return [name for name, _ in rows.rows_of([(str(at), layer) for at, layer in enumerate(layers)])]
+        return [name for name, _ in rows_of([(str(at), layer) for at, layer in enumerate(layers)], [Blocks])]
 
     assert names(conv(), nn.ReLU(), conv()) == ["0 to 2"]
     assert names(conv(), Own(16, 16, 3)) == ["0", "1"]
@@ -530,16 +531,16 @@ def build(world, files):
 @pytest.fixture
 def used(monkeypatch):
     """Lets every row gain; lists the shapes that are computed in blocks, and whether there is a graph."""
-    found, real = [], rows.wins
+    found, real = [], blocks.wins
 
     def counted(row, shape, graph):
         won = real(row, shape, graph)
         found.extend([(tuple(shape), graph)] * won)
         return won
 
-    monkeypatch.setattr(rows, "wins", counted)
-    monkeypatch.setattr(rows, "LEAST", 1)
-    monkeypatch.setattr(rows, "seconds_of", lambda ways, rounds: [1.0, 2.0])
+    monkeypatch.setattr(blocks, "wins", counted)
+    monkeypatch.setattr(blocks, "LEAST", 1)
+    monkeypatch.setattr(blocks, "seconds_of", lambda ways, rounds: [1.0, 2.0])
     monkeypatch.setattr(gradient, "SMALLEST_FILTER", 1)
     return found
 
@@ -551,7 +552,7 @@ CUTS = {2: ["6"], 3: ["6", "12"], 4: ["6", "10", "14"]}
 @pytest.mark.parametrize("recompute", ["never", "always"])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
 @pytest.mark.parametrize("dear", [False, True])
-def test_rows_in_stages_have_the_bits_of_one_process(world, build, used, schedule, recompute, dear):
+def test_blocks_in_stages_have_the_bits_of_one_process(world, build, used, schedule, recompute, dear):
     if world.size not in layouts(world.size):
         pytest.skip("as many stages as ranks, two at least")
     settings = {"micro_batches": 5, "schedule": schedule, "recompute": recompute}
@@ -585,7 +586,7 @@ def test_replicas_and_evaluation_in_rows(world, build, used):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("short", ["nothing", "copies", "warned", "exact"])
-def test_rows_are_left_out_where_memory_is_short(world, build, used, monkeypatch, short):
+def test_blocks_are_left_out_where_memory_is_short(world, build, used, monkeypatch, short):
     """A row's copy of what it gets is counted where it is taken."""
     if world.size != 2:
         pytest.skip("two stages")
@@ -622,12 +623,12 @@ def test_a_layer_of_a_row_that_fails_is_named(world, build, used, monkeypatch):
     job = build("pictured_row", 2, cuts=CUTS[2], micro_batches=5, schedule="1f1b")
     run(job, 2)
     assert used
-    real = rows.rectified
+    real = blocks.rectified
 
     def failing(x):
         raise ValueError("no more")
 
-    monkeypatch.setattr(rows, "rectified", failing if world.rank == 1 else real)
+    monkeypatch.setattr(blocks, "rectified", failing if world.rank == 1 else real)
     with pytest.raises(Exception, match="no more") as raised:
         job.engine.step(2, job.loader.read(0))
     assert "layer 7 (ReLU), given float32 (2, 16, 6, 6)" in str(raised.value)
@@ -640,7 +641,7 @@ def test_a_watched_step_tells_of_rows(world, build, used, monkeypatch, shared_tm
     if world.size != 2:
         pytest.skip("two stages")
     if not wins:
-        monkeypatch.setattr(rows, "wins", lambda *_: False)
+        monkeypatch.setattr(blocks, "wins", lambda *_: False)
     job = build("pictured_row", 2, cuts=CUTS[2], micro_batches=4)
     run_folder = RunFolder(shared_tmp, writes=world.rank == 0)
     watching, position = Timeline(job, run_folder), 0
