@@ -121,13 +121,7 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.owner, ctx.parameter, ctx.has_bias = owner, weight, bias is not None
         ctx.by_onednn, ctx.as_torch = owner.by_onednn, as_torch
-        if as_torch:
-            found = LINEAR(x, weight, bias)
-        elif owner.by_onednn:
-            found = products.linear(x, weight, bias, owner.laid.get(weight, True))
-        else:
-            turned = products.turned(x, weight, bias)
-            found = LINEAR(x, weight, bias) if turned is None else turned
+        found = LINEAR(x, weight, bias) if as_torch else output(x, weight, bias, owner)
         # of other than two dimensions it may be a view, which a layer behind could not change in place
         return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
 
@@ -139,10 +133,7 @@ class Linear(torch.autograd.Function):
         g = gradient if gradient.ndim == 2 else gradient.reshape(-1, gradient.size(-1))
         to_x = to_weight = to_bias = None
         if of_x:
-            if ctx.by_onednn and owner.filling:
-                to_x = products.to_input(gradient, weight, owner.laid.get(parameter, False))
-            else:
-                to_x = torch.matmul(gradient, weight)
+            to_x = to_input(gradient, weight, parameter, owner if ctx.by_onednn else None)
         if of_weight:
             rows = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
             work = FreshProduct(g, rows) if ctx.as_torch else Product(g, rows)
@@ -153,6 +144,23 @@ class Linear(torch.autograd.Function):
             flat = not ctx.as_torch or (x.is_contiguous() and x.ndim < 4)
             to_bias = g.sum(dim=0) if flat else gradient.sum(dim=tuple(range(gradient.ndim - 1)))
         return to_x, to_weight, to_bias, None, None
+
+
+def output(x: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, owner: Owner) -> torch.Tensor:
+    """Give x·Wᵀ + b, without a graph. Local."""
+    if owner.by_onednn:
+        return products.linear(x, weight, bias, owner.laid.get(weight, True))
+    turned = products.turned(x, weight, bias)
+    return LINEAR(x, weight, bias) if turned is None else turned
+
+
+def to_input(
+    g: torch.Tensor, weight: torch.Tensor, parameter: nn.Parameter, by_onednn_of: Owner | None
+) -> torch.Tensor:
+    """Give g·W; `by_onednn_of`: where oneDNN may, the owner, who has weights laid for it. Local."""
+    if by_onednn_of is not None and by_onednn_of.filling:
+        return products.to_input(g, weight, by_onednn_of.laid.get(parameter, False))
+    return torch.matmul(g, weight)
 
 
 class Convolution(torch.autograd.Function):

@@ -20,7 +20,7 @@ takes autograd's own way: hooks on the weight, gradients of gradients, `torch.au
 the user's code, autocast, functorch, modes of the user's, small weights.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -83,6 +83,33 @@ class Places(Order, Protocol):
         """
 
 
+_owners: "list[StraightIntoPlace]" = []
+
+
+class Taking(Replaced):
+    """Entered, takes the calls of layers for one who is called `taking` meanwhile."""
+
+    def __init__(self, owner: "StraightIntoPlace", functions: Mapping[str, Callable[..., Any]]) -> None:
+        """Take the owner, and who is to stand in `torch.nn.functional`, by name."""
+        super().__init__(functions)
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        """Put them there."""
+        super().__enter__()
+        _owners.append(self._owner)
+
+    def __exit__(self, *_: Any) -> None:
+        """Put back what stood there."""
+        _owners.pop()
+        super().__exit__()
+
+
+def taking() -> "StraightIntoPlace | None":
+    """Give who takes the calls of the forward that runs, if there is one. Local."""
+    return _owners[-1] if _owners else None
+
+
 class StraightIntoPlace(WaitingGradients):
     """`forward` is entered for the forward, `accumulating` for the backward that fills the places."""
 
@@ -109,7 +136,7 @@ class StraightIntoPlace(WaitingGradients):
         self._modes = 0
         """Modes that are on when a forward begins."""
         takers: list[Callable[..., Any]] = [self._linear, self._embedding, *3 * [self._convolution]]
-        self._taking = Replaced(dict(zip(CALLED, takers, strict=True)))
+        self._taking = Taking(self, dict(zip(CALLED, takers, strict=True)))
 
     def forward(self, micro_batch: int = -1) -> AbstractContextManager[None]:
         """Give what watches the calls of a forward; it costs nothing where no layer could gain. Local.
@@ -207,6 +234,27 @@ class StraightIntoPlace(WaitingGradients):
         if x.ndim == 1 or (x.ndim == 2 and not x.is_contiguous()):  # torch has ways of its own
             return False
         return x.numel() > self._few_rows(weight) * x.size(-1)
+
+    def takes_row(self, x: torch.Tensor, parameters: Sequence[tuple[Any, Any]]) -> bool:
+        """Whether linear layers of these weights and biases, one behind the other, are taken as one. Local.
+
+        Where products have so few rows that what is around them counts; `plain` has been asked of the first.
+        """
+        rows, dtype = len(x) if x.ndim == 2 and x.is_cpu and x.is_contiguous() else 0, x.dtype
+        if not rows or not torch.is_grad_enabled():
+            return False
+        for weight, bias in parameters:
+            if id(weight) not in self.weights or not weight.requires_grad or rows > rows_together(weight):
+                return False
+            if weight.dtype is not dtype or not weight.is_contiguous() or type(weight) not in KINDS:
+                return False
+            if not self.by_onednn and weight.numel() < LARGE and rows > self._few_rows(weight):
+                return False  # light
+            if bias is not None and (
+                type(bias) not in KINDS or bias.dtype is not dtype or not bias.is_contiguous()
+            ):
+                return False
+        return x.size(1) == int(parameters[0][0].size(1))
 
     def _few_rows(self, weight: torch.Tensor) -> float:
         """Rows up to which products gain by waiting for other micro-batches'. Local."""

@@ -150,6 +150,14 @@ def pictured_row(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(*row, nn.Flatten(1), nn.Linear(16 * 6 * 6, out_features))
 
 
+def dense_row(in_features: int, out_features: int) -> nn.Sequential:
+    """Wide linear layers, with activations between."""
+    row: list[nn.Module] = [nn.Linear(in_features, 512)]
+    for activation in (nn.ReLU(), nn.GELU(), nn.Tanh(), nn.SiLU(), nn.Sigmoid(), nn.ReLU(inplace=True)):
+        row += [nn.Linear(512, 512), activation]
+    return nn.Sequential(*row, nn.Linear(512, 512, bias=False), nn.Linear(512, out_features))
+
+
 class Pair(nn.Module):
     """One layer of what it holds."""
 

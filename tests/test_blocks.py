@@ -1,7 +1,6 @@
 """Convolutions in a row: the bits of the layers one by one, or the layers one by one."""
 
 import copy
-import functools
 import gc
 import os
 import platform
@@ -14,8 +13,7 @@ import torch
 from jobs import alone_like, build_alone, has_bits_of_one_process, jobs, layouts, run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from watchers import MODES, passing, replaced
 
 from hpctrain import gradient, piece
 from hpctrain.gradient import StraightIntoPlace
@@ -25,7 +23,6 @@ from hpctrain.pipeline import layers as layers_room
 from hpctrain.pipeline.blocks import Blocks
 from hpctrain.pipeline.choice import Need
 from hpctrain.pipeline.fit import HOLES
-from hpctrain.pipeline.part import following
 from hpctrain.pipeline.profile import MadeUpPlaces, Work
 from hpctrain.pipeline.rows import rows_of
 from hpctrain.report.run_folder import RunFolder
@@ -254,31 +251,6 @@ def test_what_no_row_can_take_fails_as_its_layer_does(gains):
         row.run(lambda what, layer, value: value.shape, {"a": x})
 
 
-class Seeing(TorchFunctionMode):
-    def __torch_function__(self, function, types, arguments=(), named=None):
-        return function(*arguments, **(named or {}))
-
-
-class Dispatching(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        return function(*arguments, **(named or {}))
-
-
-def passing(function):
-    @functools.wraps(function)
-    def passed(*arguments, **named):
-        return function(*arguments, **named)
-
-    return passed
-
-
-def replaced(owner, name, value):
-    """Put something into its place; gives what puts back what stood there."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    return lambda: setattr(owner, name, before)
-
-
 def reset_precision():
     torch.set_float32_matmul_precision("highest")
 
@@ -297,16 +269,6 @@ WATCHED = {
     "compiled": lambda m: m[1].compile(backend="eager") and None,
     "padding": lambda m: setattr(m[2], "padding_mode", "circular"),
     "channels last": lambda m: m.to(memory_format=torch.channels_last) and None,
-}
-MODES = {
-    "saved": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "function": Seeing,
-    "dispatch": Dispatching,
-    "followed": lambda: following([]),
-    "anomaly": torch.autograd.detect_anomaly,
-    "forward mode": lambda: torch.autograd.forward_ad.dual_level(),
-    "no oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
 }
 
 
@@ -657,5 +619,5 @@ def test_a_watched_step_tells_of_rows(world, build, used, monkeypatch, shared_tm
     (row,) = [row for row in rows_of_file(run_folder.path / "metrics.jsonl") if row["event"] == "pipeline"]
     names = [["layer 2 (Conv2d) to layer 4 (Conv2d)"], ["layer 6 (Conv2d) to layer 16 (Conv2d)"]]
     assert [told["rows"] for told in row["stages"]] == (names if wins else [[], []])
-    told = f"convolutions in a row, in oneDNN's own layout: stage 0 {names[0][0]}; stage 1 {names[1][0]}"
+    told = f"layers that run as one: stage 0 {names[0][0]}; stage 1 {names[1][0]}"
     assert (told in caplog.messages) is wins

@@ -24,7 +24,7 @@ from torch.nn import functional
 from hpctrain import products
 from hpctrain.gradient import KINDS
 from hpctrain.pipeline.profile import Work
-from hpctrain.pipeline.rows import Call, Named, Row
+from hpctrain.pipeline.rows import Call, Named, Row, batched, by_layers
 from hpctrain.products import memory_of, seconds_of
 
 ROUNDS, LONG_SECONDS = 5, 1.0
@@ -214,21 +214,16 @@ class Ended(torch.autograd.Function):
 
         To be differentiated, several at once, or looked at for NaN.
         """
-        again = torch.is_grad_enabled()
-        batched = torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g)
-        if not (again or batched or torch.is_anomaly_enabled()) and g.layout is torch.strided:
+        seen = torch.is_grad_enabled() or batched(g) or torch.is_anomaly_enabled()
+        if not seen and g.layout is torch.strided:
             return None, g.to_mkldnn(), *[None] * len(ctx.inputs)
-        if ctx.versions != [t._version for t in ctx.inputs]:
-            raise RuntimeError(
-                "what a row of convolutions got, or a weight or bias of one, was changed in place before a "
-                "gradient of gradients, or several at once, went through them: change a copy"
-            )
-        with torch.enable_grad():
-            own = [t.view_as(t) for t in ctx.inputs]
+        unchanged = ctx.versions == [t._version for t in ctx.inputs]
+
+        def run(own: list[torch.Tensor]) -> torch.Tensor:
             *_, found = ctx.row.values(own[0], own[1:])
-            wanted = [t for t in own if t.requires_grad]
-            gradients = iter(torch.autograd.grad(found, wanted, g, create_graph=again))
-        return None, None, *(next(gradients) if t.requires_grad else None for t in own)
+            return found  # type: ignore[no-any-return]
+
+        return None, None, *by_layers(run, ctx.inputs, unchanged, g)
 
 
 def wins(row: Blocks, shape: Sequence[int], graph: bool) -> bool:

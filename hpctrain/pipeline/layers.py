@@ -18,6 +18,7 @@ from hpctrain.hidden import has_hooks, hidden, registered
 from hpctrain.pipeline.aside import Asides, untouched
 from hpctrain.pipeline.blocks import Blocks
 from hpctrain.pipeline.choice import Scales
+from hpctrain.pipeline.dense import Dense
 from hpctrain.pipeline.fit import HOLES
 from hpctrain.pipeline.message import SHARES, copied
 from hpctrain.pipeline.part import Env, Part, begins, gave
@@ -91,7 +92,7 @@ def _flat(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}{name}", child
 
 
-ROWS = (Blocks,)
+ROWS = (Blocks, Dense)
 """Kinds of rows."""
 
 FORWARDS = 3

@@ -90,7 +90,7 @@ class Cut(Protocol):
         """Names of the modules that a stage runs, in order."""
 
     def rows(self, stage: int) -> list[str]:
-        """Name the convolutions of a stage that are computed as rows (`blocks.py`)."""
+        """Name the layers of a stage that run as one (`rows.py`)."""
 
     def part(self, stage: int, samples: int, training: bool, like: Like | None = None) -> Part:
         """What a stage does with so many samples, like those; None: like those that it was cut by."""

@@ -115,6 +115,33 @@ def run_all(pieces: Sequence[tuple[str, nn.Module | Row]], call: Call, value: An
     return value
 
 
+def by_layers(
+    run: Callable[[list[Any]], torch.Tensor], inputs: Sequence[Any], unchanged: bool, g: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Give the gradients of what went into a row past it: to be differentiated, or several at once. Local.
+
+    `run` gives what the layers give for such inputs. Raises RuntimeError where these are not `unchanged`.
+    """
+    if not unchanged:
+        raise RuntimeError(
+            "what a row of layers got, or a weight or bias of one, was changed in place before a "
+            "gradient of gradients, or several at once, went through them: change a copy"
+        )
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [t if t is None else t.view_as(t) for t in inputs]
+        found = run(own)
+        wanted = [t for t in own if t is not None and t.requires_grad]
+        gradients = iter(torch.autograd.grad(found, wanted, g, create_graph=again))
+    return [None if t is None or not t.requires_grad else next(gradients) for t in own]
+
+
+def batched(g: torch.Tensor) -> bool:
+    """Whether a gradient stands for several at once. Local."""
+    inside = torch._C._functorch
+    return inside.is_legacy_batchedtensor(g) or inside.is_batchedtensor(g)
+
+
 def torchs(function: Any) -> bool:
     """Whether a function is torch's own, and not what someone has put into its place. Local.
 

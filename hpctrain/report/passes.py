@@ -216,7 +216,7 @@ def table(
         )
     rows = [f"stage {at} {', '.join(told.rows[v])}" for at, v, told in in_order(ranks) if told.rows[v]]
     if rows:
-        lines.append(f"convolutions in a row, in oneDNN's own layout: {'; '.join(rows)}")
+        lines.append(f"layers that run as one: {'; '.join(rows)}")
     lines.append(
         f"the passes of step {step} took {1e3 * measured.seconds:.1f} ms, idle {measured.bubble:.0%}; "
         f"{job.schedule} simulated with these passes and free messages "
