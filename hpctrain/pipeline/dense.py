@@ -171,12 +171,8 @@ class Calls(torch.autograd.Function):
         row, owner, count = ctx.row, ctx.owner, len(ctx.row.steps)
         x, saved = ctx.saved_tensors[0], ctx.saved_tensors
         weights, kept, biases = saved[1 : count + 1], (x, *saved[count + 1 :]), ctx.parameters[count:]
-        if (
-            torch.is_grad_enabled()
-            or type(g) is not torch.Tensor
-            or g.layout is not torch.strided
-            or batched(g)
-        ):
+        usual = type(g) is torch.Tensor and g.layout is torch.strided and not batched(g)
+        if torch.is_grad_enabled() or not usual:
             versions = [bias._version for bias in biases if bias is not None]
             inputs = [x, *weights, *biases]
             run = lambda own: row.values(own[0], own[1 : count + 1], own[count + 1 :])  # noqa: E731
