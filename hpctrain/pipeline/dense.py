@@ -3,10 +3,10 @@
       layer by layer   x → linear → relu → linear → …     a call of a module, one of autograd's functions
       as a row         x → (W·xᵀ)ᵀ + b, max 0, …          the same kernels, called one behind the other
 
-Of few rows, as a micro-batch has, a product with a large weight takes half a millisecond, and leaves nothing
-of the interpreter's in the caches: what is around the kernels of a layer took a quarter of that again, and
-takes half as long in a row (measured, 32 rows of 1024 × 1024). The same kernels get the same tensors, so the
-bits are those of the layers one by one. What weights get is handed over when the input's gradient is there.
+Of few rows, as a micro-batch has, a product with a large weight leaves nothing of the interpreter's in the
+caches: what is around a layer's three took 0.28 ms of 2.4, and 0.19 in a row (32 rows of 1024 × 1024,
+measured beside the kernels alone). The same kernels get the same tensors, so the bits are those of the
+layers one by one. What weights get is handed over when the input's gradient is there.
 """
 
 from collections.abc import Callable, Sequence
