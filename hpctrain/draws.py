@@ -162,12 +162,19 @@ class Draws(TorchFunctionMode):
 
 
 def drew_unseen(drawing: Draws) -> bool:
-    """Whether more was drawn than was counted: the generator does not stand at the next draw. Local."""
+    """Whether more was drawn than was counted: the generator does not stand at the next draw. Local.
+
+    Nor where it stood before: a forward may put it back (`torch.random.fork_rng`).
+    """
     state = torch.default_generator.get_state()
-    stand(drawing.stream, drawing.count)
-    moved = not torch.equal(torch.default_generator.get_state(), state)
-    torch.default_generator.set_state(state)
-    return moved
+    try:
+        for number in range(drawing.count, drawing.start - 1, -1):
+            stand(drawing.stream, number)
+            if torch.equal(torch.default_generator.get_state(), state):
+                return False
+        return True
+    finally:
+        torch.default_generator.set_state(state)
 
 
 class DrewError(Exception):

@@ -1293,6 +1293,7 @@ def test_fast_and_invariant_exclude_each_other(world, build):
 
 
 NO_MODELS = (
+    "OwnSeed",
     "Odd",
     "Annealing",
     "EveryFourth",
@@ -1322,7 +1323,9 @@ ODD = [
 
 @pytest.mark.mpi
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("model", [*(name for name in ODD if name not in NO_MODELS), "normed_row"])
+@pytest.mark.parametrize(
+    "model", [*(name for name in ODD if name not in NO_MODELS), "normed_row", "forked_row"]
+)
 def test_odd_models_have_the_bits_of_one_process(world, build, waits, model):
     """Draws where no mode sees them, regions that are run again, tables that are changed."""
     if world.size != 2:
