@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import alone_like, build_alone, has_bits_of_one_process, jobs, layouts, run
+from jobs import alone_like, build_alone, has_bits_of_one_process, layouts, run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from watchers import MODES, passing, replaced
@@ -482,12 +482,6 @@ def test_memory_that_waits_is_counted_in_blocks(gains, monkeypatch):
 
 
 # -- in stages -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def build(world, files):
-    with jobs(world, files) as job_of:
-        yield job_of
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from jobs import alone_like, build_alone, evaluate_alike, has_bits_of_one_process, jobs, layouts, run
+from jobs import alone_like, build_alone, evaluate_alike, has_bits_of_one_process, layouts, run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from watchers import MODES, passing, replaced
@@ -356,12 +356,6 @@ def test_an_error_inside_a_row_says_where(ran, monkeypatch):
 # -- in stages -------------------------------------------------------------------------------------
 
 CUTS = {2: ["7"], 3: ["5", "9"], 4: ["3", "7", "11"]}
-
-
-@pytest.fixture
-def build(world, files):
-    with jobs(world, files) as job_of:
-        yield job_of
 
 
 def ran_in_each(world, job):

@@ -1,6 +1,5 @@
 """Stages against one process: every model that pipelines tend to get wrong, bit for bit where sums keep their order."""
 
-import contextlib
 import pickle
 import random as python
 import re
@@ -44,7 +43,6 @@ from hpctrain.config import ClassPath, Optimizer
 from hpctrain.data import order
 from hpctrain.errors import ConfigError, DivergedError, HpctrainError
 from hpctrain.log import LOGGER
-from hpctrain.modes import settings_kept
 from hpctrain.piece import tensors_of
 from hpctrain.pipeline import channel, profile, split, weigh
 from hpctrain.pipeline.graph import Graph
@@ -1378,86 +1376,6 @@ def test_another_dtype_than_was_written_down_is_told(world, build, caplog, autoc
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("way", ["always", "elsewhere", "hooks"])
-def test_a_train_of_the_models_that_changes_its_forward_each_time_is_refused(world, build, monkeypatch, way):
-    """It would be another forward each time, or in one mode."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    monkeypatch.setattr(odd_models.Progressive, "way", way)
-    does = "sets hooks, or a forward" if way == "hooks" else "changes what its forward computes each"
-    with pytest.raises(ConfigError, match=rf"a train\(\) of the model {does}"):
-        build("Progressive", 2, module="odd_models", micro_batches=3)
-    assert odd_models.SCALE == [1.0]
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("late", [12, 100])
-@pytest.mark.parametrize("way", ["never", "later", "freezes", "asks"])
-def test_a_train_of_the_models_may_not_change_its_forward_later(world, build, monkeypatch, caplog, way, late):
-    """From the thirteenth call on, or never in this run, which is looked at where it changes what is read."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    monkeypatch.setattr(odd_models.Progressive, "way", way)
-    monkeypatch.setattr(odd_models.Progressive, "late", late)
-    job = build("Progressive", 2, module="odd_models", micro_batches=3)
-    with caplog.at_level("INFO", LOGGER.name):
-        has_bits_of_one_process(world, job, "Progressive")
-        job.engine.evaluate(job.split_batches("train"), job.task.measure)
-        with contextlib.ExitStack() as stack:
-            if late == 12 and way != "never":
-                changed = {"later": "drop.p", "freezes": "drop.training", "asks": "calls"}[way]
-                what = (
-                    rf"train\(True\) of the model has changed {changed}, by which its forward computes some"
-                )
-                stack.enter_context(pytest.raises(ConfigError, match=what))
-            run(job, 12)
-    told = [
-        m
-        for m in caplog.messages
-        if "train(True) of the model changes calls, which its forward reads: whether" in m
-    ]
-    assert len(told) == (way == "asks")
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("model", ["thawing_row", "Annealed"])
-@pytest.mark.parametrize("cuts", [[], ["last"]])
-def test_a_train_of_the_users_is_called_as_often_as_in_one_process(world, build, model, cuts):
-    """It counts, and freezes or thaws by that, or moves a buffer: by rows, operators and calls."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    if cuts and model == "thawing_row":
-        cuts = ["2"]
-    job = build(model, 2, micro_batches=4, cuts=cuts)
-    has_bits_of_one_process(world, job, model)
-
-
-@pytest.mark.mpi
-def test_a_train_of_the_users_counts_evaluations_as_in_one_process(world, build):
-    """One change of mode an evaluation, of however many batches."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    job = build("tiring_row", 2, micro_batches=4)
-    alone = build_alone(job)
-    for one in (job, alone):
-        one.engine.evaluate(one.split_batches("train"), one.task.measure)
-    assert run(job, 2) == run(alone, 2)
-    evaluate_alike(job, alone)
-    assert run(job, 1) == run(alone, 1)
-    alone.close()
-    alone.topology.close()
-
-
-@pytest.mark.mpi
-def test_a_train_that_sets_a_buffer_anew_is_refused_by_operators(world, build):
-    if world.size != 2:
-        pytest.skip("two stages")
-    job = build("Annealed", 2, micro_batches=4, arguments={"replaces": True})
-    with pytest.raises(ConfigError, match=r"train\(True\) of the model sets cools.heat anew"):
-        job.engine.step(0, job.loader.read(0))
-
-
-@pytest.mark.mpi
 def test_a_row_with_a_forward_of_its_own_is_no_row(world, build):
     if world.size != 2:
         pytest.skip("two stages")
@@ -1479,74 +1397,6 @@ def test_a_forward_that_freezes_while_a_backward_is_on_its_way_is_refused(world,
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("gradients", r"whether gradients are on \(torch.set_grad_enabled\) set to False \(it was True\)"),
-        ("dtype", r"torch's default dtype set to torch.float64 \(it was torch.float32\)"),
-        ("autocast", r"whether autocast is on \(of cpu\) set to True \(it was False\)"),
-    ],
-)
-def test_what_a_layer_sets_for_all_that_follows_is_refused_over_a_cut(world, build, what, said):
-    if world.size != 2:
-        pytest.skip("two stages")
-    arguments = {"what": what}
-    with settings_kept():
-        job = build("setting_row", 2, micro_batches=4, cuts=["3"], arguments=arguments)
-        with pytest.raises(ConfigError, match=f"the forward of stage 0 leaves {said}, which layers of other"):
-            run(job, 1)
-    job = build("setting_row", 2, micro_batches=4, cuts=["5"], arguments=arguments)
-    has_bits_of_one_process(world, job, "setting_row")
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("cut", ["2", "3", "4"])
-def test_gradients_of_what_another_stage_has_a_part_of_are_refused(world, build, cut):
-    """As forces of an energy: in stages what goes through the other one would be missing."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    job = build("forces_row", 2, micro_batches=4, cuts=[cut])
-    for ask in (
-        lambda: run(job, 1),
-        lambda: job.engine.evaluate(job.split_batches("train"), job.task.measure),
-    ):
-        with pytest.raises(
-            ConfigError, match="a layer of stage 1 takes a gradient .* by what hangs on other"
-        ):
-            ask()
-
-
-@pytest.mark.mpi
-def test_gradients_of_what_another_stage_gave_may_be_taken(world, build):
-    """Where one stage has all that is derived, in evaluation, too."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    for cut, alone in (("1", False), ("3", True)):
-        arguments = {"alone": alone}
-        job = build("forces_row", 2, micro_batches=4, cuts=[cut], arguments=arguments)
-        has_bits_of_one_process(world, job, "forces_row")
-        evaluates_as_one_process(job)
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("way", ["attribute", "list", "buffer", "hooks", "removes"])
-def test_what_a_forward_keeps_for_its_backward_must_not_be_overwritten(world, build, way):
-    """In stages the next micro-batch's forward comes before; on the last stage, by 1f1b, it does not."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    settings = {"micro_batches": 4, "schedule": "1f1b", "arguments": {"way": way}}
-    said = "the backward of micro-batch 0 reads 1.kept, which the forward of micro-batch 1 has set meanwhile"
-    with pytest.raises(ConfigError, match=said):
-        run(build("keeping_row", 2, cuts=["3"], **settings), 1)
-    assert nn.Module.__getattribute__ is object.__getattribute__
-    has_bits_of_one_process(world, build("keeping_row", 2, cuts=["1"], **settings), "keeping_row")
-    for other in ("logs", "counts", "table", "shape", "again"):  # nothing hangs on what another has set
-        arguments = {"way": other}
-        job = build("keeping_row", 2, cuts=["3"], micro_batches=4, schedule="1f1b", arguments=arguments)
-        has_bits_of_one_process(world, job, "keeping_row")
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize(
     ("model", "cuts"), [("Rounding", ["inner"]), ("Rounding", ["last"]), ("Placing", [])]
 )
 def test_a_function_that_somebody_has_kept_and_a_table_that_is_only_read(world, build, model, cuts):
@@ -1564,23 +1414,6 @@ def test_a_cut_inside_a_part_without_gradients_is_told(world, build):
     with pytest.raises(ConfigError, match=said):
         build("Thawed", 2, micro_batches=4, cuts=["frozen.1"])
     has_bits_of_one_process(world, build("Thawed", 2, micro_batches=4, cuts=["last"]), "Thawed")
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("cuts", [["2"], ["4"]])
-@pytest.mark.parametrize("way", ["first", "sum", "names", "call", "function"])
-def test_what_another_stage_owns_is_a_parameter_to_the_users_code(world, build, way, cuts):
-    """A layer that stands on both stages lists its parameters, which one of them has as copies."""
-    if world.size != 2:
-        pytest.skip("two stages")
-    job = build("listing_row", 2, micro_batches=4, cuts=cuts, invariant=True, arguments={"way": way})
-    has_bits_of_one_process(world, job, "listing_row")
-    owned = [
-        name
-        for share in world.allgather([n for n, _ in job.engine.module.named_parameters()])
-        for name in share
-    ]
-    assert len(owned) == len(set(owned)), "behind the passes each has one owner"
 
 
 @pytest.mark.mpi
