@@ -187,7 +187,7 @@ class Laid:
         self.nbytes: int = torch.ops.mkldnn._nbytes(self._laid)
         if self.nbytes != whole.numel() * whole.element_size():
             raise NotImplementedError
-        self._blocks = memory_of(self._laid).view(-1, whole.shape[1], BLOCK)
+        self._blocks = numbers_of(self._laid).view(-1, whole.shape[1], BLOCK)
         theirs = self._blocks.clone()
         self._lay(probe)
         if not torch.equal(self._blocks, theirs):
@@ -272,7 +272,7 @@ class Laid:
             self._blocks.copy_(weight.view(len(weight), -1, BLOCK).transpose(0, 1))
 
 
-def memory_of(laid: torch.Tensor) -> torch.Tensor:
+def numbers_of(laid: torch.Tensor) -> torch.Tensor:
     """Give the numbers of a float32 tensor in oneDNN's layout as they lie; they live as long as it. Local."""
     size: int = torch.ops.mkldnn._nbytes(laid)
     memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(laid))

@@ -25,7 +25,7 @@ from hpctrain import products
 from hpctrain.gradient import KINDS
 from hpctrain.pipeline.profile import Work
 from hpctrain.pipeline.rows import Call, Named, Row, batched, by_layers
-from hpctrain.products import memory_of, seconds_of
+from hpctrain.products import numbers_of, seconds_of
 
 ROUNDS, LONG_SECONDS = 5, 1.0
 """In which a row and its layers one by one are timed, and after which no other one begins."""
@@ -176,7 +176,7 @@ class Rectified(torch.autograd.Function):
         """Compute the layer."""
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(x)
-        memory_of(x).relu_()
+        numbers_of(x).relu_()
         ctx.save_for_backward(x)
         return x
 
@@ -186,7 +186,7 @@ class Rectified(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if g is None:
             return None
-        blocks, of = memory_of(g), memory_of(y)
+        blocks, of = numbers_of(g), numbers_of(y)
         THRESHOLD.grad_input(blocks, of, 0, grad_input=blocks)
         return g
 
@@ -239,7 +239,7 @@ def wins(row: Blocks, shape: Sequence[int], graph: bool) -> bool:
     def passes(in_blocks: bool) -> list[torch.Tensor]:
         begins, relu = (x.to_mkldnn(), rectified) if in_blocks else (x, torch.relu)
         for value in row.values(begins, weights, relu):
-            if in_blocks and memory_of(value).nbytes > PADDED * value.numel() * value.element_size():
+            if in_blocks and numbers_of(value).nbytes > PADDED * value.numel() * value.element_size():
                 raise NotImplementedError
         found = value.to_dense() if in_blocks else value
         return [found, *torch.autograd.grad(found, [x, *weights], found)] if graph else [found]

@@ -46,9 +46,9 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator; note the memory that was not there before."""
-        before = set(memory_of((arguments, named)))
+        before = set(storages_of((arguments, named)))
         found = function(*arguments, **(named or {}))
-        for storage in memory_of(found):
+        for storage in storages_of(found):
             if storage not in self._seen and storage not in before:
                 self._seen[storage] = None
                 self.now += storage.nbytes()
@@ -60,7 +60,7 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def memory_of(tree: Any) -> Iterator[torch.UntypedStorage]:
+def storages_of(tree: Any) -> Iterator[torch.UntypedStorage]:
     """Give the memory of a tree's tensors, where they have one: sparse ones do not."""
     for leaf in tensors_in(tree):
         with suppress(NotImplementedError):

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from hpctrain.pipeline.exporting import answered_no, quiet
 from hpctrain.pipeline.hanging import Hanging
-from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, memory_of, skeleton
+from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, address_of, skeleton
 from hpctrain.pipeline.state import changed_by, without_memory
 from hpctrain.tensors import tensors_in, with_tensors
 
@@ -196,7 +196,7 @@ def fingerprint(program: torch.export.ExportedProgram) -> list[str]:
     for node in names:
         given = fx.node.map_arg((node.args, dict(node.kwargs)), lambda one: names[one])
         constant = program.constants.get(lifted.get(node.name, ""))
-        if constant is not None and memory_of(constant) and constant.numel() <= MOST_COMPARED:
+        if constant is not None and address_of(constant) and constant.numel() <= MOST_COMPARED:
             found.append(repr(constant))
         found.append(f"{node.op} {'' if node.op == 'placeholder' else node.target} {given}")
     return found

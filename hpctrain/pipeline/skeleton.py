@@ -56,7 +56,7 @@ def skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
     return twin
 
 
-def memory_of(tensor: torch.Tensor) -> int:
+def address_of(tensor: torch.Tensor) -> int:
     """Give where a tensor's memory begins; 0 where it has none, or several (a sparse one). Local."""
     none = isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided or not tensor.numel()
     return 0 if none else tensor.untyped_storage().data_ptr()

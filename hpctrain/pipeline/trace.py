@@ -36,7 +36,7 @@ from hpctrain.pipeline.holders import caches_of
 from hpctrain.pipeline.later import Arguments, Later, cleared, seed_others
 from hpctrain.pipeline.operators import draws_inside, is_written, leave_counting, path_of, settled
 from hpctrain.pipeline.own_train import Modes
-from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, memory_of, skeleton
+from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, address_of, skeleton
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -271,9 +271,9 @@ class Writer:
         """Refuse weights and buffers that the forward has from elsewhere: they would stay the same. Local."""
         own = [*self.module.named_parameters(), *self.module.named_buffers()]
         names = {id(tensor): name for name, tensor in own}
-        names |= {memory_of(tensor): name for name, tensor in reversed(own) if memory_of(tensor)}
+        names |= {address_of(tensor): name for name, tensor in reversed(own) if address_of(tensor)}
         for constant in (c for c in constants.values() if isinstance(c, torch.Tensor)):
-            if name := names.get(id(constant)) or names.get(memory_of(constant)):
+            if name := names.get(id(constant)) or names.get(address_of(constant)):
                 raise UnwritableError(
                     f"parallel.stages = {self.stages}: the forward has {name} from a function that remembers "
                     f"the module (a lambda or an inner function in an attribute, functools.partial, a "
