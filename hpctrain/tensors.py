@@ -24,6 +24,10 @@ def hooked(parameter: torch.Tensor) -> bool:
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """List a tree's tensors. Pure."""
+    if type(tree) is torch.Tensor:  # as most are: torch's own way takes three times as long
+        return [tree]
+    if type(tree) is dict:
+        return [leaf for one in tree.values() for leaf in tensors_in(one)]
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
