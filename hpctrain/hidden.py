@@ -38,6 +38,15 @@ def plain(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
                 yield owner, name, value
 
 
+def submodule(module: nn.Module, name: str) -> nn.Module:
+    """Give a submodule by its name, which may be that of a method (`parameters`): not by attribute. Local."""
+    for step in name.split(".") if name else ():
+        found = module._modules[step]
+        assert found is not None
+        module = found
+    return module
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether the user wants to be called with what a module gets or gives. Local."""
     return any(getattr(module, kind) for kind in HOOKS)

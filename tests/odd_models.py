@@ -686,3 +686,82 @@ class Freezing(Odd):
         x = torch.tanh(self.inner(x))
         self.inner.requires_grad_(True)
         return self.inner(x)
+
+
+TABLES: dict = {"real": torch.ones(8)}
+
+
+class Keeper:
+    """An object of the file that keeps something."""
+
+
+KEEPER = Keeper()
+
+
+def table(width):
+    """Makes a table once, and keeps it with the function."""
+    if not hasattr(table, "made"):
+        table.made = torch.linspace(0.9, 1.1, width)
+    return table.made
+
+
+class Tables(nn.Module):
+    """Keeps tables in a dictionary of the file, a class, a function, an object, and in a file it imports."""
+
+    made = None
+
+    def forward(self, x):
+        import late_tables
+
+        if "added" not in TABLES:
+            TABLES["added"] = torch.linspace(-1.0, 1.0, 8)
+            TABLES.setdefault("inner", {})["list"] = [torch.linspace(0.2, 0.3, 8)]
+            KEEPER.kept = torch.linspace(0.4, 0.6, 8), 3
+        if Tables.made is None:
+            Tables.made = torch.linspace(0.8, 1.2, 8)
+        x = x.clone()
+        x += TABLES["added"] * TABLES["inner"]["list"][0]
+        x[..., :4] = x[..., :4] * late_tables.TABLE[:4] + late_tables.PAIR.a[:4]
+        return x * Tables.made * table(8) + KEEPER.kept[0] / KEEPER.kept[1]
+
+
+class OfTables(nn.Module):
+    """With a branch by numbers, or layers(), or neither."""
+
+    def __init__(self, in_features, out_features, branch=False):
+        super().__init__()
+        self.first, self.tables, self.inner = nn.Linear(in_features, 8), Tables(), nn.Linear(8, 8)
+        self.branch = Branch() if branch else nn.Tanh()
+        self.last = nn.Linear(8, out_features)
+
+    def forward(self, x):
+        return self.last(self.inner(self.branch(self.tables(self.first(x)))))
+
+
+class ListedTables(OfTables):
+    def layers(self):
+        return [self.first, self.tables, self.branch, self.inner, self.last]
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x / 2 if x.abs().mean() > 0.3 else x
+
+
+class Moved(Odd):
+    """Moves a layer to where its input is."""
+
+    def middle(self, x):
+        return self.inner.to(x.device)(x)
+
+
+class NamedLikeAMethod(nn.Module):
+    """A submodule has the name of a method of nn.Module."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.first, self.branch, self.last = nn.Linear(in_features, 8), Branch(), nn.Linear(8, out_features)
+        self.parameters = nn.ParameterList(nn.Module.parameters(self))
+
+    def forward(self, x):
+        return self.last(self.branch(self.first(x)))

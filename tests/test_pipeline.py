@@ -1292,6 +1292,10 @@ def test_fast_and_invariant_exclude_each_other(world, build):
 
 NO_MODELS = (
     "OwnSeed",
+    "Keeper",
+    "Tables",
+    "Branch",
+    "NamedLikeAMethod",
     "Odd",
     "Annealing",
     "EveryFourth",

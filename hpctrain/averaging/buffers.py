@@ -18,6 +18,7 @@ from torch import nn
 from hpctrain.averaging.reads import Reads
 from hpctrain.batch import broadcast
 from hpctrain.errors import ConfigError
+from hpctrain.hidden import submodule
 from hpctrain.wire import raise_together
 
 STEPS = 3
@@ -156,7 +157,7 @@ class Buffers:
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         """Set a buffer, which there may not have been, or a parameter that counts as one. Local."""
         where, _, leaf = name.rpartition(".")
-        owner = self.module.get_submodule(where)
+        owner = submodule(self.module, where)
         like = next((t for t in [*self.module.parameters(), *self.module.buffers()]), tensor)
         if (moved := owner._parameters.get(leaf)) is not None:  # which no forward of this replica has moved
             with torch.no_grad():

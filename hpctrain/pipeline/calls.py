@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from hpctrain.errors import ConfigError
+from hpctrain.hidden import submodule
 from hpctrain.pipeline.follow import GRAD, followed
 from hpctrain.pipeline.layers import Layers, full
 from hpctrain.pipeline.operators import TAKEN, path_of
@@ -129,7 +130,7 @@ class Segment(Holder):
         self.inplace = any(map(in_place, calls))
         root = followed[True].root
         for path in targets(calls):
-            self._hold(path, root.get_submodule(path))
+            self._hold(path, submodule(root, path))
         used = [a for node in calls for a in node.all_input_nodes]
         if stage == max(followed[True].stages):
             used += [a for mode in followed.values() for a in mode.given_out]
@@ -257,7 +258,7 @@ class Followed:
 
     def _made(self, owner: nn.Module, node: fx.Node, arguments: Any, named: Any) -> Any:
         if node.op == "call_module":
-            return owner.get_submodule(str(node.target))(*arguments, **named)
+            return submodule(owner, str(node.target))(*arguments, **named)
         if node.op == "call_method":
             return getattr(arguments[0], str(node.target))(*arguments[1:], **named)
         if node.meta.get(TAKEN):
@@ -285,6 +286,6 @@ def grads(on: bool) -> AbstractContextManager[Any]:
 def place_of(owner: nn.Module, node: fx.Node) -> str:
     """Say which call it is. Pure."""
     if node.op == "call_module":
-        return f"layer {node.target} ({type(owner.get_submodule(str(node.target))).__name__})"
+        return f"layer {node.target} ({type(submodule(owner, str(node.target))).__name__})"
     at = f"layer {path_of(node)}" if path_of(node) else "the model's forward"
     return f"{at}, {node.name}"

@@ -1,10 +1,8 @@
 """What a forward runs under while torch.export writes it down, or it is followed."""
 
-import io
-import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -298,15 +296,3 @@ def marked(function: Any, *arguments: Any, **named: Any) -> Any:
     taken = MARKS and not hooked and torch.is_grad_enabled() and not watched()
     with fx.traceback.annotate({TAKEN: True}) if taken else nullcontext():
         return function(*arguments, **named)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let torch neither log nor print all that it tried: the error says why. Local."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

@@ -14,15 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hpctrain.draws import of_others
 from hpctrain.errors import ConfigError
 from hpctrain.gradient import CALLED
-from hpctrain.hidden import has_hooks
+from hpctrain.hidden import has_hooks, submodule
 from hpctrain.modes import Replaced
 from hpctrain.pipeline.aside import unmoved
-from hpctrain.pipeline.exporting import quiet, regions_kept
+from hpctrain.pipeline.exporting import regions_kept
 from hpctrain.pipeline.noted import OwnNumbers, Reads, functions_noted, look, makers_noted, modes, stands_in
 from hpctrain.pipeline.operators import TAKEN
 from hpctrain.pipeline.stand import Asked, Stand
 from hpctrain.pipeline.state import changed_by
 from hpctrain.pipeline.trace import where
+from hpctrain.pipeline.trial import trial
 
 GRAD = "grad"
 """Note on a call: whether gradients were on."""
@@ -78,7 +79,7 @@ def _followed(
             raise
 
     try:
-        with quiet():
+        with trial(root):
             changed, *_ = changed_by(root, tried)
         if errors:
             raise errors[0]
@@ -171,7 +172,7 @@ class Follower(fx.Tracer):
         if modes() != self._modes:
             raise fx.proxy.TraceError("switches autocast, inference mode or hooks on saved tensors")
         if kind == "call_module":
-            for path, module in self.model.get_submodule(target).named_modules(prefix=target):
+            for path, module in submodule(self.model, target).named_modules(prefix=target):
                 if look(module) != self._looks[id(module)]:
                     raise fx.proxy.TraceError(f"changes {path} before it is called (its mode, weights or so)")
         node = super().create_node(kind, target, *arguments, **named)

@@ -16,10 +16,12 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
-from hpctrain.pipeline.exporting import answered_no, quiet
+from hpctrain.hidden import submodule
+from hpctrain.pipeline.exporting import answered_no
 from hpctrain.pipeline.hanging import Hanging
 from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, address_of, skeleton
 from hpctrain.pipeline.state import changed_by, without_memory
+from hpctrain.pipeline.trial import trial
 from hpctrain.tensors import tensors_in, with_tensors
 
 Arguments = tuple[Any, dict[str, Any]]
@@ -104,7 +106,7 @@ class Later:
     @contextmanager
     def _calling(self) -> Iterator[None]:
         """Give copies what they are called under. Local."""
-        with cleared(self._caches), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+        with cleared(self._caches), self.fake, torch.no_grad(), warnings.catch_warnings(), trial(self.module):
             warnings.simplefilter("ignore")
             yield
 
@@ -125,12 +127,12 @@ class Later:
                 once(*arguments[0], **arguments[1])
             for at in self.changed:
                 path, _, name = at.rpartition(".")
-                old, new = (vars(m.get_submodule(path))[name] for m in (twin, once))
+                old, new = (vars(submodule(m, path))[name] for m in (twin, once))
                 leaves = _pytree.tree_leaves([old, [*new] if isinstance(new, (set, deque)) else new])
                 if not all(type(leaf) in SETTINGS for leaf in leaves):  # tables that it keeps, say
                     return None
                 counts = type(old) in NUMBERS and type(new) in NUMBERS
-                setattr(twin.get_submodule(path), name, old + (new - old) * calls if counts else new)
+                setattr(submodule(twin, path), name, old + (new - old) * calls if counts else new)
             with answered_no():
                 return self._write(arguments, twin)
         except Exception:

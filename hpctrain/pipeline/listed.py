@@ -18,11 +18,12 @@ from torch.utils import _pytree
 
 from hpctrain.draws import streams_kept
 from hpctrain.errors import ConfigError
+from hpctrain.hidden import submodule
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.modes import settings_kept
-from hpctrain.pipeline.exporting import quiet
 from hpctrain.pipeline.skeleton import skeleton
 from hpctrain.pipeline.trace import ORDINARY
+from hpctrain.pipeline.trial import trial
 from hpctrain.tensors import Looking, nodes_behind, storage_of, tensors_in
 
 SHOWN = {
@@ -89,8 +90,13 @@ def refuse_others(module: nn.Module, names: Sequence[str], value: torch.Tensor) 
 
 def refuse_different(module: nn.Module, names: Sequence[str], value: torch.Tensor) -> None:
     """Refuse what differs on such a value. Local. Raises whatever hinders the forward, too."""
-    with quiet(), streams_kept(), settings_kept():
-        both = [[counted(module, way, value, t) for way in (None, names)] for t in (True, False)]
+
+    def walked(names: Sequence[str] | None, training: bool) -> Any:
+        with trial(module), streams_kept():  # both ways draw alike, from Python's and NumPy's, too
+            return counted(module, names, value, training)
+
+    with settings_kept():
+        both = [[walked(way, t) for way in (None, names)] for t in (True, False)]
     for (forward, row), training in zip(both, (True, False)):
         if what := difference(forward, row):
             raise ConfigError(
@@ -121,7 +127,7 @@ def difference(forward: Counting, row: Counting) -> str:
 
 def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor, training: bool) -> Counting:
     """Count what a module's forward computes, or its submodules of those names. Local."""
-    fake = FakeTensorMode()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # tables of its file
     twin = skeleton(module, fake).train(training)
     with fake:
         given: Any = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
@@ -135,7 +141,7 @@ def counted(module: nn.Module, names: Sequence[str] | None, value: torch.Tensor,
     torch.Tensor.register_hook = hooked  # type: ignore[method-assign]
     try:
         with fake, counting, nullcontext() if training else torch.no_grad():
-            for part in [twin] if names is None else [twin.get_submodule(name) for name in names]:
+            for part in [twin] if names is None else [submodule(twin, name) for name in names]:
                 given = part(given)
     finally:
         torch.Tensor.register_hook = hook  # type: ignore[method-assign]

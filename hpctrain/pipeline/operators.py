@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from hpctrain.draws import draws
+from hpctrain.hidden import submodule
 from hpctrain.pipeline.hanging import written_of
 from hpctrain.tensors import storage_of, tensors_in
 
@@ -158,7 +159,7 @@ def body_of(node: fx.Node) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     """Give the operators that one of BODIES holds, and the values that they get, by their names there."""
     at, body = next((i, a) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
     assert node.graph.owning_module is not None
-    held = node.graph.owning_module.get_submodule(str(body.target))
+    held = submodule(node.graph.owning_module, str(body.target))
     assert isinstance(held, fx.GraphModule)
     places = [n.name for n in held.graph.nodes if n.op == "placeholder"]
     given = zip(places, node.args[at + 1 :], strict=True)
@@ -188,7 +189,7 @@ def leave_counting(graph: fx.Graph, held: Mapping[str, str], module: nn.Module) 
             gives_what_it_got(node, body, given)
             continue
         path, count = path_of(node), node.args[0] if node.args else None
-        owner = module.get_submodule(path) if node.target in ADDS else None
+        owner = submodule(module, path) if node.target in ADDS else None
         if not isinstance(owner, _BatchNorm) or not isinstance(count, fx.Node) or node.args[1] != 1:
             continue
         name = held.get(count.name)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpctrain.draws import streams_kept
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import HOOKS, OURS
+from hpctrain.hidden import HOOKS, OURS, submodule
 from hpctrain.log import ALIKE, LOGGER
 from hpctrain.pipeline.aside import attributes_noted, trains_itself, unmoved
 from hpctrain.pipeline.exporting import answered_no
@@ -57,13 +57,13 @@ class Modes:
         """Give a copy as the module is in a mode; before it runs, as it was brought there. Local."""
         twin = skeleton(self._pristine, self._fake)
         for name, here in self.module.named_modules():
-            m = self._follower.get_submodule(name) if self._follower and is_elsewhere(here) else here
+            m = submodule(self._follower, name) if self._follower and is_elsewhere(here) else here
             own = vars(m).items() if self.own_train else ()
             values = {at: value for at, value in own if at not in OURS and isinstance(plain(value), str)}
-            vars(twin.get_submodule(name)).update(
+            vars(submodule(twin, name)).update(
                 (at, deepcopy(value)) for at, value in values.items() if not tensors_in(value)
             )
-            twin.get_submodule(name).training = m.training
+            submodule(twin, name).training = m.training
         for _ in range(0 if self._runs else times):
             try:
                 twin.train(training)

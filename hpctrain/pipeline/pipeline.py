@@ -16,7 +16,7 @@ from torch import nn
 
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.gradient import Places
-from hpctrain.hidden import notes_on
+from hpctrain.hidden import notes_on, submodule
 from hpctrain.pipeline.message import pack
 from hpctrain.pipeline.part import Cut, Env, Part
 from hpctrain.pipeline.stage import Stage
@@ -315,7 +315,7 @@ def take_share(module: nn.Module, cut: Cut, rank: int, ranks: int) -> Share:
             )
         if len(stages) > 1:
             paths = [path.rpartition(".") for path, other in everything if other is tensor]
-            held = tuple((module.get_submodule(path), leaf) for path, _, leaf in paths)
+            held = tuple((submodule(module, path), leaf) for path, _, leaf in paths)
             ties.append(Tie(name, here, users[0], tuple(users[1:]), held))
     if any(map(hooked, module.parameters())):  # which may look at what no operator uses
         used = {id(by_name[name]) for at in range(cut.stages) for name in cut.tensors(at)}

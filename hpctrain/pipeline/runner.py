@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from hpctrain.draws import seed, stand
+from hpctrain.hidden import submodule
 from hpctrain.log import LOGGER
 from hpctrain.pipeline.operators import BODIES, COUNTED, called, draws_of, path_of
 from hpctrain.pipeline.part import Env, gave, input_of
@@ -103,7 +104,7 @@ class Runner:
         if number is not None:
             seed(stream, number)
         if node.target is torch.ops.aten.batch_norm.default:
-            owner = self.module.get_submodule(path_of(node))
+            owner = submodule(self.module, path_of(node))
             if isinstance(owner, _BatchNorm):
                 if as_torch(owner, *arguments[1:8]):
                     return normalise(owner, arguments[0])

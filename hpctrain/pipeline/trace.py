@@ -29,7 +29,6 @@ from hpctrain.pipeline.exporting import (
     lost_refused,
     marked,
     nested_refused,
-    quiet,
     regions_kept,
 )
 from hpctrain.pipeline.holders import caches_of
@@ -37,6 +36,7 @@ from hpctrain.pipeline.later import Arguments, Later, cleared, seed_others
 from hpctrain.pipeline.operators import draws_inside, is_written, leave_counting, path_of, settled
 from hpctrain.pipeline.own_train import Modes
 from hpctrain.pipeline.skeleton import OTHERWISE, UnwritableError, address_of, skeleton
+from hpctrain.pipeline.trial import trial
 
 Like = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """By name of the model's input: shape of a sample, dtype."""
@@ -172,7 +172,7 @@ class Writer:
         with (
             cleared(self._caches),
             warnings.catch_warnings(),
-            quiet(),
+            trial(self.module),
             lost_refused(twin),
             regions_kept(),
             distributions_unchecked(),
@@ -296,8 +296,8 @@ class Writer:
             "torch.func or torch.vmap in the forward is more than operators can say"
             if mapped
             else "the forward takes a tensor behind torch's back (.data, torch.autograd.grad, or one that "
-            "another object keeps), and operators would not have its numbers; .detach() and, for buffers, "
-            "in-place operators under torch.no_grad() can be written down"
+            "a list, a dictionary or another object keeps), and operators would not have its numbers; "
+            ".detach() and, for buffers, in-place operators under torch.no_grad() can be written down"
         )
         raise UnwritableError(
             f"parallel.stages = {self.stages}: operator {node.name} of {path_of(node) or 'the model'}"
@@ -329,7 +329,13 @@ class Writer:
         if any(word in str(error) for word in FOR_WANT_OF_MEMORY):
             return False
         try:
-            with cleared(self._caches), self.fake, torch.no_grad(), warnings.catch_warnings(), quiet():
+            with (
+                cleared(self._caches),
+                self.fake,
+                torch.no_grad(),
+                warnings.catch_warnings(),
+                trial(self.module),
+            ):
                 warnings.simplefilter("ignore")
                 self.skeleton(*arguments[0], **arguments[1])
         except Exception as other:

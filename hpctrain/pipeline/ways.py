@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from hpctrain.errors import ConfigError
-from hpctrain.hidden import has_hooks
+from hpctrain.hidden import has_hooks, submodule
 from hpctrain.pipeline.message import SHARES, lie_together
 from hpctrain.pipeline.part import Env
 from hpctrain.pipeline.stand import IN_PLACE
@@ -102,7 +102,7 @@ def gives_back(node: fx.Node, root: nn.Module) -> bool:
         return node.args[1] not in PLAIN
     if node.target is operator.getitem and isinstance(node.args[1], int):
         return True
-    return in_place(node) or (node.op == "call_module" and passes_on(root.get_submodule(str(node.target))))
+    return in_place(node) or (node.op == "call_module" and passes_on(submodule(root, str(node.target))))
 
 
 def passes_on(module: nn.Module) -> bool:
