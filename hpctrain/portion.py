@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from hpctrain.averaging import groups, sync_norm
 from hpctrain.batch import broadcast
-from hpctrain.config import ClassPath, Config
+from hpctrain.config import ClassPath, Config, Parallel
 from hpctrain.data import order
 from hpctrain.engine import precision
 from hpctrain.errors import ConfigError, HpctrainError
@@ -36,6 +36,9 @@ from hpctrain.scales import scales_of, schedules, stages_a_rank
 from hpctrain.task import Task
 from hpctrain.topology import Topology
 from hpctrain.wire import together
+
+OF_STAGES = ("cuts", "schedule", "gradients")
+"""Settings of parallel that mean nothing with one stage."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ def build(
                 )
         else:
             module = models.build(model, config.train.seed).to(topology.device)
-            if config.parallel.cuts and not topology.world_rank:
-                LOGGER.warning("parallel.cuts does nothing with parallel.stages = 1")
+            idle = [at for at in OF_STAGES if getattr(config.parallel, at) != getattr(Parallel(), at)]
+            if idle and not topology.world_rank:
+                names = " and ".join(f"parallel.{name}" for name in idle)
+                LOGGER.warning("%s: nothing hangs on it with parallel.stages = 1", names)
         refuse_extra_state(module)
         refuse_sparse(module)
         refuse_own_lists(module)

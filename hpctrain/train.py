@@ -28,6 +28,9 @@ from hpctrain.topology import Topology
 from hpctrain.validate import Validator
 from hpctrain.wire import from_root, together
 
+LONGEST_REASON = 2000
+"""Characters of an error in the "end" row; log.txt has all."""
+
 
 def train(config: Config, comm: MPI.Intracomm) -> int:
     """Train to the end, or to a signal; give the exit status. Collective over `comm`."""
@@ -101,17 +104,18 @@ class Loop:
         try:
             return self.steps()
         except HpctrainError as error:
-            self.failed(str(error))
+            self.failed(str(error), getattr(error, "brief", ""))
             error.log = str(self.run_folder.log)
             raise
         except Exception:
             self.failed(traceback.format_exc())
             raise
 
-    def failed(self, text: str) -> None:
-        """Write into the run folder why the run fails. Local: world rank 0."""
+    def failed(self, text: str, brief: str = "") -> None:
+        """Write into the run folder why the run fails, briefly into its row. Local: world rank 0."""
         with suppress(HpctrainError):  # the disk may be why
-            self.run_folder.row("end", self.at.step, status="failed", reason=text[-2000:])
+            reason = (brief or text)[-LONGEST_REASON:]
+            self.run_folder.row("end", self.at.step, status="failed", reason=reason)
         log.failed(text)
 
     def steps(self) -> int:

@@ -2513,6 +2513,15 @@ class Recurs(nn.Module):
         return self.cells(x.unsqueeze(1))[0].squeeze(1)
 
 
+class SkipsOperators(nn.Module):
+    """Skips operators by Python's random numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for operator in 4 * (torch.relu, torch.tanh, torch.sigmoid):
+            x = operator(x) if random.random() < 0.5 else x
+        return x
+
+
 class ListsOthers(nn.Module):
     """Lists layers that differ from its forward in one thing."""
 
@@ -2520,7 +2529,7 @@ class ListsOthers(nn.Module):
         super().__init__()
         self.first, self.a, self.b = nn.Linear(in_features, 16), nn.Linear(16, 16), nn.Linear(16, 16)
         self.act, self.out, self.what = nn.LeakyReLU(0.1), nn.Linear(16, out_features), what
-        self.more = Recurs() if what == "recurrent" else None
+        self.more = {"recurrent": Recurs(), "draws": SkipsOperators()}.get(what)
 
     def layers(self):
         more = [self.more] if self.more else []
@@ -2536,7 +2545,7 @@ class ListsOthers(nn.Module):
                 h = checkpoint(layer, h, use_reentrant=False)
             return self.out(h)
         h = functional.leaky_relu(self.first(x), 0.2 if self.what == "numbers" else 0.1)
-        if self.what == "recurrent":
+        if self.more:
             h = self.more(h)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.what != "gradients"):
             h = self.a(self.b(h)) if self.what == "order" else self.b(self.a(h))

@@ -689,6 +689,7 @@ def test_listed_layers_must_not_differ_in_one_thing(world, build, other, what):
     for same in ("", "without gradients", "recomputes", "recurrent"):
         job = build("ListsOthers", 2, micro_batches=4, arguments={"what": same})
         has_bits_of_one_process(world, job, "ListsOthers")
+    build("ListsOthers", 2, micro_batches=4, arguments={"what": "draws"})
     with pytest.raises(ConfigError, match=f"ListsOthers would be another model in stages.*: {what}"):
         build("ListsOthers", 2, micro_batches=4, arguments={"what": other})
 
@@ -2541,11 +2542,13 @@ def test_cuts_where_the_user_says(world, build, caplog):
 
 
 @pytest.mark.mpi
-def test_cuts_without_stages_are_told(world, build, caplog):
+def test_settings_of_stages_without_stages_are_told(world, build, caplog):
     with caplog.at_level("WARNING", LOGGER.name):
         build("Shaped", 1, cuts=["second"], micro_batches=world.size)
-    told = [m for m in caplog.messages if "cuts" in m]
-    assert told == ["parallel.cuts does nothing with parallel.stages = 1"] * (world.rank == 0)
+        build("Shaped", 1, gradients="fast", schedule="auto", micro_batches=world.size)
+    told = [m for m in caplog.messages if m.endswith("nothing hangs on it with parallel.stages = 1")]
+    names = ["parallel.cuts and parallel.schedule", "parallel.gradients"]
+    assert [m.split(":")[0] for m in told] == names * (world.rank == 0)
 
 
 @pytest.mark.mpi

@@ -398,6 +398,13 @@ def test_memory_asks_for_recomputation(world, even, solid):
     assert found.recompute
     assert [one.times for one in found.needs] == [1, 1]
     assert "memory may run out" in found.warned[0]
+    assert re.search(r"; as it is cut stage \d lacks [\d.]+ MiB$", found.warned[0])
+    assert [line.split(",")[0].split(" for ")[0] for line in found.said] == [
+        "stages run forward again",
+        "large tensors are given back to the system one by one",
+    ]
+    little = choose(2, [1] * 4, [Held(10)] * 4, works(1, 1, 1, 1, kept=0.01), asked)
+    assert (little.recompute, little.exact) == (False, True)  # it would spare nothing that counts
     asked.limits = lambda: of([100, 100])
     assert not choose(2, [1] * 4, [Held(10)] * 4, works(1, 1, 1, 1, kept=5), asked).recompute
 

@@ -18,6 +18,8 @@ from hpctrain.room import mebibytes
 
 WORTH = 1.1
 """By how much a measured cut must be better than the estimate's."""
+COUNTS = 0.01
+"""Of what a stage has, what another way must spare to be taken where nothing fits."""
 HOLES = 1.4
 """How many times their size tensors take in the C library's heap, for the holes between them (measured)."""
 FRESH = 2e-9
@@ -123,6 +125,10 @@ class Load:
         """Tell whether every stage of a cut has the memory. Pure."""
         return all(one.with_holes(self.holes) <= one.limit for one in self.need(parts))
 
+    def worst(self, parts: Sequence[tuple[int, int]]) -> tuple[float, int]:
+        """Give the most bytes that a stage of a cut lacks, and which stage does. Pure."""
+        return max((one.with_holes(self.holes) - one.limit, at) for at, one in enumerate(self.need(parts)))
+
     def slowest(self, parts: Sequence[tuple[int, int]]) -> float:
         """Seconds of the slowest stage of a cut. Pure."""
         return slowest(self.costs, parts, self.speeds, self.seconds_of_messages)
@@ -175,19 +181,19 @@ def fitted(
     found, errors = possible(plan, weights, profile, scales, named)
     if found:
         load, best = found
-        if load.recomputes > asked:
-            said.append(f"stages run forward again for backward, as memory asks for it: else {errors[-1]}")
-        if load.exact:
-            said.append(
-                "large tensors are given back to the system one by one, which is slower: kept for the next "
-                "ones, as else, they might not fit for the holes between them"
-            )
     else:
         certain(plan, weights, profile.works, profile.limits, scales, named)
-        warned.append(f"memory may run out: {errors[1]}")
-        least = scales.recompute != "never"
-        load = Load.of(plan, weights, profile, scales, least, exact=True)
-        best = load.best(named, limited=False)
+        load, best = sparing(plan, weights, profile, scales, named)
+        over, at = load.worst(best)
+        where = "" if named else f"; as it is cut stage {at} lacks {mebibytes(over)} MiB"
+        warned.append(f"memory may run out: {errors[1]}{where}")
+    if load.recomputes > asked:
+        said.append(f"stages run forward again for backward, as memory asks for it: else {errors[-1]}")
+    if load.exact:
+        said.append(
+            "large tensors are given back to the system one by one, which is slower: kept for the next "
+            "ones, as else, they might not fit for the holes between them"
+        )
     guess = named or partition(estimates, stages)
     fits = bool(warned) or load.fits(guess)
     if fits and load.slowest(guess) <= WORTH * load.slowest(best):
@@ -239,6 +245,29 @@ def possible(
             seconds = load.slowest(cut) / (1.0 if number else WORTH)
             found.append((seconds, (load, cut)))
     return min(found, key=lambda one: one[0])[1] if found else None, errors
+
+
+def sparing(
+    plan: Plan,
+    weights: Sequence[Held],
+    profile: Profile,
+    scales: Scales,
+    named: list[tuple[int, int]] | None,
+) -> tuple[Load, list[tuple[int, int]]]:
+    """Give the way to use the least memory where nothing fits, and its cut. Pure.
+
+    Forward runs again by itself only where that spares what counts.
+    """
+    asked = scales.recompute == "always"
+    ways = (asked,) if asked or scales.recompute == "never" else (asked, True)
+    found = []
+    for recompute in ways:
+        load = Load.of(plan, weights, profile, scales, recompute, exact=True)
+        cut = load.best(named, limited=False)
+        most, stage = load.worst(cut)
+        found.append((most, load.limits[stage], (load, cut)))
+    gains = found[0][0] - found[-1][0] > COUNTS * found[0][1]
+    return found[-1 if gains else 0][2]
 
 
 def certain(

@@ -157,7 +157,7 @@ class Follower(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Refuse a branch."""
-        return bool(obj.refuse("a branch that hangs on a value"))
+        return bool(obj.refuse("a branch that hangs on a value, or on its shape (an if, an assert, a while)"))
 
     def iter(self, obj: fx.Proxy) -> Any:
         """Refuse a loop."""
