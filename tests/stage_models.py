@@ -1781,6 +1781,25 @@ class Jittery(Two):
         return self.second(Jitters()(self.first(x)))
 
 
+class DrawsInVain(Two):
+    """The same, and nothing hangs on it."""
+
+    def forward(self, x):
+        rare = random.random() < 0.0 or np.random.rand() < 0.0
+        return self.second(torch.tanh(self.first(x)) * (2.0 if rare else 1.0))
+
+
+class PartJittery(nn.Module):
+    """The same in a submodule."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.first, self.jitters, self.last = nn.Linear(in_features, 8), Jitters(), nn.Linear(8, out_features)
+
+    def forward(self, x):
+        return self.last(self.jitters(self.first(x)))
+
+
 def jittery_row(in_features, out_features):
     """The same in a row of layers."""
     return nn.Sequential(nn.Linear(in_features, 8), Jitters(), nn.Linear(8, out_features))

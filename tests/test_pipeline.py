@@ -457,19 +457,20 @@ def test_what_operators_cannot_say_is_refused(world, build, model, what):
     ("model", "what"),
     [
         ("jittery_row", "results depend on the layout"),
-        ("Jittery", "written down once, each stays the same number"),
+        ("DrawsInVain", "written down once, each stays the same number"),
+        ("PartJittery", "results depend on the layout"),
     ],
 )
 def test_random_numbers_that_are_not_torchs_are_told_of(world, build, caplog, model, what):
     if world.size != 2:
         pytest.skip("two stages")
     with caplog.at_level("WARNING", LOGGER.name):
-        job = build(model, 2, micro_batches=2)
+        job = build(model, 2, micro_batches=2, cuts=["last"] if model == "PartJittery" else [])
         for number in range(2):
             job.engine.step(number, job.loader.read(0))
     told = f"draws from the global random numbers of NumPy and Python: {what}; draw from torch"
     said = sum(told in message for message in caplog.messages)
-    assert sum(world.allgather(said)) == (2 if model == "Jittery" else 1)
+    assert sum(world.allgather(said)) == (2 if model == "DrawsInVain" else 1)
 
 
 @pytest.mark.mpi
@@ -1890,16 +1891,15 @@ def test_what_is_kept_and_computes_nothing_has_the_bits_of_one_process(world, bu
 
 
 @pytest.mark.mpi
-def test_a_forward_that_branches_by_pythons_numbers_is_the_same_on_all_ranks(world, build, caplog):
-    """It is told of; each rank's own numbers made graphs of their own."""
+@pytest.mark.parametrize("model", ["Skipping", "Jittery"])
+def test_a_forward_that_computes_by_pythons_numbers_is_refused_on_all_ranks(world, build, model):
+    """Written down once, each would stay the same number; each rank's own made graphs of their own."""
     if world.size == 1:
         pytest.skip("one rank agrees with itself")
     python.seed(world.rank)
     np.random.seed(world.rank)
-    with caplog.at_level("WARNING", LOGGER.name):
-        job = build("Skipping", layouts(world.size)[0], micro_batches=4)
-        run(job, 5)  # to an epoch's last batch, of another size
-    assert "draws from the global random numbers of NumPy and Python" in caplog.text
+    with pytest.raises(ConfigError, match="the forward computes by random numbers of Python's or NumPy's"):
+        build(model, layouts(world.size)[0], micro_batches=4)
     own = python.Random(world.rank)
     assert python.random() == own.random()
 

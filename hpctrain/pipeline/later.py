@@ -27,6 +27,9 @@ from hpctrain.tensors import tensors_in, with_tensors
 Arguments = tuple[Any, dict[str, Any]]
 """Of a forward: by place and by name."""
 
+SEEDS = 4
+"""With which a forward that draws from Python or NumPy is written down again."""
+
 MOST_COMPARED = 64
 """Numbers of a constant that are looked at."""
 
@@ -103,6 +106,26 @@ class Later:
                 f"place; {OTHERWISE}"
             )
 
+    def refuse_draws(self, arguments: Arguments, program: torch.export.ExportedProgram) -> None:
+        """Refuse a forward that computes by what it draws from Python or NumPy. Local.
+
+        Raises UnwritableError.
+        """
+        for number in range(1, 1 + SEEDS):
+            try:
+                with answered_no():
+                    seed_others(number)
+                    other = self._write(arguments, skeleton(self.module, self.fake))
+            except Exception:  # what is drawn else can't even be written down
+                other = None
+            if other is None or fingerprint(other) != fingerprint(program):
+                raise UnwritableError(
+                    f"parallel.stages = {self.stages}: the forward computes by random numbers of Python's or "
+                    f"NumPy's (it skips a layer by them, say), but is written down once, so each would stay "
+                    f"the same number: draw from torch (torch.where(torch.rand(()) < p, …)), or in a "
+                    f"submodule that runs as it is (between parallel.cuts, or in a row)"
+                )
+
     @contextmanager
     def _calling(self) -> Iterator[None]:
         """Give copies what they are called under. Local."""
@@ -169,10 +192,10 @@ def cleared(caches: Iterable[Any]) -> Iterator[None]:
             cache.cache_clear()
 
 
-def seed_others() -> None:
+def seed_others(number: int = 0) -> None:
     """Let Python's and NumPy's global random numbers, by which a forward may branch, begin anew. Local."""
-    random.seed(0)
-    np.random.seed(0)
+    random.seed(number)
+    np.random.seed(number)
 
 
 def fingerprint(program: torch.export.ExportedProgram) -> list[str]:
