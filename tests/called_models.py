@@ -266,6 +266,8 @@ class Unsaid(nn.Module):
             self.inner.requires_grad_(True)
         elif self.way == "read":
             x = x * self.inner.calls
+        elif self.way == "early":
+            x = x * self.inner.calls.expand(3)
         elif self.way == "parameters":
             with torch.no_grad():
                 x = x + sum(p.square().sum() for p in self.inner.parameters())

@@ -158,6 +158,7 @@ SAID = {
     "mode": "changes aside before it is called",
     "frozen": "changes inner.one before it is called",
     "read": "reads inner.calls, which a module that it calls changes",
+    "early": "it reads inner.calls, as the constructor left it, before that module is called",
     "parameters": "computes with inner.one.weight, not by its name",
     "moving": "computes with inner.one.weight, not by its name",
     "generator": "does something else each time",

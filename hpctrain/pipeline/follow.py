@@ -86,7 +86,9 @@ def _followed(
     except Exception as error:
         taken_back(root)
         line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        raise refusal(root, f"{where(error, root)} ({type(error).__name__}: {line.strip()})") from None
+        read = ", ".join(reads.of_others(inner)[:3])
+        early = f"; it reads {read}, as the constructor left it, before that module is called" if read else ""
+        raise refusal(root, f"{where(error, root)} ({type(error).__name__}: {line.strip()}{early})") from None
     changed += [name for path, owner in root.named_modules() for name in stands_in(path, owner)]
     if changed:
         raise refusal(root, f": it changes {', '.join(changed[:3])}, which would stay as it is")

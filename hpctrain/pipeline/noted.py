@@ -5,7 +5,7 @@ must stay; what it computes with the model's own numbers, and what it changes of
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,11 @@ class Reads:
             yield
         finally:
             del nn.Module.__getattribute__
+
+    def of_others(self, followed: Container[str]) -> list[str]:
+        """Name what was read of modules that are called, not `followed`. Local."""
+        paths = [path for path, _, _ in self._found.values()]
+        return [path for path in paths if path.rpartition(".")[0] not in followed]
 
     def check(self) -> None:
         """Refuse what has changed since. Local."""

@@ -46,7 +46,7 @@ def trial(model: nn.Module) -> Iterator[None]:
         with quiet(), imports_apart(), moves_left_out():
             yield
     finally:
-        for holder in holders(classes):
+        for holder in list(holders(classes)):
             put_back(holder, before.get(id(holder), (holder, {}))[1])
 
 
