@@ -59,9 +59,13 @@ LAID_OTHERWISE += [conv(into=64, out=32, stride=2)]
 
 @pytest.fixture
 def gains(monkeypatch):
-    """Lets every row gain, by the clock."""
+    """Lets every row gain, by the clock; with two threads, by which oneDNN chooses kernels."""
     monkeypatch.setattr(blocks, "LEAST", 1)
     monkeypatch.setattr(blocks, "seconds_of", lambda ways, rounds: [1.0, 2.0])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def row_of(layers):
