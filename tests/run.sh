@@ -37,14 +37,14 @@ suite() { # RANKS COMMAND...: the tests that start no mpirun, in one
   shift
   echo "== the suite at $ranks ranks"
   if ((ranks == 1)); then only=(--doctest-modules hpctrain); fi
-  if ((ranks == 4)); then only+=(--ignore=tests/test_{rows,weigh}.py); fi # 2 ranks do
+  if ((ranks == 4)); then only+=(--ignore=tests/test_{blocks,weigh}.py); fi # 2 ranks do
   if ((ranks == 3)) && [[ -z $whole ]]; then only+=("${at_two_and_four[@]/#/--ignore=}"); fi
   limited 900 mpirun -n "$ranks" "$@" pytest --color=no tests "${only[@]}" \
     --ignore=tests/launch --ignore=tests/cluster --ignore=tests/long --ignore=tests/models
 }
 
 plain=(-m "not long" --override-ini "addopts=--strict-markers -p no:cacheprovider")
-at_two_and_four=(tests/test_{calls,climate,language,pipeline,rows,weigh}.py) # at 3 ranks by `long`
+at_two_and_four=(tests/test_{blocks,calls,climate,dense,language,own_train,pipeline,reaching,trial,weigh}.py) # at 3 ranks by `long`
 whole=
 others=(tests/launch/test_{bench,docs,resume,stages,train}.py) # they run what the others run
 
