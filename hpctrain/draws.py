@@ -65,8 +65,6 @@ _POOLS = {f"fractional_max_pool{n}d{kind}" for n in (2, 3) for kind in ("", "_wi
 MOST_KNOWN = 4096
 _NEVER: set[Any] = set()
 """Functions that take none, whatever they are given: a forward calls few others."""
-POLYFILLED = ("_parse_to", "_make_subclass")
-"""Not among them: torch.cond's compiler looks into that set, and has no hash of these."""
 
 
 def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
@@ -98,7 +96,8 @@ def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> b
         return bool(numbers and numbers[0] > 0 and len(flags) > 1 and flags[1])
     if name in _ALWAYS:
         return True
-    if len(_NEVER) < MOST_KNOWN and name not in POLYFILLED:
+    inner = name.startswith("_") and not name.startswith("__")
+    if len(_NEVER) < MOST_KNOWN and not inner:  # torch.cond's compiler looks into it: some have no hash there
         _NEVER.add(function)
     return False
 
