@@ -76,7 +76,7 @@ def draws(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> b
         return bool(_argument(arguments, named, 2, "training", training)) and p > 0
     if function is functional.multi_head_attention_forward:
         return bool(named.get("training", True)) and _argument(arguments, named, 10, "dropout_p", 0.0) > 0
-    name = getattr(function, "_opname", None) or getattr(function, "__name__", "")
+    name = str(getattr(function, "_opname", None) or getattr(function, "__name__", ""))
     if name == "scaled_dot_product_attention":
         return bool(_argument(arguments, named, 4, "dropout_p", 0.0) > 0)
     if name in _AT_WILL:
