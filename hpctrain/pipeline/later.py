@@ -106,7 +106,9 @@ class Later:
                 f"place; {OTHERWISE}"
             )
 
-    def refuse_draws(self, arguments: Arguments, program: torch.export.ExportedProgram) -> None:
+    def refuse_draws(
+        self, arguments: Arguments, program: torch.export.ExportedProgram, twin: Callable[[], nn.Module]
+    ) -> None:
         """Refuse a forward that computes by what it draws from Python or NumPy. Local.
 
         Raises UnwritableError.
@@ -115,7 +117,7 @@ class Later:
             try:
                 with answered_no():
                     seed_others(number)
-                    other = self._write(arguments, skeleton(self.module, self.fake))
+                    other = self._write(arguments, twin())
             except Exception:  # what is drawn else can't even be written down
                 other = None
             if other is None or fingerprint(other) != fingerprint(program):

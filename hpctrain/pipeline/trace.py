@@ -123,7 +123,7 @@ class Writer:
             )
         told = told_of_others(others, "written down once, each stays the same number")
         if told and not self._looked:
-            self.later.refuse_draws(arguments, program)
+            self.later.refuse_draws(arguments, program, lambda: self.modes.twin(training))
             LOGGER.warning("%s", told, extra=ALIKE)
         if not self._looked:
             self._looked = True

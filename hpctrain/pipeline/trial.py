@@ -88,9 +88,9 @@ def moves_left_out() -> Iterator[None]:
     own = nn.Module._apply
 
     def applied(module: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
-        kept = [own for m in module.modules() for own in (m._parameters, m._buffers)]
+        kept = [tensors for m in module.modules() for tensors in (m._parameters, m._buffers)]
         with torch.no_grad():
-            stay = all(fn(tensor) is tensor for own in kept for tensor in own.values() if tensor is not None)
+            stay = all(fn(one) is one for tensors in kept for one in tensors.values() if one is not None)
         return module if stay else own(module, fn, recurse)  # type: ignore[no-untyped-call]
 
     nn.Module._apply = applied  # type: ignore[method-assign]

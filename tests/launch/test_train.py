@@ -184,8 +184,12 @@ def test_an_error_of_an_optimizer_or_a_schedule_says_where(launcher, small, tmp_
     assert ended.text.count("Error: no ") == 1, ended.text
     assert "averager.py" not in ended.err  # of the user's code alone
     run = tmp_path / "runs/small"
-    assert (rows(run)[-1]["event"], rows(run)[-1]["status"]) == ("end", "failed")
-    assert "of mine" in (run / "log.txt").read_text()
+    end, log = rows(run)[-1], (run / "log.txt").read_text()
+    assert (end["event"], end["status"]) == ("end", "failed")
+    assert "of mine" in end["reason"]
+    assert "of mine" in log
+    assert ("averager.py" in end["reason"], "hpctrain/train.py" in end["reason"]) == (False, False)
+    assert "hpctrain/" in log  # all of it
 
 
 def test_a_full_disk_says_so(launcher, small, tmp_path):
